@@ -1,0 +1,124 @@
+"""The trained denoiser (diffusers' FluxTransformer2DModel) and its judge, loaded offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import require
+from .data import CHANNELS, NUM_CLASSES, TEXT_DIM, encode_labels, position_ids
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+ASSETS = Path(__file__).parent / "assets"
+MODEL_FILE = "flux_digits.safetensors"
+JUDGE_FILE = "judge.safetensors"
+RECORD_FILE = "training.json"
+
+ARCHITECTURE = {
+    "patch_size": 1,
+    "in_channels": CHANNELS,
+    "num_layers": 2,
+    "num_single_layers": 8,
+    "attention_head_dim": 32,
+    "num_attention_heads": 3,
+    "joint_attention_dim": TEXT_DIM,
+    "pooled_projection_dim": TEXT_DIM,
+    "guidance_embeds": False,
+    "axes_dims_rope": (8, 12, 12),
+}
+
+
+class Judge(nn.Module):
+    """A small digit classifier: images [B, 1, 16, 16] -> logits [B, 10]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 24, 3, padding=1)
+        self.conv2 = nn.Conv2d(24, 48, 3, padding=1)
+        self.hidden = nn.Linear(48 * 4 * 4, 64)
+        self.head = nn.Linear(64, NUM_CLASSES)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The last hidden layer, [B, 64]."""
+        x = functional.max_pool2d(functional.relu(self.conv1(images)), 2)
+        x = functional.max_pool2d(functional.relu(self.conv2(x)), 2)
+        return functional.relu(self.hidden(x.flatten(1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(functional.dropout(self.features(images), 0.3, self.training))
+
+
+def build_model(seed: int = 0) -> FluxTransformer2DModel:
+    """An untrained model with zeroed modulation and output layers, fp32."""
+    require("diffusers")
+    from diffusers import FluxTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FluxTransformer2DModel(**ARCHITECTURE)
+    zero_modulation(model)
+    return model
+
+
+def zero_modulation(model: nn.Module) -> None:
+    """Start every block as the identity and the output at zero, which diffusers does not do."""
+    for name, module in model.named_modules():
+        modulates = name.endswith(".linear") and "norm" in name
+        if modulates or name == "proj_out":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def load_model(path: Path | None = None) -> FluxTransformer2DModel:
+    """The shipped checkpoint (stored in fp16) as an fp32 model in eval mode."""
+    model = build_model()
+    model.load_state_dict(_read(path or ASSETS / MODEL_FILE))
+    return model.eval().requires_grad_(False)
+
+
+def load_judge(path: Path | None = None) -> Judge:
+    """The shipped classifier in eval mode."""
+    judge = Judge()
+    judge.load_state_dict(_read(path or ASSETS / JUDGE_FILE))
+    return judge.eval().requires_grad_(False)
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write `module`'s weights as fp16 safetensors."""
+    require("safetensors")
+    from safetensors.torch import save_file
+
+    save_file({k: v.detach().half().contiguous() for k, v in module.state_dict().items()}, path)
+
+
+def denoise(model: nn.Module, tokens: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+    """Predicted velocity (noise - image): tokens [B, 64, 4], sigma [B] in [0, 1], labels [B]."""
+    text, pooled = encode_labels(labels)
+    image_ids, text_ids = position_ids()
+    return model(
+        hidden_states=tokens,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=sigma,
+        img_ids=image_ids,
+        txt_ids=text_ids,
+        return_dict=False,
+    )[0]
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    require("safetensors")
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; reinstall fastcache-dit or rebuild it with "
+            "`python -m fastcache.demo.train`"
+        )
+    return {name: tensor.float() for name, tensor in load_file(path).items()}
