@@ -119,7 +119,7 @@ def train_denoiser(
     )
     generator = torch.Generator().manual_seed(recipe.seed + 1)
     history = History([], [])
-    every = max(1, recipe.steps // 14)
+    every = max(50, recipe.steps // 14)
     bar = tqdm(range(recipe.steps), desc="denoiser", unit="step")
     for step in bar:
         for group in optimizer.param_groups:
