@@ -191,7 +191,8 @@ def plot_history(history: History, path: Path) -> None:
     axes.plot(history.train, color="#b8c4d6", lw=0.6, label="batch")
     window = max(1, len(history.train) // 50)
     smooth = torch.tensor(history.train).unfold(0, window, 1).mean(-1)
-    axes.plot(range(window - 1, len(history.train)), smooth, color="#30507a", label="batch, mean")
+    centres = range(window // 2, window // 2 + len(smooth))
+    axes.plot(centres, smooth, color="#30507a", label=f"mean of {window} batches")
     if history.held_out:
         steps, losses = zip(*history.held_out, strict=True)
         axes.plot(steps, losses, "o-", color="#c8553d", ms=4, label="held out, averaged weights")
