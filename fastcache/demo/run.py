@@ -1,0 +1,328 @@
+"""The demo: one trained model, the same noise, one row per method.
+
+    fastcache demo --out demo_out --json demo_out/demo.json
+
+Every method is compared with the uncached run *and* with the uncached model at fewer steps, which
+is what one would do without a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from . import require
+from .metrics import accuracy, psnr, relative_l2, ssim
+from .model import load_judge, load_model
+from .sample import generate
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from .methods import Method
+    from .model import Judge
+
+PICTURE_FILE = "demo.png"
+# uncached step counts, as shares of the full run, that the equal-compute curve goes through
+CURVE = (5 / 28, 7 / 28, 9 / 28, 14 / 28, 21 / 28)
+CALIBRATION_SEED = 1234
+
+
+@dataclass
+class Run:
+    """What was measured for one method."""
+
+    method: Method
+    images: Tensor | None = None
+    blocks: list[int] = field(default_factory=list)  # transformer blocks that ran, per step
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table and of the JSON file."""
+
+    name: str
+    family: str
+    predictor: str  # "reuse", "order 1", ...; empty where nothing is predicted
+    steps: int
+    blocks: list[int]
+    compute: float  # blocks computed, as a share of the uncached run
+    seconds: float
+    speedup: float
+    psnr: float | None  # against the uncached run; None when identical
+    relative_l2: float
+    ssim: float
+    accuracy: float
+    fewer_steps_psnr: float | None  # the uncached model at fewer steps and the same compute
+
+    @property
+    def gain(self) -> float | None:
+        """PSNR in dB above fewer steps at equal compute."""
+        if self.psnr is None or self.fewer_steps_psnr is None:
+            return None
+        return self.psnr - self.fewer_steps_psnr
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the numbers depend on besides the machine."""
+
+    steps: int = 28
+    batch: int = 32
+    seed: int = 0
+    rounds: int = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print the table, write the picture; returns the exit status."""
+    require("diffusers", "safetensors", "matplotlib", "rich", "tqdm")
+    args = _parser().parse_args(argv)
+    settings = Settings(args.steps, args.batch, args.seed, args.rounds)
+    torch.set_num_threads(args.threads)
+    start = time.perf_counter()
+    model, judge = load_model(), load_judge()
+    labels = torch.arange(settings.batch) % 10
+    runs, curve = measure(model, labels, settings)
+    rows = summarise(runs, curve, judge, labels)
+    _print_table(rows, settings)
+
+    from .picture import draw
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture = args.out / PICTURE_FILE
+    draw(runs, rows, curve, picture)
+    print(f"picture: {picture}")
+    if args.json is not None:
+        record = _record(rows, curve, settings, time.perf_counter() - start)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        print(f"numbers: {args.json}")
+    return 0
+
+
+def measure(
+    model: nn.Module, labels: Tensor, settings: Settings
+) -> tuple[list[Run], dict[int, float]]:
+    """All methods, interleaved, and PSNR of the uncached model by number of steps."""
+    from tqdm import tqdm
+
+    from .methods import methods
+
+    runs = [Run(row) for row in methods(settings.steps, calibrate(model, settings.steps))]
+    plain = sorted({round(share * settings.steps) for share in CURVE} - {0})
+    work = sum(run.method.steps or settings.steps for run in runs) * settings.rounds + sum(plain)
+    with tqdm(total=work, unit="step", desc="demo", mininterval=0.5) as bar:
+        for index in range(settings.rounds):
+            for run in runs:
+                bar.set_postfix_str(f"round {index + 1}/{settings.rounds}: {run.method.name}")
+                _generate(model, run, labels, settings, bar)
+        bar.set_postfix_str("uncached at fewer steps")
+        curve = {}
+        for steps in plain:
+            images = generate(model, labels, steps=steps, seed=settings.seed, progress=bar.update)
+            curve[steps] = psnr(images, runs[0].images)
+    return runs, curve
+
+
+def calibrate(model: nn.Module, steps: int) -> list[float]:
+    """MagCache's magnitude ratios of this model at `steps` steps."""
+    import fastcache
+
+    labels = torch.arange(10)
+    calibration = fastcache.calibrate(
+        lambda cache: generate(model, labels, steps=steps, seed=CALIBRATION_SEED, cache=cache),
+        model,
+        num_inference_steps=steps,
+    )
+    return list(calibration.mag_ratios)
+
+
+def summarise(runs: list[Run], curve: dict[int, float], judge: Judge, labels: Tensor) -> list[Row]:
+    """One row per run, each against the uncached run with the same guidance."""
+    rows = []
+    for run in runs:
+        reference = _reference(runs, run)
+        compute = sum(run.blocks) / sum(reference.blocks)
+        quality = psnr(run.images, reference.images)
+        seconds = statistics.median(run.seconds)
+        row = Row(
+            name=run.method.name,
+            family=run.method.family,
+            predictor=run.method.predictor,
+            steps=len(run.blocks),
+            blocks=run.blocks,
+            compute=compute,
+            seconds=seconds,
+            speedup=statistics.median(reference.seconds) / seconds,
+            psnr=None if math.isinf(quality) else quality,
+            relative_l2=relative_l2(run.images, reference.images),
+            ssim=ssim(run.images, reference.images),
+            accuracy=accuracy(judge, run.images, labels),
+            fewer_steps_psnr=None
+            if run.method.config is None
+            else interpolate(curve, compute * len(reference.blocks)),
+        )
+        rows.append(row)
+    return rows
+
+
+def interpolate(curve: dict[int, float], steps: float) -> float | None:
+    """PSNR at a fractional number of uncached steps, linear between points, None outside."""
+    points = sorted(curve.items())
+    for (n0, p0), (n1, p1) in pairwise(points):
+        if n0 <= steps <= n1:
+            return p0 + (p1 - p0) * (steps - n0) / (n1 - n0)
+    return None
+
+
+def _generate(
+    model: nn.Module, run: Run, labels: Tensor, settings: Settings, bar: tqdm[NoReturn]
+) -> None:
+    """One generation of `run.method`: appends its time; images and block counts must repeat."""
+    import fastcache
+
+    method, blocks = run.method, []
+    cached = method.config is not None
+    with (
+        _block_calls(model) as calls,
+        fastcache.enable(model, method.config) if cached else nullcontext() as cache,
+    ):
+
+        def step_done(n: int) -> None:
+            blocks.append(len(calls))
+            calls.clear()
+            bar.update(n)
+
+        start = time.perf_counter()
+        images = generate(
+            model,
+            labels,
+            steps=method.steps or settings.steps,
+            seed=settings.seed,
+            guidance=method.guidance,
+            batched_guidance=method.batched_guidance,
+            cache=cache,
+            progress=step_done,
+        )
+        run.seconds.append(time.perf_counter() - start)
+    if run.images is not None and not torch.equal(run.images, images):
+        raise RuntimeError(f"demo row {method.name!r}: two runs from the same noise differ")
+    run.images, run.blocks = images, blocks
+
+
+@contextmanager
+def _block_calls(model: nn.Module) -> Iterator[list[None]]:
+    """A list that grows by one item whenever a transformer block really runs."""
+    calls: list[None] = []
+    handles = [
+        block.register_forward_hook(lambda *_: calls.append(None))
+        for block in [*model.transformer_blocks, *model.single_transformer_blocks]
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reference(runs: list[Run], run: Run) -> Run:
+    """The uncached run at full length with the same guidance."""
+
+    def key(method: Method) -> tuple[float | None, bool]:
+        return method.guidance, method.batched_guidance
+
+    for other in runs:
+        uncached = other.method.config is None and other.method.steps is None
+        if uncached and key(other.method) == key(run.method):
+            return other
+    raise ValueError(f"demo row {run.method.name!r}: no uncached row with the same guidance")
+
+
+def _print_table(rows: list[Row], settings: Settings) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{settings.batch} images, {settings.steps} Euler steps, same noise",
+        caption="PSNR and L2: against the uncached run. "
+        "vs fewer: dB above the uncached model at fewer steps and equal compute.",
+    )
+    table.add_column("method", no_wrap=True)
+    table.add_column("skipped steps", no_wrap=True)
+    for name in ("blocks", "seconds", "speed-up", "PSNR dB", "rel. L2", "judge", "vs fewer"):
+        table.add_column(name, justify="right", no_wrap=True)
+    family = rows[0].family
+    for row in rows:
+        if row.family != family:
+            table.add_section()
+            family = row.family
+        table.add_row(*_cells(row))
+    console = Console()
+    # a pipe or a log file has no width of its own
+    console.width = console.width if console.is_terminal else 110
+    console.print(table)
+
+
+def _cells(row: Row) -> list[str]:
+    gain = "" if row.gain is None else f"[{'green' if row.gain > 0 else 'red'}]{row.gain:+.1f}"
+    return [
+        row.name,
+        row.predictor,
+        f"{row.compute:.0%}",
+        f"{row.seconds:.2f}",
+        f"{row.speedup:.2f}x",
+        "-" if row.psnr is None else f"{row.psnr:.1f}",
+        f"{row.relative_l2:.4f}",
+        f"{row.accuracy:.1%}",
+        gain,
+    ]
+
+
+def _record(
+    rows: list[Row], curve: dict[int, float], settings: Settings, total: float
+) -> dict[str, object]:
+    return {
+        "format": "fastcache-demo",
+        "version": 1,
+        "settings": vars(settings),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "total_seconds": total,
+        "fewer_steps_psnr": curve,
+        "rows": [{**vars(row), "gain": row.gain} for row in rows],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastcache demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for pictures")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="uncached Euler steps")
+    parser.add_argument(
+        "--batch", "--seeds", type=int, default=Settings.batch, help="images, each with its noise"
+    )
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="seed of the noise")
+    parser.add_argument("--rounds", type=int, default=Settings.rounds, help="timed rounds")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads; one is steady on a shared machine"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
