@@ -1,0 +1,421 @@
+"""The ops: schemas, fakes and checked wrappers. The only file that touches torch.library.
+
+Schemas put the mutated argument first, end in `_` when they mutate and then return nothing or a fresh
+tensor. The wrappers below them check, allocate and return. Runtime code calls the registered ops
+themselves: its tensors are known to fit, and a stored tensor may there have a lower precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from . import dispatch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_TERMS = 5
+
+lib = Library("fastcache", "DEF")
+for schema in (
+    "residual_l1(Tensor y, Tensor x, Tensor prev, bool per_sample=False) -> Tensor",
+    "residual_l1_(Tensor(a!) out, Tensor y, Tensor x, Tensor prev, bool per_sample=False) -> Tensor",
+    "residual_magnitude(Tensor y, Tensor x, Tensor prev, float eps=1e-08, bool per_sample=False) -> Tensor",
+    "residual_magnitude_(Tensor(a!) out, Tensor y, Tensor x, Tensor prev, float eps=1e-08, "
+    "bool per_sample=False) -> Tensor",
+    "residual_store_(Tensor(a!) out, Tensor y, Tensor x) -> ()",
+    "residual_apply_(Tensor(a!) out, Tensor x, Tensor r) -> ()",
+    "linear_combine_(Tensor(a!) out, Tensor[] tensors, float[] weights) -> ()",
+    "linear_combine_device_(Tensor(a!) out, Tensor[] tensors, Tensor weights) -> ()",
+    "taylor_update_(Tensor(a!)[] factors, Tensor y, float inv_delta, int valid) -> ()",
+    "guidance_combine_(Tensor(a!) out, Tensor cond, Tensor low, Tensor high, float w_low, float w_high) -> ()",
+):
+    lib.define(schema)
+
+
+# --- implementations: one Python body each, which asks the dispatch table --------------------------------
+
+
+def _residual_l1(y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False) -> Tensor:
+    return dispatch.kernel("residual_l1", [y, x, prev])(y, x, prev, None, per_sample)
+
+
+def _residual_l1_(
+    out: Tensor, y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False
+) -> Tensor:
+    return dispatch.kernel("residual_l1", [y, x, prev, out])(y, x, prev, out, per_sample)
+
+
+def _residual_magnitude(
+    y: Tensor, x: Tensor, prev: Tensor, eps: float = 1e-8, per_sample: bool = False
+) -> Tensor:
+    return dispatch.kernel("residual_magnitude", [y, x, prev])(y, x, prev, None, eps, per_sample)
+
+
+def _residual_magnitude_(
+    out: Tensor, y: Tensor, x: Tensor, prev: Tensor, eps: float = 1e-8, per_sample: bool = False
+) -> Tensor:
+    return dispatch.kernel("residual_magnitude", [y, x, prev, out])(
+        y, x, prev, out, eps, per_sample
+    )
+
+
+def _residual_store_(out: Tensor, y: Tensor, x: Tensor) -> None:
+    dispatch.kernel("residual_store", [y, x, out])(out, y, x)
+
+
+def _residual_apply_(out: Tensor, x: Tensor, r: Tensor) -> None:
+    dispatch.kernel("residual_apply", [x, r, out])(out, x, r)
+
+
+def _linear_combine_(out: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]) -> None:
+    dispatch.kernel("linear_combine", [out, *tensors])(out, tensors, weights)
+
+
+def _linear_combine_device_(out: Tensor, tensors: Sequence[Tensor], weights: Tensor) -> None:
+    dispatch.kernel("linear_combine", [out, *tensors])(out, tensors, weights)
+
+
+def _taylor_update_(factors: Sequence[Tensor], y: Tensor, inv_delta: float, valid: int) -> None:
+    dispatch.kernel("taylor_update", [y, *factors])(factors, y, inv_delta, valid)
+
+
+def _guidance_combine_(
+    out: Tensor, cond: Tensor, low: Tensor, high: Tensor, w_low: float, w_high: float
+) -> None:
+    dispatch.kernel("guidance_combine", [cond, low, high])(out, cond, low, high, w_low, w_high)
+
+
+for name, body in (
+    ("residual_l1", _residual_l1),
+    ("residual_l1_", _residual_l1_),
+    ("residual_magnitude", _residual_magnitude),
+    ("residual_magnitude_", _residual_magnitude_),
+    ("residual_store_", _residual_store_),
+    ("residual_apply_", _residual_apply_),
+    ("linear_combine_", _linear_combine_),
+    ("linear_combine_device_", _linear_combine_device_),
+    ("taylor_update_", _taylor_update_),
+    ("guidance_combine_", _guidance_combine_),
+):
+    lib.impl(name, body, "CompositeExplicitAutograd")
+
+
+# --- fakes: the shape specification, nothing else --------------------------------------------------------
+
+
+def _same(name: str, first: Tensor, *others: Tensor) -> None:
+    for t in others:
+        torch._check(
+            t.shape == first.shape,
+            lambda: f"{name}: {tuple(t.shape)} and {tuple(first.shape)} differ",
+        )
+
+
+def _sums(y: Tensor, per_sample: bool, width: int) -> Tensor:
+    return y.new_empty((y.shape[0], width) if per_sample else (width,), dtype=torch.float32)
+
+
+@register_fake("fastcache::residual_l1", lib=lib)
+def _(y, x, prev, per_sample=False):
+    _same("residual_l1", y, x, prev)
+    return _sums(y, per_sample, 2)
+
+
+@register_fake("fastcache::residual_l1_", lib=lib)
+def _(out, y, x, prev, per_sample=False):
+    _same("residual_l1_", y, x, prev, out)
+    return _sums(y, per_sample, 2)
+
+
+@register_fake("fastcache::residual_magnitude", lib=lib)
+def _(y, x, prev, eps=1e-8, per_sample=False):
+    _same("residual_magnitude", y, x, prev)
+    return _sums(y, per_sample, 1)
+
+
+@register_fake("fastcache::residual_magnitude_", lib=lib)
+def _(out, y, x, prev, eps=1e-8, per_sample=False):
+    _same("residual_magnitude_", y, x, prev, out)
+    return _sums(y, per_sample, 1)
+
+
+@register_fake("fastcache::residual_store_", lib=lib)
+def _(out, y, x):
+    _same("residual_store_", out, y, x)
+
+
+@register_fake("fastcache::residual_apply_", lib=lib)
+def _(out, x, r):
+    _same("residual_apply_", out, x, r)
+
+
+@register_fake("fastcache::linear_combine_", lib=lib)
+def _(out, tensors, weights):
+    torch._check(
+        len(tensors) == len(weights), lambda: f"{len(tensors)} tensors, {len(weights)} weights"
+    )
+    _same("linear_combine_", out, *tensors)
+
+
+@register_fake("fastcache::linear_combine_device_", lib=lib)
+def _(out, tensors, weights):
+    torch._check(
+        weights.numel() == len(tensors),
+        lambda: f"{len(tensors)} tensors, {weights.numel()} weights",
+    )
+    _same("linear_combine_device_", out, *tensors)
+
+
+@register_fake("fastcache::taylor_update_", lib=lib)
+def _(factors, y, inv_delta, valid):
+    _same("taylor_update_", y, *factors)
+
+
+@register_fake("fastcache::guidance_combine_", lib=lib)
+def _(out, cond, low, high, w_low, w_high):
+    _same("guidance_combine_", cond, low, high)
+    torch._check(
+        out.shape[0] == 2 * cond.shape[0],
+        lambda: f"out {tuple(out.shape)}, cond {tuple(cond.shape)}",
+    )
+
+
+# --- public wrappers -------------------------------------------------------------------------------------
+
+
+def _check(op: str, **tensors: object) -> None:
+    """Raise a TypeError or ValueError that names the argument unless all agree with the first."""
+    first_name, first = next(iter(tensors.items()))
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is {type(t).__name__}, must be a torch.Tensor")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} is {t.dtype}, must be float32, float16 or bfloat16")
+        if t.layout != torch.strided:
+            raise TypeError(f"{op}: {name} has layout {t.layout}, must be a dense tensor")
+        if t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: {name} requires grad, and this op has no backward: call it under torch.no_grad() "
+                f"or pass {name}.detach()"
+            )
+        if t is first:
+            continue
+        if t.dtype != first.dtype:
+            raise TypeError(
+                f"{op}: {name} is {t.dtype}, {first_name} is {first.dtype}; they must agree"
+            )
+        if t.device != first.device:
+            raise ValueError(
+                f"{op}: {name} is on {t.device}, {first_name} on {first.device}; they must agree"
+            )
+        if t.shape != first.shape:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(t.shape)}, {first_name} has {tuple(first.shape)}; they must agree"
+            )
+
+
+def _check_out(op: str, out: Tensor, allowed: Sequence[Tensor] = ()) -> None:
+    """Refuse outputs whose elements overlap each other, or that partly overlap an input."""
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(
+            f"{op}: out is an expanded view, its elements share memory; pass a tensor of its own"
+        )
+
+
+def residual_l1(
+    y: Tensor, x: Tensor, prev: Tensor, out: Tensor | None = None, *, per_sample: bool = False
+) -> Tensor:
+    """Sums of |r - prev| and |prev| for r = y - x rounded to the storage dtype, in one pass.
+
+    y, x, prev: output of a block, its input, the residual of an earlier step; one shape, dtype (float32,
+    float16, bfloat16) and device. out: receives r, bit-exactly. Returns float32 [2], or [B, 2] with one
+    row per sample. The first over the second is FirstBlockCache's relative L1 change; both are returned
+    so that ranks can add them up before they divide. Fixed summation order.
+    Raises TypeError or ValueError that names the argument. Source: FirstBlockCache, diffusers 0.42.1.
+    """
+    if out is None:
+        _check("residual_l1", y=y, x=x, prev=prev)
+        _check_samples("residual_l1", y, per_sample)
+        return torch.ops.fastcache.residual_l1.default(y, x, prev, per_sample)
+    _check("residual_l1", y=y, x=x, prev=prev, out=out)
+    _check_samples("residual_l1", y, per_sample)
+    _check_out("residual_l1", out)
+    return torch.ops.fastcache.residual_l1_.default(out, y, x, prev, per_sample)
+
+
+def residual_magnitude(
+    y: Tensor,
+    x: Tensor,
+    prev: Tensor,
+    out: Tensor | None = None,
+    eps: float = 1e-8,
+    *,
+    per_sample: bool = False,
+) -> Tensor:
+    """Mean over tokens of |r|_2 / (|prev|_2 + eps) for r = y - x, norms over the last dimension.
+
+    y, x, prev: as in `residual_l1`, two dimensions or more. out: receives r; may be `prev`.
+    Returns float32 [1], or [B, 1] with one row per sample (then three dimensions or more).
+    Raises TypeError or ValueError that names the argument. Source: MagCache (arXiv 2506.09045).
+    """
+    tensors = {"y": y, "x": x, "prev": prev} | ({} if out is None else {"out": out})
+    _check("residual_magnitude", **tensors)
+    _check_samples("residual_magnitude", y, per_sample)
+    if y.dim() < 2:
+        raise ValueError(
+            f"residual_magnitude: y has shape {tuple(y.shape)}, must be [..., tokens, width]"
+        )
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not eps >= 0:
+        raise ValueError(f"residual_magnitude: eps is {eps!r}, must be a number >= 0")
+    if out is None:
+        return torch.ops.fastcache.residual_magnitude.default(y, x, prev, float(eps), per_sample)
+    _check_out("residual_magnitude", out)
+    return torch.ops.fastcache.residual_magnitude_.default(out, y, x, prev, float(eps), per_sample)
+
+
+def residual_store(y: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """out <- y - x, rounded once to the storage dtype; returns `out`."""
+    _check("residual_store", y=y, x=x, out=out)
+    _check_out("residual_store", out)
+    torch.ops.fastcache.residual_store_.default(out, y, x)
+    return out
+
+
+def residual_apply(x: Tensor, r: Tensor, out: Tensor | None = None) -> Tensor:
+    """x + r; `out` may be `x`. Returns `out`, or a new tensor."""
+    if out is None:
+        _check("residual_apply", x=x, r=r)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    else:
+        _check("residual_apply", x=x, r=r, out=out)
+        _check_out("residual_apply", out)
+    torch.ops.fastcache.residual_apply_.default(out, x, r)
+    return out
+
+
+def linear_combine(
+    tensors: Sequence[Tensor], weights: Sequence[float] | Tensor, out: Tensor | None = None
+) -> Tensor:
+    """sum_i weights[i] * tensors[i], accumulated in float32 and rounded once.
+
+    tensors: 1 to 5 of one shape, dtype and device. weights: as many Python floats, or a float32 tensor
+    [len(tensors)] on the same device (nothing is read back). out: may be one of the tensors.
+    Returns `out`, or a new tensor. Raises TypeError or ValueError that names the argument.
+    """
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        raise TypeError(
+            f"linear_combine: tensors is {type(tensors).__name__}, must be a list of tensors"
+        )
+    if not 1 <= len(tensors) <= MAX_TERMS:
+        raise ValueError(
+            f"linear_combine: tensors has {len(tensors)} entries, must have 1 to {MAX_TERMS}"
+        )
+    named = {f"tensors[{i}]": t for i, t in enumerate(tensors)}
+    _check("linear_combine", **named, **({} if out is None else {"out": out}))
+    first = tensors[0]
+    if isinstance(weights, Tensor):
+        if weights.dtype != torch.float32:
+            raise TypeError(f"linear_combine: weights is {weights.dtype}, must be float32")
+        if weights.device != first.device:
+            raise ValueError(
+                f"linear_combine: weights is on {weights.device}, tensors on {first.device}"
+            )
+        if weights.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "linear_combine: weights requires grad, and this op has no backward: detach it"
+            )
+        count, device_weights = weights.numel() if weights.dim() == 1 else -1, True
+    elif isinstance(weights, Sequence) and not isinstance(weights, str):
+        for i, w in enumerate(weights):
+            if isinstance(w, bool) or not isinstance(w, int | float):
+                raise TypeError(
+                    f"linear_combine: weights[{i}] is {type(w).__name__}, must be a number"
+                )
+        count, device_weights = len(weights), False
+    else:
+        raise TypeError(
+            f"linear_combine: weights is {type(weights).__name__}, must be floats or a tensor"
+        )
+    if count != len(tensors):
+        raise ValueError(
+            f"linear_combine: weights must be one number for each of the {len(tensors)} tensors, got "
+            f"{tuple(weights.shape) if isinstance(weights, Tensor) else count}"
+        )
+    if out is None:
+        out = torch.empty_like(first, memory_format=torch.contiguous_format)
+    else:
+        _check_out("linear_combine", out)
+    if device_weights:
+        torch.ops.fastcache.linear_combine_device_.default(out, list(tensors), weights.contiguous())
+    else:
+        torch.ops.fastcache.linear_combine_.default(out, list(tensors), [float(w) for w in weights])
+    return out
+
+
+def taylor_update_(
+    factors: Sequence[Tensor] | Tensor, y: Tensor, inv_delta: float, valid: int
+) -> None:
+    """Refresh backward differences in place: f[0] <- y, f[j+1] <- (new f[j] - old f[j]) * inv_delta.
+
+    factors: K+1 tensors of the shape of y, or one stacked [K+1, ...]. inv_delta: 1 / steps since the last
+    refresh. valid: 0..K+1, how many factors held data before the call; j runs below min(valid, K).
+    Raises TypeError or ValueError that names the argument. Source: TaylorSeer (arXiv 2503.06923).
+    """
+    if isinstance(factors, Tensor):
+        if factors.dim() < 1:
+            raise ValueError("taylor_update_: factors is a 0-d tensor, must be [orders + 1, ...]")
+        factors = factors.unbind(0)
+    if not isinstance(factors, Sequence) or isinstance(factors, str):
+        raise TypeError(
+            f"taylor_update_: factors is {type(factors).__name__}, must be a list of tensors"
+        )
+    if not factors:
+        raise ValueError("taylor_update_: factors is empty, must hold order + 1 tensors")
+    _check("taylor_update_", y=y, **{f"factors[{i}]": t for i, t in enumerate(factors)})
+    for i, t in enumerate(factors):
+        _check_out(f"taylor_update_: factors[{i}]", t)
+    if isinstance(inv_delta, bool) or not isinstance(inv_delta, int | float):
+        raise TypeError(
+            f"taylor_update_: inv_delta is {type(inv_delta).__name__}, must be a number"
+        )
+    if isinstance(valid, bool) or not isinstance(valid, int):
+        raise TypeError(f"taylor_update_: valid is {type(valid).__name__}, must be an int")
+    if not 0 <= valid <= len(factors):
+        raise ValueError(f"taylor_update_: valid is {valid}, must be in 0..{len(factors)}")
+    torch.ops.fastcache.taylor_update_.default(list(factors), y, float(inv_delta), valid)
+
+
+def guidance_combine(
+    cond: Tensor, low: Tensor, high: Tensor, w_low: float, w_high: float, out: Tensor | None = None
+) -> Tensor:
+    """[cond + w_low * low + w_high * high ; cond] along dimension 0, in one pass.
+
+    cond: [B, ...]. low, high: float32 of the same shape, the frequency parts of (unconditional -
+    conditional) at the last full step. Returns [2B, ...]. Source: FasterCache (arXiv 2410.19355).
+    """
+    _check("guidance_combine", cond=cond)
+    _check("guidance_combine", low=low, high=high)
+    if low.dtype != torch.float32:
+        raise TypeError(f"guidance_combine: low is {low.dtype}, must be float32")
+    if low.shape != cond.shape:
+        raise ValueError(
+            f"guidance_combine: low has shape {tuple(low.shape)}, cond has {tuple(cond.shape)}"
+        )
+    if out is None:
+        out = cond.new_empty((2 * cond.shape[0], *cond.shape[1:]))
+    elif not isinstance(out, Tensor) or out.shape != (2 * cond.shape[0], *cond.shape[1:]):
+        raise ValueError(
+            f"guidance_combine: out must be a tensor {(2 * cond.shape[0], *cond.shape[1:])}"
+        )
+    torch.ops.fastcache.guidance_combine_.default(out, cond, low, high, float(w_low), float(w_high))
+    return out
+
+
+def _check_samples(op: str, y: Tensor, per_sample: bool) -> None:
+    if per_sample and y.dim() < (3 if op == "residual_magnitude" else 2):
+        raise ValueError(
+            f"{op}: per_sample needs a batch dimension before the tokens, y is {tuple(y.shape)}"
+        )
