@@ -1,0 +1,21 @@
+"""When to reuse: pure Python on host numbers, no torch."""
+
+from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
+from .first_block import FirstBlock
+from .magnitude import Calibrate, Magnitude
+from .schedule import Interval, Mask, TimestepRange
+
+__all__ = [
+    "COMPUTE",
+    "Calibrate",
+    "REUSE",
+    "Decision",
+    "FirstBlock",
+    "Interval",
+    "Magnitude",
+    "Mask",
+    "Policy",
+    "Run",
+    "Step",
+    "TimestepRange",
+]

@@ -1,0 +1,30 @@
+"""FirstBlockCache's rule: has the first block's residual changed since the last computed step?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import COMPUTE, REUSE, Decision, Policy, Run, Step, real
+
+
+@dataclass(frozen=True)
+class FirstBlock(Policy):
+    """Reuse while sum|r - r_prev| / sum|r_prev| <= threshold, r the residual of the first block.
+
+    r_prev is the one of the last computed step. Equality reuses; anything not finite computes.
+    threshold: unitless, 0.05 to 0.3 is usual. Source: FirstBlockCache, diffusers 0.42.1.
+    """
+
+    threshold: float = 0.05
+    needs_signal = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "threshold", real("FirstBlock", "threshold", self.threshold, 0.0))
+
+    def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
+        if guard or signal is None:
+            return Decision(COMPUTE, signal, self.threshold, guard or "no residual yet")
+        if signal <= self.threshold:  # False for NaN: not a number must compute
+            return Decision(REUSE, signal, self.threshold, "change within threshold")
+        return Decision(COMPUTE, signal, self.threshold, "change above threshold")

@@ -1,0 +1,130 @@
+"""MagCache's rule: reuse while calibrated magnitude ratios promise little accumulated error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .base import COMPUTE, REUSE, Decision, Policy, Run, Step, real, whole
+
+
+@lru_cache(maxsize=64)
+def resample(ratios: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """`ratios` at `count` steps by nearest index, as diffusers 0.42.1 rounds it; count 1 takes the last."""
+    if len(ratios) == count:
+        return ratios
+    if count == 1:
+        return ratios[-1:]
+    scale = (len(ratios) - 1) / (count - 1)
+    return tuple(ratios[int(np.rint(np.float32(i) * np.float32(scale)))] for i in range(count))
+
+
+def checked_ratios(owner: str, values: object) -> tuple[float, ...]:
+    """`mag_ratios` as floats; a TypeError or ValueError that names the field otherwise."""
+    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+        raise TypeError(
+            f"{owner}: mag_ratios is {type(values).__name__}, must be a sequence of numbers"
+        )
+    ratios = tuple(real(owner, "mag_ratios", v) for v in values)
+    if not ratios:
+        raise ValueError(f"{owner}: mag_ratios is empty, must hold one ratio per step")
+    if any(r <= 0 for r in ratios):
+        raise ValueError(f"{owner}: mag_ratios holds {min(ratios)}, must be positive")
+    return ratios
+
+
+@dataclass(frozen=True)
+class Magnitude(Policy):
+    """Reuse while sum |1 - prod ratio| <= threshold, at most `max_skip_steps` in a row.
+
+    mag_ratios: mean over tokens of |r_t| / |r_(t-1)|, one per step, from `fastcache.calibrate`; resampled
+    when the run has another length. retention_ratio: share of steps computed at the start.
+    precision: "float32" or "float64", the dtype diffusers would accumulate in.
+    Source: MagCache (arXiv 2506.09045), rounding of diffusers 0.42.1.
+    """
+
+    threshold: float = 0.06
+    max_skip_steps: int = 3
+    retention_ratio: float = 0.2
+    num_inference_steps: int = 28
+    mag_ratios: tuple[float, ...] = ()
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        put("threshold", real("Magnitude", "threshold", self.threshold, 0.0))
+        put("max_skip_steps", whole("Magnitude", "max_skip_steps", self.max_skip_steps, 0))
+        put("retention_ratio", real("Magnitude", "retention_ratio", self.retention_ratio, 0.0))
+        if self.retention_ratio > 1:
+            raise ValueError(
+                f"Magnitude: retention_ratio is {self.retention_ratio}, must be in 0..1"
+            )
+        put(
+            "num_inference_steps",
+            whole("Magnitude", "num_inference_steps", self.num_inference_steps, 1),
+        )
+        put("mag_ratios", checked_ratios("Magnitude", self.mag_ratios))
+        if self.precision not in ("float32", "float64"):
+            raise ValueError(
+                f"Magnitude: precision is {self.precision!r}, must be 'float32' or 'float64'"
+            )
+
+    def begin(self, total: int | None = None) -> Run:
+        steps = total or self.num_inference_steps
+        return Run(
+            memory=_Account(
+                resample(self.mag_ratios, steps), int(self.retention_ratio * steps + 0.5)
+            )
+        )
+
+    def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
+        account: _Account = run.memory
+        number = getattr(np, self.precision)
+        threshold = number(self.threshold)
+        if step.index < account.retained:
+            return Decision(COMPUTE, None, self.threshold, guard or "retention")
+        ratio = account.ratios[step.index] if step.index < len(account.ratios) else math.nan
+        account.ratio = number(account.ratio) * number(ratio)
+        account.steps += 1
+        account.error = number(account.error) + abs(number(1.0) - account.ratio)
+        error = float(account.error)
+        if not guard and account.error <= threshold and account.steps <= self.max_skip_steps:
+            return Decision(REUSE, error, self.threshold, "error within threshold")
+        if math.isnan(ratio):
+            reason = "past the calibrated steps"
+        elif account.error <= threshold:
+            reason = guard or "max_skip_steps"
+        else:
+            reason = guard or "error above threshold"
+        account.clear()
+        return Decision(COMPUTE, error, self.threshold, reason)
+
+    def computed(self, run: Run, step: Step) -> None:
+        super().computed(run, step)
+        run.memory.clear()
+
+
+@dataclass
+class _Account:
+    """Accumulated ratio and error since the last computed step."""
+
+    ratios: tuple[float, ...]
+    retained: int
+    ratio: float = 1.0
+    error: float = 0.0
+    steps: int = 0
+
+    def clear(self) -> None:
+        self.ratio, self.error, self.steps = 1.0, 0.0, 0
+
+
+@dataclass(frozen=True)
+class Calibrate(Policy):
+    """Compute every step and measure the magnitude ratio of each: what `Magnitude` needs."""
+
+    def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
+        return Decision(COMPUTE, reason="calibration")

@@ -1,0 +1,104 @@
+"""Rules that know only where a step lies: every n-th, inside a timestep range, or a given mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .base import COMPUTE, REUSE, Decision, Policy, Run, Step, interval_of, whole
+
+
+@dataclass(frozen=True)
+class Interval(Policy):
+    """Compute the warm-up, then every n-th step.
+
+    Computed: step < warmup, (step - phase) % n == 0, step >= stop. phase: None puts the next computed step
+    n after the last one of the warm-up. stop: computes everything from there on.
+    """
+
+    n: int = 5
+    phase: int | None = None
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "n", whole("Interval", "n", self.n, 1))
+        for name in ("phase", "stop"):
+            if getattr(self, name) is not None:
+                whole("Interval", name, getattr(self, name), 0)
+
+    def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
+        phase = self.phase if self.phase is not None else max((self.warmup or 0) - 1, 0)
+        if guard:
+            return Decision(COMPUTE, reason=guard)
+        if self.stop is not None and step.index >= self.stop:
+            return Decision(COMPUTE, reason="past stop")
+        due = (step.index - phase) % self.n == 0
+        return Decision(COMPUTE, reason="interval") if due else Decision(REUSE, reason="interval")
+
+
+@dataclass(frozen=True)
+class TimestepRange(Policy):
+    """Inside lo < timestep < hi compute only every n-th call; outside compute all.
+
+    The count runs from the start of the run, not from entry into the range.
+    conditional_only: reuse only in calls that see just the conditional half of a guidance batch.
+    Source: Pyramid Attention Broadcast (arXiv 2408.12588), FasterCache (arXiv 2410.19355), diffusers 0.42.1.
+    """
+
+    n: int = 2
+    timesteps: tuple[float, float] = (100, 800)
+    conditional_only: bool = False
+    needs_timestep = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "n", whole("TimestepRange", "n", self.n, 1))
+        object.__setattr__(
+            self, "timesteps", interval_of("TimestepRange", "timesteps", self.timesteps)
+        )
+
+    def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
+        lo, hi = self.timesteps
+        t = step.timestep
+        if guard:
+            return Decision(COMPUTE, t, reason=guard)
+        if t is None or not lo < t < hi:
+            return Decision(
+                COMPUTE, t, reason="outside the timestep range" if t is not None else "no timestep"
+            )
+        if step.index % self.n == 0:
+            return Decision(COMPUTE, t, reason="interval")
+        if self.conditional_only and not step.guidance_skipped:
+            return Decision(COMPUTE, t, reason="full guidance batch")
+        return Decision(REUSE, t, reason="interval")
+
+
+@dataclass(frozen=True)
+class Mask(Policy):
+    """Compute exactly the steps marked True (or 1); steps past the end compute.
+
+    compute: one entry per step.
+    """
+
+    compute: Sequence[bool | int] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.compute, str) or not hasattr(self.compute, "__iter__"):
+            raise TypeError(
+                f"Mask: compute is {self.compute!r}, must be a sequence of True and False"
+            )
+        marks = tuple(self.compute)
+        if not marks:
+            raise ValueError("Mask: compute is empty, must hold one entry per step")
+        if any(m not in (0, 1) for m in marks):
+            raise ValueError(
+                f"Mask: compute holds {next(m for m in marks if m not in (0, 1))!r}, must be 0 or 1"
+            )
+        object.__setattr__(self, "compute", tuple(bool(m) for m in marks))
+
+    def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
+        if guard or step.index >= len(self.compute):
+            return Decision(COMPUTE, reason=guard or "past the mask")
+        return Decision(COMPUTE if self.compute[step.index] else REUSE, reason="mask")
