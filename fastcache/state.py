@@ -1,0 +1,350 @@
+"""Cached tensors and the host facts about them, one State per (request, context).
+
+Storage is allocated once per shape, written in place and never rebound, so that compiled and captured
+code may hold its addresses. Whether it holds anything valid is a host fact kept beside it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .policies import Run
+from .predictors import Predictor
+
+_store = torch.ops.fastcache.residual_store_.default
+_apply = torch.ops.fastcache.residual_apply_.default
+_combine = torch.ops.fastcache.linear_combine_.default
+_update = torch.ops.fastcache.taylor_update_.default
+KERNEL_TERMS = 5
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A zeroed tensor that may be written in place in any mode and whose address compiled code may keep."""
+    with torch.inference_mode(False):
+        t = torch.zeros(shape, dtype=dtype, device=device)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.mark_static_address(t, guard=False)
+    return t
+
+
+class Timeline:
+    """Which steps a history holds, newest first; shared by all tensors that one rule caches."""
+
+    __slots__ = ("depth", "pushes", "rows", "staged", "steps")
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.staged: Staged | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        self.steps: tuple[int, ...] = ()
+        self.rows: tuple[int, ...] = ()
+        self.pushes = 0
+
+    def push(self, step: int) -> None:
+        """Record that every unit has stored its value for `step` in `next_row`."""
+        if self.depth:
+            self.rows = (self.next_row, *self.rows)[: self.depth]
+            self.steps = (step, *self.steps)[: self.depth]
+        self.pushes += 1
+
+    @property
+    def next_row(self) -> int:
+        return self.pushes % self.depth if self.depth else 0
+
+    def gap(self, step: int) -> int:
+        """Steps since the newest value; 1 where there is none or time stood still."""
+        return max(step - self.steps[0], 1) if self.steps else 1
+
+
+class Staged:
+    """The same facts as small device tensors, for compiled code: filled by the host before a step."""
+
+    __slots__ = ("order", "row", "scale", "weights")
+
+    def __init__(self, depth: int, device: torch.device) -> None:
+        depth = max(depth, 1)
+        self.weights = allocate((depth,), torch.float32, device)  # newest first
+        self.order = allocate((depth,), torch.int64, device)  # ring rows, newest first
+        self.row = allocate((1,), torch.int64, device)  # where the next value goes
+        self.scale = allocate(
+            (depth,), torch.float32, device
+        )  # per order: 1 / gap, or 0 where invalid
+
+
+def stage(timeline: Timeline, weights: Sequence[float], step: int, device: torch.device) -> None:
+    """Copy what compiled code needs for this step to the device; small, asynchronous, no wait."""
+    s = timeline.staged
+    if s is None:
+        s = timeline.staged = Staged(timeline.depth, device)
+    depth = len(s.weights)
+    rows = [*timeline.rows, *(r for r in range(depth) if r not in timeline.rows)]
+    s.order.copy_(torch.tensor(rows))
+    s.row.fill_(timeline.next_row)
+    s.weights.copy_(torch.tensor([*weights, *[0.0] * (depth - len(weights))], dtype=torch.float32))
+    held = len(timeline.steps)
+    s.scale.copy_(
+        torch.tensor(
+            [1.0 / timeline.gap(step) if j < held else 0.0 for j in range(depth)],
+            dtype=torch.float32,
+        )
+    )
+
+
+class Ring:
+    """The last `depth` raw values of one tensor, stacked in one buffer."""
+
+    __slots__ = ("buffer", "copies", "dtype", "timeline", "version", "views")
+
+    def __init__(self, value: Tensor, timeline: Timeline) -> None:
+        self.timeline, self.dtype = timeline, value.dtype
+        self.copies = False  # a consumer has written into what it was handed: hand out copies
+        self.buffer = allocate((timeline.depth, *value.shape), value.dtype, value.device)
+        self.views = list(self.buffer.unbind(0))
+
+    def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
+        """Keep y, or y - x, in the oldest row."""
+        if torch.compiler.is_compiling():
+            value = y if x is None else (y.float() - x.float()).to(self.dtype)
+            if self.timeline.depth == 1:
+                self.buffer.copy_(value[None])
+            else:
+                self.buffer.index_copy_(0, self.timeline.staged.row, value[None])
+            return
+        view = self.views[self.timeline.next_row]
+        if x is None:
+            view.copy_(y)
+        else:
+            _store(view, y, x)
+
+    def predict(self, base: Tensor | None, weights: Sequence[float]) -> Tensor:
+        """base + sum of weights * rows, newest first, as a new tensor."""
+        if torch.compiler.is_compiling():
+            return self._predict_compiled(base)
+        if base is None and weights == (1.0,) and self.timeline.depth == 1:
+            return self.views[0].clone() if self.copies else self.views[0].detach()
+        rows = [self.views[r] for r in self.timeline.rows[: len(weights)]]
+        return weighted(rows, weights, base, self.dtype)
+
+    def mark(self) -> None:
+        """Note the state of the buffer after a store."""
+        self.version = self.buffer._version
+
+    def intact(self) -> bool:
+        """Whether nobody has written into the buffer since; a plain reuse hands out the buffer itself."""
+        if self.timeline.depth > 1 or self.buffer._version == self.version:
+            return True
+        self.copies = True
+        return False
+
+    def _predict_compiled(self, base: Tensor | None) -> Tensor:
+        if self.timeline.depth == 1:
+            return (
+                self.buffer[0].clone()
+                if base is None
+                else (base.float() + self.buffer[0].float()).to(base.dtype)
+            )
+        s = self.timeline.staged
+        total = None if base is None else base.float()
+        for i in range(self.timeline.depth):
+            term = self.buffer.index_select(0, s.order[i : i + 1])[0].float() * s.weights[i]
+            total = term if total is None else total + term
+        return total.to(self.dtype if base is None else base.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.buffer]
+
+
+class Table:
+    """A difference table of one tensor, refreshed in place: TaylorSeer's factors."""
+
+    __slots__ = ("buffer", "dtype", "timeline", "views")
+
+    def __init__(self, value: Tensor, timeline: Timeline, dtype: torch.dtype | None) -> None:
+        self.timeline, self.dtype = timeline, value.dtype
+        self.buffer = allocate((timeline.depth, *value.shape), dtype or value.dtype, value.device)
+        self.views = list(self.buffer.unbind(0))
+
+    def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
+        value = y if x is None else y - x
+        if torch.compiler.is_compiling():
+            for factor, scale in zip(self.views, self.timeline.staged.scale.unbind(0), strict=True):
+                following = (value.float() - factor.float()) * scale
+                factor.copy_(value)
+                value = following
+            return
+        _update(self.views, value, 1.0 / self.timeline.gap(step), len(self.timeline.steps))
+
+    def predict(self, base: Tensor | None, weights: Sequence[float]) -> Tensor:
+        if torch.compiler.is_compiling():
+            total = None if base is None else base.float()
+            for factor, weight in zip(
+                self.views, self.timeline.staged.weights.unbind(0), strict=True
+            ):
+                term = factor.to(self.dtype).float() * weight
+                total = term if total is None else total + term
+            return total.to(self.dtype if base is None else base.dtype)
+        return weighted(self.views[: len(weights)], weights, base, self.dtype)
+
+    def mark(self) -> None:
+        """Nothing to note: a table is never handed out."""
+
+    def intact(self) -> bool:
+        return True
+
+    def tensors(self) -> list[Tensor]:
+        return [self.buffer]
+
+
+class Blank:
+    """No history: a skipped tensor becomes zeros of the same shape."""
+
+    __slots__ = ("device", "dtype", "shape")
+
+    def __init__(self, value: Tensor) -> None:
+        self.shape, self.dtype, self.device = value.shape, value.dtype, value.device
+
+    def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
+        """Nothing is kept."""
+
+    def predict(self, base: Tensor | None, weights: Sequence[float]) -> Tensor:
+        return (
+            torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            if base is None
+            else base.clone()
+        )
+
+    def mark(self) -> None:
+        """Nothing to note."""
+
+    def intact(self) -> bool:
+        return True
+
+    def tensors(self) -> list[Tensor]:
+        return []
+
+
+def make_store(predictor: Predictor, value: Tensor, timeline: Timeline) -> Ring | Table | Blank:
+    """The storage that a predictor needs for one tensor."""
+    if not predictor.depth:
+        return Blank(value)
+    return Table(value, timeline, predictor.dtype) if predictor.table else Ring(value, timeline)
+
+
+def weighted(
+    rows: list[Tensor], weights: Sequence[float], base: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """base + sum weights * rows in one launch (two beyond five terms); the sum alone without a base."""
+    if base is not None:
+        out = torch.empty_like(base, memory_format=torch.contiguous_format)
+        if len(rows) == 1 and weights[0] == 1.0:
+            _apply(out, base, rows[0])
+            return out
+        terms, factors = [base, *rows], [1.0, *weights]
+    else:
+        out = torch.empty_like(rows[0], dtype=dtype, memory_format=torch.contiguous_format)
+        terms, factors = list(rows), list(weights)
+    used = [i for i, w in enumerate(factors) if w != 0.0] or [0]
+    terms, factors = [terms[i] for i in used], [factors[i] for i in used]
+    _combine(out, terms[:KERNEL_TERMS], factors[:KERNEL_TERMS])
+    if len(terms) > KERNEL_TERMS:
+        _combine(out, [out, *terms[KERNEL_TERMS:]], [1.0, *factors[KERNEL_TERMS:]])
+    return out
+
+
+class Unit:
+    """One skippable value: a tensor, or the tensors of a tuple, and how to give it back.
+
+    first, last: number of the first and the latest uninterrupted store, to be held against the timeline.
+    """
+
+    __slots__ = ("extra", "first", "last", "streams", "template")
+
+    def __init__(self) -> None:
+        self.streams: list[Ring | Table | Blank] = []
+        self.template: Any = None
+        self.extra: Any = None
+        self.forget()
+
+    def forget(self) -> None:
+        self.first, self.last = 0, -1
+
+    def stored(self, pushes: int) -> None:
+        """Note the store that belongs to push number `pushes`."""
+        if self.last != pushes - 1:
+            self.first = pushes
+        self.last = pushes
+        for stream in self.streams:
+            stream.mark()
+
+    def ready(self, timeline: Timeline) -> bool:
+        """Whether every step that the timeline still holds is held here too."""
+        return (
+            self.last == timeline.pushes - 1
+            and self.first <= timeline.pushes - len(timeline.steps)
+            and all(stream.intact() for stream in self.streams)
+        )
+
+
+class State:
+    """All that is remembered for one (request, context)."""
+
+    __slots__ = (
+        "armed_step",
+        "ended",
+        "head",
+        "index",
+        "key",
+        "measured",
+        "runs",
+        "signature",
+        "step_timestep",
+        "timelines",
+        "timestep",
+        "total",
+        "units",
+    )
+
+    def __init__(self, key: tuple[Any, str], rules: int) -> None:
+        self.key = key
+        self.signature: Any = None
+        self.units: list[dict[Any, Unit]] = [{} for _ in range(rules)]
+        self.timelines: list[Timeline] = []
+        self.head: dict[str, Any] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a run: nothing of an earlier one can be read any more, buffers included."""
+        self.index = 0  # of the next step
+        self.total: int | None = None  # steps in the run, where known
+        self.timestep: float | None = None  # of the last step, as the run's clock reads it
+        self.step_timestep: float | None = None  # of the running step, as the rules read it
+        self.armed_step: int | None = None  # index of the running step
+        self.runs: list[Run] = []  # what each policy remembers
+        self.measured: list[Tensor] = []  # magnitude ratios of a calibration, on the device
+        self.head.pop("base", None)
+        self.head.pop("guided", None)
+        for timeline in self.timelines:
+            timeline.clear()
+        for units in self.units:
+            for unit in units.values():
+                unit.forget()
+                for stream in unit.streams:
+                    for t in stream.tensors():
+                        t.zero_()
+
+    def nbytes(self) -> int:
+        """Bytes of cached tensors."""
+        return sum(
+            t.numel() * t.element_size()
+            for units in self.units
+            for unit in units.values()
+            for stream in unit.streams
+            for t in stream.tensors()
+        ) + sum(t.numel() * t.element_size() for t in self.head.values() if isinstance(t, Tensor))

@@ -1,0 +1,82 @@
+"""What happened: one record per denoiser call, and its summary in words."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from .policies import COMPUTE, REUSE
+
+KEEP = 100_000  # records kept, so that a server that never resets does not grow
+
+
+class Record(NamedTuple):
+    """One denoiser call."""
+
+    request: Any
+    context: str
+    step: int
+    action: str  # "compute" or "reuse" (some rule reused)
+    signal: float | None  # what the rule looked at: relative change, accumulated error, timestep
+    threshold: float | None
+    reason: str
+    timestep: float | None = None
+    actions: tuple[str, ...] = ()  # one per rule
+    model: str = ""
+
+
+class Stats:
+    """Records in order of calls. Iterable, indexable; `computed` and `reused` count."""
+
+    def __init__(self) -> None:
+        self._records: deque[Record] = deque(maxlen=KEEP)
+
+    def add(self, record: Record) -> None:
+        self._records.append(record)
+
+    def clear(self) -> None:
+        self._records.clear()
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(tuple(self._records))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(self._records)[index] if isinstance(index, slice) else self._records[index]
+
+    def __repr__(self) -> str:
+        return f"Stats({self.computed} computed, {self.reused} reused)"
+
+    @property
+    def computed(self) -> int:
+        return sum(r.action == COMPUTE for r in self._records)
+
+    @property
+    def reused(self) -> int:
+        return sum(r.action == REUSE for r in self._records)
+
+    def lines(self) -> list[str]:
+        """The summary: totals, a strip per context, reasons."""
+        total = len(self._records)
+        if not total:
+            return ["no denoiser call yet"]
+        lines = [
+            f"{total} denoiser calls: {self.computed} computed, {self.reused} reused ({self.reused / total:.0%})"
+        ]
+        rows: dict[tuple, list[Record]] = {}
+        for r in self._records:
+            rows.setdefault((r.model, r.request, r.context), []).append(r)
+        for (model, request, context), records in list(rows.items())[:12]:
+            strip = "".join("C" if r.action == COMPUTE else "." for r in records[-60:])
+            lines.append(f"  {model} request {request!r}, context {context!r}: {strip}")
+        if len(rows) > 12:
+            lines.append(f"  ... and {len(rows) - 12} more contexts")
+        reasons = Counter((r.action, r.reason) for r in self._records)
+        lines += [
+            f"  {action:<7} {count:>5} x {reason}"
+            for (action, reason), count in reasons.most_common()
+        ]
+        return lines
