@@ -1,0 +1,197 @@
+"""Skipping the unconditional half of a batched guidance call.
+
+On a full call both halves run and the difference between them is kept, split into a low and a high
+frequency part as two real tensors. On a skipped call only the conditional half runs, and the other one is
+rebuilt as a weighted sum: no Fourier transform, one launch. Exact, since the mask that splits the
+spectrum is a linear projector symmetric in frequency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import parameter_names
+from ..policies import REUSE
+from ..state import State, allocate
+from .spec import Guidance
+
+_rebuild = torch.ops.fastcache.guidance_combine_.default
+
+
+class GuidanceTarget:
+    """The guidance batch of one model, bound to one rule of a recipe."""
+
+    def __init__(self, rule: int, model: nn.Module, where: Guidance, control: Any) -> None:
+        self.rule, self.model, self.where, self.control = rule, model, where, control
+        self.weights: tuple[float, ...] = ()
+        self.names = parameter_names(type(model).forward)
+        self.split: list[str] = []  # inputs cut in half at the last skipped call
+
+    def install(self) -> None:
+        """Nothing: the runtime calls `around`."""
+
+    def remove(self) -> None:
+        """Nothing was installed."""
+
+    def hooked(self) -> list[str]:
+        return ["unconditional half of the guidance batch"]
+
+    def begin(self) -> None:
+        """Called by the runtime before the model's forward."""
+
+    def finish(self) -> None:
+        """Called by the runtime after the model's forward."""
+
+    def ready(self, state: State) -> bool:
+        return "low" in state.head and state.head.get("guided", False)
+
+    def around(self, run: Callable, args: tuple, kwargs: dict) -> Any:
+        """The model's forward on the full batch, or on its conditional half with the other one rebuilt."""
+        state: State = self.control.state
+        if self.control.actions[self.rule] != REUSE:
+            output = run(*args, **kwargs)
+            value = first_tensor(output)
+            if value.shape[0] % 2:
+                raise ValueError(
+                    f"target: FasterCache's guidance half needs a batch [unconditional; conditional], the output "
+                    f"has batch {value.shape[0]}; run guidance batched, or leave the Guidance target out"
+                )
+            with torch.no_grad():
+                self._refresh(state, value.detach())
+            return output
+        batch = self._batch(args, kwargs)
+        args, kwargs = self._halved(args, kwargs, batch)
+        output = run(*args, **kwargs)
+        cond = first_tensor(output)
+        low, high = self._weights(state)
+        both = cond.new_empty((2 * cond.shape[0], *cond.shape[1:]))
+        with torch.no_grad():
+            _rebuild(both, cond.detach(), state.head["low"], state.head["high"], low, high)
+        return replace_first(output, both)
+
+    # --- inputs -------------------------------------------------------------------------------------------
+
+    def _batch(self, args: tuple, kwargs: dict) -> int:
+        first = kwargs.get("hidden_states", args[0] if args else None)
+        if not isinstance(first, Tensor):
+            first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        return first.shape[0]
+
+    def _halved(self, args: tuple, kwargs: dict, batch: int) -> tuple[tuple, dict]:
+        """The second half of every input that holds the full batch along its first dimension."""
+        self.split = []
+
+        def half(value: Any, name: str) -> Any:
+            if isinstance(value, Tensor):
+                if value.dim() and value.shape[0] == batch:
+                    self.split.append(name)
+                    return value[batch // 2 :]
+                return value
+            if isinstance(value, dict):
+                return {k: half(v, f"{name}.{k}") for k, v in value.items()}
+            if isinstance(value, list | tuple):
+                if len(value) == batch and all(
+                    isinstance(v, Tensor | list | tuple | None.__class__) for v in value
+                ):
+                    self.split.append(name)
+                    return type(value)(value[batch // 2 :])
+                if any(isinstance(v, Tensor) for v in value):
+                    return type(value)(half(v, name) for v in value)
+            return value
+
+        listed = self.where.inputs
+        take = lambda value, name: half(value, name) if listed is None or name in listed else value  # noqa: E731
+        names = [*self.names, *(f"argument {i}" for i in range(len(self.names), len(args)))]
+        return (
+            tuple(take(v, n) for v, n in zip(args, names, strict=False)),
+            {k: take(v, k) for k, v in kwargs.items()},
+        )
+
+    # --- the difference -----------------------------------------------------------------------------------
+
+    def _refresh(self, state: State, value: Tensor) -> None:
+        """Keep the low and the high frequency part of unconditional - conditional."""
+        uncond, cond = value.chunk(2)
+        head = state.head
+        if (
+            "low" not in head
+            or head["low"].shape != cond.shape
+            or head["low"].device != cond.device
+        ):
+            head["low"] = allocate(cond.shape, torch.float32, cond.device)
+            head["high"] = allocate(cond.shape, torch.float32, cond.device)
+        difference = uncond.float() - cond.float()
+        low = low_pass(difference, self.where)
+        head["low"].copy_(low)
+        head["high"].copy_(difference - low)
+        head["products"] = (1.0, 1.0)
+        head["guided"] = True
+
+    def _weights(self, state: State) -> tuple[float, float]:
+        now = (self._band(self.where.low, state), self._band(self.where.high, state))
+        if self.where.compounding:
+            before = state.head["products"]
+            now = (before[0] * now[0], before[1] * now[1])
+            state.head["products"] = now
+        return now
+
+    def _band(self, weight: Any, state: State) -> float:
+        if weight is None:
+            return 1.0
+        return float(weight(self.model, state.step_timestep)) if callable(weight) else float(weight)
+
+
+def low_pass(value: Tensor, where: Guidance) -> Tensor:
+    """The part of `value` inside a disc of radius min(H, W) // 5 around frequency zero, as a real tensor.
+
+    Transforms the last two dimensions of the layout `where.tensor_format`. Source: diffusers 0.42.1.
+    """
+    if where.tensor_format == "BSC":
+        grid = where.grid
+        if grid is None:
+            raise ValueError(
+                "tensor_format: the output is a token sequence; Guidance(tensor_format='BSC', grid=(height, width)) "
+                "needs its grid"
+            )
+        batch, tokens, channels = value.shape
+        spatial = value.movedim(2, 1).reshape(batch, channels, *grid)
+        return _disc(spatial).reshape(batch, channels, tokens).movedim(1, 2)
+    if value.dim() != len(where.tensor_format):
+        raise ValueError(
+            f"tensor_format: is {where.tensor_format!r}, but the model's output has shape {tuple(value.shape)}; "
+            "for token sequences [batch, tokens, channels] use fastcache.Guidance(tensor_format='BSC', grid=(...))"
+        )
+    return _disc(value)
+
+
+def _disc(value: Tensor) -> Tensor:
+    height, width = value.shape[-2:]
+    rows = torch.fft.fftfreq(height, 1.0 / height, device=value.device)[:, None]
+    columns = torch.fft.rfftfreq(width, 1.0 / width, device=value.device)[None, :]
+    radius = min(height, width) // 5
+    mask = rows**2 + columns**2 <= radius**2
+    return torch.fft.irfft2(torch.fft.rfft2(value) * mask, s=(height, width))
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The tensor of a model's output: itself, element 0, or its first field."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple | list):
+        return output[0]
+    return output["sample"] if "sample" in output else next(iter(output.values()))
+
+
+def replace_first(output: Any, value: Tensor) -> Any:
+    """The same container with its tensor replaced."""
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, tuple | list):
+        return type(output)((value, *output[1:]))
+    key = "sample" if "sample" in output else next(iter(output))
+    output[key] = value
+    return output

@@ -1,0 +1,181 @@
+"""Skipping chosen modules: their outputs are predicted instead of being computed.
+
+A module takes part by a subclass assigned to its `__class__`, so its hooks, parameters, name and
+compiled graphs stay its own; modules of one class share one subclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..policies import COMPUTE, REUSE
+from ..predictors import Extrapolate, Predictor
+from ..state import State, Unit
+
+NODE = "_fastcache_node"
+
+
+class Caching:
+    """Mixed into the class of a module while a cache is attached to it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        node = self.__dict__.get(NODE)
+        if node is None:  # a copy of the module without its cache
+            return super().forward(*args, **kwargs)
+        run = node.forward if node.forward is not None else super().forward
+        if not node.target.control.armed:
+            return run(*args, **kwargs)
+        return node.target.call(node, run, args, kwargs)
+
+
+_made: dict[type, type] = {}
+
+
+def caching_class(base: type) -> type:
+    """A subclass of a module class that caches; same name, one per base."""
+    if base not in _made:
+        _made[base] = type(
+            base.__name__,
+            (Caching, base),
+            {"__module__": base.__module__, "__qualname__": base.__qualname__},
+        )
+    return _made[base]
+
+
+class Node:
+    """One hooked module: its place in the state, and the forward that an outer library had put on it."""
+
+    __slots__ = ("forward", "key", "module", "name", "target")
+
+    def __init__(self, target: ModulesTarget, key: int, name: str, module: nn.Module) -> None:
+        self.target, self.key, self.name, self.module = target, key, name, module
+        self.forward: Callable | None = None
+
+
+class ModulesTarget:
+    """The chosen modules of one model, bound to one rule of a recipe."""
+
+    def __init__(
+        self,
+        rule: int,
+        modules: list[tuple[str, nn.Module]],
+        predictor: Predictor,
+        control: Any,
+        make_store: Callable[[Tensor, Any], Any],
+    ) -> None:
+        self.rule, self.predictor, self.control, self.make_store = (
+            rule,
+            predictor,
+            control,
+            make_store,
+        )
+        self.nodes = [Node(self, key, name, module) for key, (name, module) in enumerate(modules)]
+        self.weights: tuple[float, ...] = ()
+        self.per_module = isinstance(predictor, Extrapolate) and callable(predictor.weight)
+        self.conditional_half = False  # keep only the second half of a full guidance batch
+
+    def install(self) -> None:
+        for node in self.nodes:
+            module = node.module
+            node.forward = module.__dict__.pop("forward", None)
+            module.__dict__[NODE] = node
+            module.__class__ = caching_class(type(module))
+
+    def remove(self) -> None:
+        for node in self.nodes:
+            module = node.module
+            if module.__dict__.pop(NODE, None) is None:
+                continue
+            if isinstance(module, Caching):
+                module.__class__ = type(module).__mro__[2]
+            if node.forward is not None:
+                module.__dict__["forward"], node.forward = node.forward, None
+
+    def hooked(self) -> list[str]:
+        return [node.name for node in self.nodes]
+
+    def begin(self) -> None:
+        """Called by the runtime before the model's forward."""
+
+    def finish(self) -> None:
+        """Called by the runtime after the model's forward."""
+
+    def ready(self, state: State) -> bool:
+        """Whether a step can be reused from this state; each module is checked again when it is called."""
+        return state.timelines[self.rule].pushes > 0 and bool(state.units[self.rule])
+
+    def call(self, node: Node, run: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run a module, or predict what it would return. Traced by torch.compile."""
+        control = self.control
+        state: State = control.state
+        timeline = state.timelines[self.rule]
+        unit = state.units[self.rule].get(node.key)
+        traced = torch.compiler.is_compiling()
+        action = control.actions[self.rule]
+        if action == REUSE and unit is not None and (traced or unit.ready(timeline)):
+            weights = self.weights
+            if self.per_module and not traced:
+                weights = self.predictor.weights(timeline.steps, state.armed_step, node.module)
+            output = self._predict(unit, weights)
+            if self.predictor.feeds_back:
+                self._store(unit, output, state, traced)
+            return output
+        output = run(*args, **kwargs)
+        if action == COMPUTE:
+            if unit is None:
+                unit = state.units[self.rule][node.key] = self._unit(output, timeline)
+            self._store(unit, output, state, traced)
+        return output
+
+    def _predict(self, unit: Unit, weights: tuple[float, ...]) -> Any:
+        if unit.template is None:
+            return unit.streams[0].predict(None, weights)
+        leaves, spec = unit.template
+        streams = iter(unit.streams)
+        return tree_unflatten(
+            [next(streams).predict(None, weights) if leaf is Tensor else leaf for leaf in leaves],
+            spec,
+        )
+
+    def _unit(self, output: Any, timeline: Any) -> Unit:
+        unit = Unit()
+        leaves, spec = tree_flatten(output)
+        if not isinstance(output, Tensor):
+            unit.template = ([Tensor if isinstance(v, Tensor) else v for v in leaves], spec)
+        unit.streams = [
+            self.make_store(self._kept(v).detach(), timeline)
+            for v in leaves
+            if isinstance(v, Tensor)
+        ]
+        return unit
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """The conditional half of a full guidance batch, where only that will be asked for."""
+        if self.conditional_half and self.control.batch == "full":
+            return value[value.shape[0] // 2 :]
+        return value
+
+    def _store(self, unit: Unit, output: Any, state: State, traced: bool) -> None:
+        values = (
+            [output]
+            if unit.template is None
+            else [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
+        )
+        pushes = state.timelines[self.rule].pushes
+        if not traced:
+            if unit.last == pushes:  # called twice in one step: not one value, so never reused
+                unit.extra = "shared"
+            if unit.extra == "shared":
+                unit.forget()
+                return
+        step = state.armed_step or 0
+        with torch.no_grad():
+            for stream, value in zip(unit.streams, values, strict=True):
+                stream.store(self._kept(value).detach(), None, step)
+        if not traced:
+            unit.stored(pushes)

@@ -1,0 +1,88 @@
+"""Where to skip, as users write it. `bind.py` finds the modules that are meant. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """A unit that can be skipped."""
+
+
+@dataclass(frozen=True)
+class Stack(Target):
+    """The residual of all transformer blocks (after the first one, where the rule looks at that one)."""
+
+
+@dataclass(frozen=True)
+class Modules(Target):
+    """Modules chosen by name, their outputs predicted.
+
+    patterns: regular expressions of dotted names; None means the model's own of that kind.
+    match: "search" anywhere in the name, or "full". kind: "attention", "spatial", "temporal" or "cross"
+    keeps only attention modules of that kind; "any" takes every module.
+    defaults: the patterns are a method's documented defaults: where they match nothing on this model, or
+    misfire, the model's adapter decides.
+    exclude: patterns of modules left out.
+    """
+
+    patterns: tuple[str, ...] | None = None
+    match: str = "search"
+    kind: str = "attention"
+    defaults: bool = False
+    exclude: tuple[str, ...] = ()
+    label: str = "modules"
+
+    def __post_init__(self) -> None:
+        if self.match not in ("search", "full"):
+            raise ValueError(f"Modules: match is {self.match!r}, must be 'search' or 'full'")
+        if self.kind not in ("attention", "spatial", "temporal", "cross", "any"):
+            raise ValueError(
+                f"Modules: kind is {self.kind!r}, must be 'attention', 'spatial', 'temporal', 'cross' or 'any'"
+            )
+        for name in ("patterns", "exclude"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, identifiers("Modules", name, value))
+        if self.patterns is None and self.kind == "any":
+            raise ValueError(
+                "Modules: patterns is None and kind is 'any'; say which modules with patterns=(...)"
+            )
+
+
+@dataclass(frozen=True)
+class Guidance(Target):
+    """The unconditional half of a batched guidance call.
+
+    inputs: names of the inputs that hold both halves along dimension 0; None splits every tensor whose
+    first dimension is the batch. tensor_format: layout of the model's output, "BCFHW", "BFCHW", "BCHW" or
+    "BSC" for token sequences with `grid`. grid: (frames, height, width) or (height, width) of "BSC".
+    low, high: callables (timestep) -> weight of the two frequency bands. compounding: the k-th skip in a
+    row multiplies its weights k times, as diffusers 0.42.1 does.
+    """
+
+    inputs: tuple[str, ...] | None = None
+    tensor_format: str = "BCFHW"
+    grid: tuple[int, ...] | None = None
+    low: object = None
+    high: object = None
+    compounding: bool = True
+
+
+def identifiers(owner: str, name: str, value: object) -> tuple[str, ...]:
+    """`value` as a tuple of valid regular expressions; a TypeError or ValueError that names the field."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{owner}: {name} is {value!r}, must be a sequence of regular expressions")
+    for pattern in value:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{owner}: {name} holds {pattern!r}, must hold strings")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{owner}: {name} holds {pattern!r}, not a regular expression: {error}"
+            ) from error
+    return tuple(value)
