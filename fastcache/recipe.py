@@ -1,0 +1,220 @@
+"""A recipe: when to skip, what stands in, where. And the plan it gives for a run, where that is known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .policies import COMPUTE, REUSE, FirstBlock, Policy, Step, TimestepRange
+from .policies.base import whole
+from .predictors import Extrapolate, Predictor, Reuse, TaylorTable, Zeros
+from .targets.spec import Guidance, Modules, Stack, Target
+
+# What a forecast needs that plain reuse does not, measured on the shipped model (docs/architecture.md).
+FORECAST_GUARDS = {"warmup": 4, "max_skips": 0, "last": True}
+REUSE_GUARDS = {"warmup": 0, "max_skips": 0, "last": False}
+
+# Combinations that make no sense, and why: (kind of when, of what, of where) with None for any.
+REFUSED: tuple[tuple[type | None, type | None, type | None, str], ...] = (
+    (
+        FirstBlock,
+        None,
+        Modules,
+        "FirstBlock decides after the first block has run; its target is Stack()",
+    ),
+    (
+        FirstBlock,
+        None,
+        Guidance,
+        "FirstBlock decides after the first block has run; its target is Stack()",
+    ),
+    (
+        None,
+        Zeros,
+        Stack,
+        "Zeros in place of the whole stack would drop the image; use Reuse() or Taylor()",
+    ),
+    (
+        None,
+        Extrapolate,
+        Stack,
+        "Extrapolate is FasterCache's rule for attention; for a stack use Taylor(order=1)",
+    ),
+    (
+        None,
+        TaylorTable,
+        Stack,
+        "TaylorTable is diffusers' form for modules; for a stack use Taylor(order=...)",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of a recipe."""
+
+    when: Policy
+    what: Predictor
+    where: Target
+
+
+@dataclass(frozen=True, init=False)
+class Recipe:
+    """When × what × where. Recipes add up: `a + b` applies both to one model.
+
+    when: a policy (`FirstBlock`, `Magnitude`, `Interval`, `TimestepRange`, `Mask`). what: a predictor
+    (`Reuse`, `Taylor`, ...). where: a target (`Stack`, `Modules`, `Guidance`).
+    Guards left at None on the policy become, for a forecasting predictor, a warm-up of 4 computed steps
+    and a computed last step; for plain reuse none.
+    Raises TypeError or ValueError that names the field.
+    """
+
+    rules: tuple[Rule, ...]
+    name: str
+
+    def __init__(
+        self, when: Policy, what: Predictor | None = None, where: Target | None = None
+    ) -> None:
+        what, where = what if what is not None else Reuse(), where if where is not None else Stack()
+        for field, value, kind, example in (
+            ("when", when, Policy, "fastcache.FirstBlock(0.1)"),
+            ("what", what, Predictor, "fastcache.Taylor(order=1)"),
+            ("where", where, Target, "fastcache.Stack()"),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(
+                    f"Recipe: {field} is {value!r}, must be a {kind.__name__} such as {example}"
+                )
+        for policy, predictor, target, reason in REFUSED:
+            if all(
+                kind is None or isinstance(value, kind)
+                for kind, value in ((policy, when), (predictor, what), (target, where))
+            ):
+                raise ValueError(f"Recipe: when, what and where do not go together: {reason}")
+        when = when.guarded(**(FORECAST_GUARDS if what.forecasts else REUSE_GUARDS))
+        object.__setattr__(self, "rules", (Rule(when, what, where),))
+        object.__setattr__(self, "name", "Recipe")
+
+    @property
+    def when(self) -> Policy:
+        return self.rules[0].when
+
+    @property
+    def what(self) -> Predictor:
+        return self.rules[0].what
+
+    @property
+    def where(self) -> Target:
+        return self.rules[0].where
+
+    def __add__(self, other: Recipe) -> Recipe:
+        if not isinstance(other, Recipe):
+            return NotImplemented
+        return Recipe.of((*self.rules, *other.rules), self.name)
+
+    @classmethod
+    def of(cls, rules: Sequence[Rule], name: str = "Recipe") -> Recipe:
+        """A recipe of several rules. Raises ValueError where they cannot share a model."""
+        stacks = [r for r in rules if isinstance(r.where, Stack)]
+        if not rules:
+            raise ValueError("Recipe: no rule, give at least one when × what × where")
+        if len(stacks) > 1 or (stacks and any(isinstance(r.where, Modules) for r in rules)):
+            raise ValueError(
+                "Recipe: where: a Stack skips every block, so no second Stack and no Modules inside it can be "
+                "combined with it; a Guidance target can"
+            )
+        if sum(isinstance(r.where, Guidance) for r in rules) > 1:
+            raise ValueError("Recipe: where: only one Guidance target makes sense")
+        recipe = object.__new__(cls)
+        object.__setattr__(recipe, "rules", tuple(rules))
+        object.__setattr__(recipe, "name", name)
+        return recipe
+
+    @property
+    def needs_signal(self) -> bool:
+        """Whether a decision reads the device."""
+        return any(r.when.needs_signal for r in self.rules)
+
+    def plan(self, num_inference_steps: int, timesteps: Sequence[float] | None = None) -> Plan:
+        """The whole schedule before step 0.
+
+        num_inference_steps: denoiser calls per context. timesteps: of the run, in the model's scale, for
+        rules on timesteps; evenly spaced from 1000 down to 1000 / n where not given.
+        Raises ValueError for recipes that decide on data of the run.
+        """
+        n = whole("plan", "num_inference_steps", num_inference_steps, 1)
+        for rule in self.rules:
+            if rule.when.needs_signal:
+                raise ValueError(
+                    f"plan: {type(rule.when).__name__} decides on what the first block returns, so its schedule "
+                    "exists only after the run; see cache.stats"
+                )
+        times = (
+            list(timesteps) if timesteps is not None else [1000.0 * (n - i) / n for i in range(n)]
+        )
+        if len(times) != n:
+            raise ValueError(
+                f"plan: timesteps has {len(times)} entries for num_inference_steps={n}"
+            )
+        runs = [rule.when.begin(n) for rule in self.rules]
+        rows: list[list[str]] = [[] for _ in self.rules]
+        for i in range(n):
+            skipped = False
+            for k, rule in enumerate(self.rules):
+                step = Step(i, n, times[i], None, skipped)
+                action = rule.when.decide(runs[k], step).action
+                rows[k].append(action)
+                skipped |= isinstance(rule.where, Guidance) and action == REUSE
+        return Plan(tuple(map(tuple, rows)), tuple(_label(r) for r in self.rules))
+
+
+def _label(rule: Rule) -> str:
+    return f"{type(rule.when).__name__} x {type(rule.what).__name__} x {type(rule.where).__name__}"
+
+
+@dataclass(frozen=True)
+class Plan(Sequence):
+    """The actions of a run, one row per rule. As a sequence: per step "reuse" if any rule reuses."""
+
+    rows: tuple[tuple[str, ...], ...]
+    labels: tuple[str, ...]
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        return tuple(
+            REUSE if REUSE in column else COMPUTE for column in zip(*self.rows, strict=True)
+        )
+
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """Indices of the steps on which nothing is reused."""
+        return tuple(i for i, action in enumerate(self.actions) if action == COMPUTE)
+
+    def digest(self) -> str:
+        """A hash that ranks can compare."""
+        return hashlib.sha256(repr(self.rows).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.actions[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.actions)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.labels))
+        lines = [f"{len(self.computed)} of {len(self)} steps computed (C), the others reused (.)"]
+        lines += [
+            f"{label:<{width}}  " + "".join("C" if a == COMPUTE else "." for a in row)
+            for label, row in zip(self.labels, self.rows, strict=True)
+        ]
+        return "\n".join(lines)
+
+
+def needs_timestep(recipe: Recipe) -> bool:
+    """Whether some rule decides on timesteps."""
+    return any(isinstance(r.when, TimestepRange) for r in recipe.rules)
