@@ -1,0 +1,56 @@
+"""fastcache: a kernel-accelerated cache runtime for diffusion transformers.
+
+import fastcache
+cache = fastcache.enable(pipe, fastcache.FirstBlockCacheConfig(threshold=0.12))
+"""
+
+from . import ops  # registers the ops; everything else uses them
+from .adapters import Block, BlockAdapter, register_adapter
+from .configs import (
+    FLUX_MAG_RATIOS,
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from .dispatch import backend, backends
+from .policies import FirstBlock, Interval, Magnitude, Mask, TimestepRange
+from .predictors import Extrapolate, Reuse, Taylor, TaylorTable, Zeros
+from .recipe import Plan, Recipe
+from .runtime import Cache, enable
+from .targets.spec import Guidance, Modules, Stack
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FLUX_MAG_RATIOS",
+    "Block",
+    "BlockAdapter",
+    "Cache",
+    "Extrapolate",
+    "FasterCacheConfig",
+    "FirstBlock",
+    "FirstBlockCacheConfig",
+    "Guidance",
+    "Interval",
+    "MagCacheConfig",
+    "Magnitude",
+    "Mask",
+    "Modules",
+    "Plan",
+    "PyramidAttentionBroadcastConfig",
+    "Recipe",
+    "Reuse",
+    "Stack",
+    "Taylor",
+    "TaylorSeerCacheConfig",
+    "TaylorTable",
+    "TimestepRange",
+    "Zeros",
+    "backend",
+    "backends",
+    "enable",
+    "ops",
+    "register_adapter",
+]

@@ -1,0 +1,720 @@
+"""The runtime: recognises runs and steps, asks the policies, drives the targets, undoes everything."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, signal
+from .adapters import BlockAdapter, adapter_for, parameter_names
+from .configs import Config, resolve
+from .policies import COMPUTE, REUSE, Decision, Step
+from .policies.base import real
+from .policies.magnitude import Calibrate
+from .recipe import Recipe, Rule
+from .state import State, Timeline
+from .stats import Record, Stats
+from .targets.bind import bind
+from .targets.guidance import GuidanceTarget
+from .targets.stack import StackTarget, first_residual, keep_residual
+
+PENDING = "pending"  # the action of a rule that decides after the first block has run
+DENOISERS = ("transformer", "transformer_2", "transformer_3")
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time")
+MARK = "_fastcache"
+POOL = 8  # storages of finished requests kept for the next ones
+_UNSET = object()
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a context says about the denoiser call inside it."""
+
+    name: str = "default"
+    request: Any = 0
+    step_index: int | None = None
+    num_inference_steps: int | None = None
+    timestep: float | None = None
+    sigma: float | None = None
+
+
+IMPLICIT = Call()
+
+
+class Frame:
+    """An open context of one cache; frames nest."""
+
+    __slots__ = ("cache", "call", "outer")
+
+    def __init__(self, cache: Cache, call: Call, outer: Frame | None) -> None:
+        self.cache, self.call, self.outer = cache, call, outer
+
+
+_frames: ContextVar[Frame | None] = ContextVar("fastcache_frames", default=None)
+
+
+class Control:
+    """The only object that traced code reads: whether a call is armed, its state and the actions."""
+
+    __slots__ = ("actions", "armed", "batch", "state")
+
+    def __init__(self, rules: int) -> None:
+        self.armed = False
+        self.state: State | None = None
+        self.actions: list[str] = [COMPUTE] * rules
+        self.batch = "full"  # "half" while the unconditional half is skipped
+
+
+class Denoiser:
+    """One model with the rules bound to it."""
+
+    def __init__(
+        self, cache: Cache, name: str, model: nn.Module, recipe: Recipe, adapter: BlockAdapter
+    ) -> None:
+        self.cache, self.name, self.model, self.recipe = cache, name, model, recipe
+        self.control = Control(len(recipe.rules))
+        self.states: dict[tuple[Any, str], State] = {}
+        self.pool: list[State] = []
+        self.lock = threading.RLock()
+        self.original: Callable[..., Any] = model.forward
+        names = parameter_names(type(model).forward)
+        self.timestep_name = next((n for n in TIMESTEP_NAMES if n in names), None)
+        self.timestep_at = names.index(self.timestep_name) if self.timestep_name else -1
+        self.ascending = False  # the model's timesteps grow during a run
+        self.rises = 0
+        self._saved: list[tuple[str, Any]] = []
+        taken: set[int] = set()
+        self.targets = [
+            bind(
+                model,
+                rule.where,
+                i,
+                rule.what,
+                int(rule.when.needs_signal),
+                adapter,
+                self.control,
+                taken,
+            )
+            for i, rule in enumerate(recipe.rules)
+        ]
+        self.guidance = next((t for t in self.targets if isinstance(t, GuidanceTarget)), None)
+        for i, (rule, target) in enumerate(zip(recipe.rules, self.targets, strict=True)):
+            if isinstance(target, StackTarget):
+                target.judge = functools.partial(self._judge, i, rule, target)
+                target.measure = isinstance(rule.when, Calibrate)
+            elif self.guidance is not None and target is not self.guidance:
+                target.conditional_half = getattr(rule.when, "conditional_only", False)
+
+    # --- installing ---------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Hook the model. What was done is undone by `remove`, also after a failure half way."""
+        model = self.model
+        self._put("forward", self._shell())
+        if callable(getattr(type(model), "cache_context", None)):
+            self._put("cache_context", self._cache_context(model.cache_context))
+        if callable(getattr(type(model), "_reset_stateful_cache", None)):
+            self._put("_reset_stateful_cache", self._reset_event(model._reset_stateful_cache))
+        self._put(MARK, self)
+        for target in self.targets:
+            target.install()
+
+    def remove(self) -> None:
+        for target in reversed(self.targets):
+            target.remove()
+        while self._saved:
+            name, before = self._saved.pop()
+            if before is _UNSET:
+                self.model.__dict__.pop(name, None)
+            else:
+                self.model.__dict__[name] = before
+        self.states.clear()
+        self.pool.clear()
+        self.control.state = None
+
+    def _put(self, name: str, value: Any) -> None:
+        self._saved.append((name, self.model.__dict__.get(name, _UNSET)))
+        self.model.__dict__[name] = value
+
+    def _shell(self) -> Callable[..., Any]:
+        original = self.original
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.call(args, kwargs)
+
+        return forward
+
+    def _cache_context(self, original: Callable) -> Callable:
+        """The model's own cache_context, which also opens ours: pipelines drive the cache through it."""
+
+        @functools.wraps(original)
+        @contextlib.contextmanager
+        def cache_context(name: str, **fields: Any) -> Iterator[None]:
+            known = {
+                k: fields[k]
+                for k in ("step_index", "num_inference_steps", "timestep", "sigma")
+                if k in fields
+            }
+            with (
+                self.cache.context(name, request=self.cache._request(), **known),
+                original(name, **fields),
+            ):
+                yield
+
+        return cache_context
+
+    def _reset_event(self, original: Callable) -> Callable:
+        """The model's own reset, which pipelines call at the end of a run."""
+
+        @functools.wraps(original)
+        def reset(*args: Any, **kwargs: Any) -> Any:
+            self.reset(self.cache._request())
+            return original(*args, **kwargs)
+
+        return reset
+
+    # --- one call -----------------------------------------------------------------------------------------
+
+    def call(self, args: tuple, kwargs: dict) -> Any:
+        """The model's forward with the cache in charge."""
+        control = self.control
+        with self.lock:
+            if control.armed:  # the model calls itself inside its own forward
+                return self.original(*args, **kwargs)
+            call = self.cache._call()
+            state, step = self._arm(call, args, kwargs)
+            try:
+                control.armed = True
+                for target in self.targets:
+                    target.begin()
+                with self.cache._backend():
+                    if self.guidance is not None:
+                        output = self.guidance.around(self.original, args, kwargs)
+                    else:
+                        output = self.original(*args, **kwargs)
+                    for target in self.targets:
+                        target.finish()
+            except BaseException:
+                self.abandon(call.request)
+                raise
+            finally:
+                control.armed = False
+            self._commit(state, step)
+            return output
+
+    def _arm(self, call: Call, args: tuple, kwargs: dict) -> tuple[State, Step]:
+        """Find the state, notice whether a run begins, and decide what can be decided beforehand."""
+        self._refuse_training()
+        key = (call.request, call.name)
+        state = self.states.get(key)
+        if state is None:
+            state = self.states[key] = self._new_state(key)
+        shape = call_signature(args, kwargs)
+        if state.signature != shape:
+            self._adopt(state, shape)
+        clock = self._clock(call, args, kwargs)
+        index = self._index(state, call, clock)
+        if not state.runs:
+            state.total = call.num_inference_steps or self._planned_total()
+            state.runs = [rule.when.begin(state.total) for rule in self.recipe.rules]
+        elif call.num_inference_steps is not None:
+            state.total = call.num_inference_steps
+        ruled = self._rule_timestep(call, clock)
+        state.armed_step, state.timestep, state.step_timestep = index, clock, ruled
+        control = self.control
+        control.state, control.batch = state, "full"
+        step = Step(index, state.total, ruled, call.sigma)
+        self.decisions: list[Decision] = []
+        for i, rule in enumerate(self.recipe.rules):
+            decision = self._decide(i, rule, state, step)
+            self.decisions.append(decision)
+            control.actions[i] = decision.action
+            if self.targets[i] is self.guidance and decision.action == REUSE:
+                step = step._replace(guidance_skipped=True)
+                control.batch = "half"
+        return state, step
+
+    def _decide(self, i: int, rule: Rule, state: State, step: Step) -> Decision:
+        if rule.when.needs_signal:
+            return Decision(PENDING)
+        decision = rule.when.decide(state.runs[i], step)
+        if decision.action == REUSE:
+            return self._confirmed(i, rule, state, step, decision)
+        return decision
+
+    def _confirmed(
+        self, i: int, rule: Rule, state: State, step: Step, decision: Decision
+    ) -> Decision:
+        """A wish to reuse, granted where there is something valid to reuse."""
+        target = self.targets[i]
+        if not target.ready(state):
+            rule.when.computed(state.runs[i], step)
+            return decision._replace(action=COMPUTE, reason="nothing valid to reuse")
+        if (
+            rule.what.depth
+            and not getattr(target, "per_module", False)
+            and target is not self.guidance
+        ):
+            target.weights = rule.what.weights(state.timelines[i].steps, step.index)
+        return decision
+
+    def _judge(self, i: int, rule: Rule, target: StackTarget, hidden: Tensor, x: Tensor) -> None:
+        """The decision of a rule that looks at the first block, taken inside the model's forward."""
+        state, control = self.control.state, self.control
+        if not rule.when.needs_signal:
+            return
+        change = first_residual(state, hidden, x, self.cache.process_group)
+        step = Step(state.armed_step, state.total, state.step_timestep)
+        decision = rule.when.decide(state.runs[i], step, change)
+        if decision.action == REUSE:
+            decision = self._confirmed(i, rule, state, step, decision)
+        self.decisions[i] = decision
+        control.actions[i] = decision.action
+
+    def _commit(self, state: State, step: Step) -> None:
+        """Account for a step that went well."""
+        for i, rule in enumerate(self.recipe.rules):
+            computed = self.decisions[i].action == COMPUTE
+            if computed or rule.what.feeds_back:
+                state.timelines[i].push(step.index)
+            if computed and rule.when.needs_signal:
+                keep_residual(state)
+        state.index = step.index + 1
+        decision = self._leading(self.decisions)
+        if decision.reason == "past the calibrated steps":
+            self.cache._warn_once(
+                f"fastcache: step {step.index} lies past the {step.total} steps of num_inference_steps; "
+                "such steps are computed. Give the run's length with cache.context(num_inference_steps=...)"
+            )
+        actions = tuple(d.action for d in self.decisions)
+        self.cache.stats.add(
+            Record(
+                state.key[0],
+                state.key[1],
+                step.index,
+                decision.action,
+                decision.signal,
+                decision.threshold,
+                decision.reason,
+                step.timestep,
+                actions,
+                self.name,
+            )
+        )
+
+    @staticmethod
+    def _leading(decisions: list[Decision]) -> Decision:
+        """The decision that a record shows: the first that reuses, else the first."""
+        return next((d for d in decisions if d.action == REUSE), decisions[0])
+
+    # --- runs and steps -----------------------------------------------------------------------------------
+
+    def _new_state(self, key: tuple[Any, str]) -> State:
+        state = State(key, len(self.recipe.rules))
+        state.timelines = [Timeline(rule.what.depth) for rule in self.recipe.rules]
+        return state
+
+    def _adopt(self, state: State, shape: tuple) -> None:
+        """Begin a run with storage of this shape, taken from the pool where there is some."""
+        if state.signature is not None:
+            self._release(state)
+        spare = next((s for s in self.pool if s.signature == shape), None)
+        if spare is not None:
+            self.pool.remove(spare)
+            state.units, state.timelines, state.head = spare.units, spare.timelines, spare.head
+        else:
+            fresh = self._new_state(state.key)
+            state.units, state.timelines, state.head = fresh.units, fresh.timelines, fresh.head
+        state.signature = shape
+        state.restart()
+
+    def _release(self, state: State) -> None:
+        """Give a state's storage to the pool, emptied."""
+        if state.signature is None or not any(state.units):
+            return
+        spare = State(state.key, 0)
+        spare.units, spare.timelines, spare.head = state.units, state.timelines, state.head
+        spare.signature = state.signature
+        spare.restart()
+        self.pool.append(spare)
+        del self.pool[:-POOL]
+
+    def _index(self, state: State, call: Call, clock: float | None) -> int:
+        """The index of this step; restarts the state where a new run begins."""
+        started = state.index > 0
+        if call.step_index is not None:
+            last = state.index - 1
+            if started and call.step_index == last and last > 0:
+                raise ValueError(
+                    f"step_index {last} came twice for request {call.request!r}, context {call.name!r}: a second "
+                    "call at the same step is another branch, give it a name of its own, as in "
+                    "cache.context('uncond', step_index=...)"
+                )
+            if started and call.step_index <= last:
+                state.restart()
+            return call.step_index
+        if started and self._run_is_over(state, call, clock):
+            state.restart()
+        return state.index
+
+    def _run_is_over(self, state: State, call: Call, clock: float | None) -> bool:
+        total = call.num_inference_steps or state.total
+        complete = total is not None and state.index >= total
+        if clock is None or state.timestep is None or clock == state.timestep:
+            return complete
+        turned = clock < state.timestep if self.ascending else clock > state.timestep
+        if not turned:
+            self.rises = 0
+            return False
+        self.rises = self.rises + 1 if state.index == 1 else 0
+        if (
+            self.rises >= 2
+        ):  # twice in a row right after a first step: time runs upwards in this model
+            self.ascending, self.rises = not self.ascending, 0
+            return False
+        return True
+
+    def _clock(self, call: Call, args: tuple, kwargs: dict) -> float | None:
+        """The timestep by which runs are told apart: the context's, or the model's own argument.
+
+        An argument on an accelerator is read (one wait) only where nothing else tells runs apart.
+        """
+        if call.timestep is not None:
+            return call.timestep
+        if call.step_index is not None:
+            return None
+        value = kwargs.get(self.timestep_name) if self.timestep_name else None
+        if value is None and 0 <= self.timestep_at < len(args):
+            value = args[self.timestep_at]
+        if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+            return None
+        if isinstance(value, Tensor) and (
+            not value.numel()
+            or (value.device.type != "cpu" and (call.num_inference_steps or self.cache.evented))
+        ):
+            return None
+        number = signal.scalar(value)
+        return number if math.isfinite(number) else None
+
+    def _rule_timestep(self, call: Call, clock: float | None) -> float | None:
+        """The timestep that rules on timesteps see: the config's callback, read once per step."""
+        callback = self.cache.timestep_callback
+        if callback is None:
+            return call.timestep if call.timestep is not None else clock
+        value = callback()
+        return None if value is None else signal.scalar(value)
+
+    def _planned_total(self) -> int | None:
+        return next(
+            (n for r in self.recipe.rules if (n := getattr(r.when, "num_inference_steps", None))),
+            None,
+        )
+
+    def _refuse_training(self) -> None:
+        if not (torch.is_grad_enabled() and self.model.training):
+            return
+        if any(p.requires_grad for p in self.model.parameters()):
+            raise RuntimeError(
+                "fastcache: the model is in training mode with gradients on; a cached step has no gradient. "
+                "Call model.eval(), run under torch.no_grad(), or cache.disable() first"
+            )
+
+    def abandon(self, request: Any) -> None:
+        """Forget all contexts of a request: an exception passed through one of its calls."""
+        for key, state in self.states.items():
+            if key[0] == request:
+                state.restart()
+
+    def reset(self, request: Any = _UNSET) -> None:
+        """Forget the runs of one request, or all; their storage serves the next ones."""
+        for key in [k for k in self.states if request is _UNSET or k[0] == request]:
+            self._release(self.states.pop(key))
+        if request is _UNSET:
+            self.ascending, self.rises = False, 0
+
+    def nbytes(self) -> int:
+        return sum(s.nbytes() for s in (*self.states.values(), *self.pool))
+
+
+class Cache:
+    """A cache attached to one model or to every denoiser of a pipeline; made by `fastcache.enable`."""
+
+    def __init__(
+        self,
+        target: Any,
+        config: Any,
+        adapter: BlockAdapter | None,
+        backend: str,
+        process_group: Any,
+    ) -> None:
+        dispatch.check_backend(backend)
+        if adapter is not None and not isinstance(adapter, BlockAdapter):
+            raise TypeError(
+                f"adapter is {type(adapter).__name__}, must be a fastcache.BlockAdapter or None"
+            )
+        models = denoisers_of(target)
+        for name, model in models:
+            if MARK in model.__dict__:
+                raise ValueError(
+                    f"target: {name} is already enabled; call cache.update(config) to change its settings or "
+                    "cache.disable() first"
+                )
+        self.target, self.backend, self.process_group = target, backend, process_group
+        self.adapter = adapter
+        self.evented = not isinstance(target, nn.Module)  # a pipeline announces the end of its runs
+        self.stats = Stats()
+        self.denoisers: list[Denoiser] = []
+        self._warned: set[str] = set()
+        self._models = models
+        self._attach(config)
+
+    def _attach(self, config: Any) -> None:
+        recipe, own = resolve(config)
+        callback = self._callback(own)
+        warning = getattr(own, "warning", None)
+        denoisers = [
+            Denoiser(self, name, model, recipe, self.adapter or adapter_for(model))
+            for name, model in self._models
+        ]
+        try:
+            for denoiser in denoisers:
+                denoiser.install()
+        except BaseException:
+            for denoiser in denoisers:
+                denoiser.remove()
+            raise
+        if warning:
+            warnings.warn(warning, stacklevel=4)
+        self.recipe, self.config, self.timestep_callback = recipe, own, callback
+        self.denoisers = denoisers
+
+    def _callback(self, own: Config | None) -> Callable[[], Any] | None:
+        callback = own.timestep_callback if own is not None else None
+        if callback is None and own is not None and hasattr(own, "current_timestep_callback"):
+            if not hasattr(type(self.target), "current_timestep"):
+                raise ValueError(
+                    f"{type(own).__name__}: current_timestep_callback is None; pass a function that returns the "
+                    "running timestep, such as lambda: pipe.current_timestep"
+                )
+            pipe = self.target
+            return lambda: pipe.current_timestep
+        return callback
+
+    # --- driving ------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def context(
+        self,
+        name: str = "default",
+        *,
+        request: Any = 0,
+        step_index: int | None = None,
+        num_inference_steps: int | None = None,
+        timestep: Any = None,
+        sigma: Any = None,
+    ) -> Iterator[None]:
+        """Around one denoiser call: whose state it uses, and which step it is.
+
+        name: the branch, such as "cond" and "uncond". request: any hashable. step_index: from 0; where it
+        is left out, calls are counted per (request, name). timestep, sigma: of this step, in the model's
+        scale. Contexts nest; the outer one is restored. An exception inside forgets the request's runs.
+        Raises TypeError or ValueError that names the argument.
+        """
+        call = checked_call(name, request, step_index, num_inference_steps, timestep, sigma)
+        token = _frames.set(Frame(self, call, _frames.get()))
+        try:
+            yield
+        except BaseException:
+            for denoiser in self.denoisers:
+                denoiser.abandon(request)
+            raise
+        finally:
+            _frames.reset(token)
+
+    def _call(self) -> Call:
+        frame = _frames.get()
+        while frame is not None:
+            if frame.cache is self:
+                return frame.call
+            frame = frame.outer
+        return IMPLICIT
+
+    def _request(self) -> Any:
+        return self._call().request
+
+    def _backend(self) -> contextlib.AbstractContextManager:
+        return (
+            contextlib.nullcontext()
+            if self.backend == dispatch.AUTO
+            else dispatch.backend(self.backend)
+        )
+
+    def reset(self, request: Any = _UNSET) -> None:
+        """Forget the run of one request, or all runs (also with None). Storage is kept for the next."""
+        for denoiser in self.denoisers:
+            denoiser.reset(_UNSET if request is None else request)
+
+    def update(self, config: Any) -> Cache:
+        """Change the settings. Runs begin anew; where the new ones do not fit, the old ones stay."""
+        before = self.denoisers
+        for denoiser in before:
+            denoiser.remove()
+        try:
+            self._attach(config)
+        except BaseException:
+            for denoiser in before:
+                denoiser.install()
+            raise
+        return self
+
+    def disable(self) -> None:
+        """Remove everything: the model is as it was before `enable`. Calling it again does nothing."""
+        denoisers, self.denoisers = self.denoisers, []
+        for denoiser in reversed(denoisers):
+            denoiser.remove()
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.denoisers)
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.disable()
+
+    # --- telling ------------------------------------------------------------------------------------------
+
+    def hooked(self) -> dict[str, list[str]]:
+        """What is hooked, per denoiser."""
+        return {d.name: [name for t in d.targets for name in t.hooked()] for d in self.denoisers}
+
+    def nbytes(self) -> int:
+        """Bytes of cached tensors."""
+        return sum(d.nbytes() for d in self.denoisers)
+
+    def summary(self) -> str:
+        """In words: what is hooked, steps computed and reused and why, bytes held, kernel backend."""
+        lines = [
+            f"fastcache: {self.recipe.name} on {', '.join(d.name for d in self.denoisers) or 'nothing (disabled)'}"
+        ]
+        for rule in self.recipe.rules:
+            lines.append(f"  when {rule.when}, what {rule.what}, where {type(rule.where).__name__}")
+        for name, hooked in self.hooked().items():
+            shown = ", ".join(hooked[:4]) + (
+                f" and {len(hooked) - 4} more" if len(hooked) > 4 else ""
+            )
+            lines.append(f"  hooked in {name}: {shown}")
+        lines += self.stats.lines()
+        device = next(
+            (str(p.device.type) for d in self.denoisers for p in d.model.parameters()), "cpu"
+        )
+        backend = self.backend if self.backend != dispatch.AUTO else dispatch.active(device)
+        lines.append(f"cache holds {self.nbytes() / 2**20:.2f} MiB; kernels: {backend}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<fastcache.Cache {self.recipe.name} on {[d.name for d in self.denoisers]}, {self.stats!r}>"
+
+    def plot(self, path: Any) -> Any:
+        """Draw signal against threshold and the decisions per step into a picture at `path`."""
+        from .report import plot_run
+
+        return plot_run(self, path)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+
+def enable(
+    target: Any,
+    config: Any,
+    *,
+    adapter: BlockAdapter | None = None,
+    backend: str = "auto",
+    process_group: Any = None,
+) -> Cache:
+    """Attach a cache to a diffusers pipeline (all its denoisers) or to any nn.Module.
+
+    config: one of the five configs, fastcache's or diffusers' own, which is copied, or a Recipe.
+    adapter: how to find and drive the blocks of a model fastcache does not know. backend: kernels to use,
+    see `fastcache.backends()`. process_group: ranks that share a sample; decisions taken from data are
+    agreed over it. All or nothing: if anything fails the model is untouched.
+    Raises TypeError or ValueError that names the argument and says what was looked for.
+    """
+    return Cache(target, config, adapter, backend, process_group)
+
+
+def denoisers_of(target: Any) -> list[tuple[str, nn.Module]]:
+    """The models to hook by name; a compiled wrapper is looked through."""
+    if isinstance(target, nn.Module):
+        model = getattr(target, "_orig_mod", target)
+        return [(type(model).__name__, model)]
+    found = []
+    for name in DENOISERS:
+        model = getattr(target, name, None)
+        model = getattr(model, "_orig_mod", model)
+        if isinstance(model, nn.Module) and all(model is not m for _, m in found):
+            found.append((name, model))
+    if not found:
+        raise TypeError(
+            f"target is {type(target).__name__}, must be an nn.Module or a pipeline with a denoiser named one of "
+            f"{DENOISERS}"
+        )
+    return found
+
+
+def checked_call(
+    name: Any, request: Any, step_index: Any, num_inference_steps: Any, timestep: Any, sigma: Any
+) -> Call:
+    """The arguments of a context, checked. Raises TypeError or ValueError that names the argument."""
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"context: name is {name!r}, must be a non-empty string such as 'cond'")
+    try:
+        hash(request)
+    except TypeError as error:
+        raise TypeError(
+            f"context: request is {type(request).__name__}, must be hashable"
+        ) from error
+    for label, value, low in (
+        ("step_index", step_index, 0),
+        ("num_inference_steps", num_inference_steps, 1),
+    ):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"context: {label} is {value!r}, must be a whole number")
+        if value.__index__() < low:
+            raise ValueError(f"context: {label} is {value}, must be >= {low}")
+    step_index = None if step_index is None else step_index.__index__()
+    total = None if num_inference_steps is None else num_inference_steps.__index__()
+    if step_index is not None and total is not None and step_index >= total:
+        raise ValueError(
+            f"context: step_index is {step_index}, must be below num_inference_steps = {total}"
+        )
+    numbers = {}
+    for label, value in (("timestep", timestep), ("sigma", sigma)):
+        if isinstance(value, Tensor):
+            value = signal.scalar(value)
+        numbers[label] = None if value is None else real("context", label, value)
+    return Call(name, request, step_index, total, **numbers)
+
+
+def call_signature(args: tuple, kwargs: dict) -> tuple:
+    """Shapes, dtypes and devices of the tensors of a call: what storage must fit."""
+    return tuple(
+        (v.shape, v.dtype, v.device) for v in (*args, *kwargs.values()) if isinstance(v, Tensor)
+    )
