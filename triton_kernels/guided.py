@@ -1,0 +1,208 @@
+"""Guided prediction: weights of cached residuals, read off the guide of the current step.
+
+With guides g (current) and g_1, g_2, .. (cached, newest first), q = g - g_1, D_j = g_j - g_(j+1):
+the weights w solve (D D^T + ridge * tr * I) w = D q + ridge * tr * prior, tr the mean diagonal of
+D D^T. The squared misfit |q - sum_j w_j D_j|^2 is a difference of nearly equal sums, and so is the
+determinant where D_1 and D_2 are nearly parallel: sums and solution are therefore float64. Nothing
+is read back by the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import WARPS, on_device, row_tile, widest
+from .reduction import program_count, sum_partials
+
+# Elements per tile. With the number of programs it defines the bits of the sums.
+TILE = 2048
+# D_1 and D_2 count as parallel when the determinant falls below this share of its upper bound.
+SINGULAR = tl.constexpr(1e-12)
+
+
+@triton.jit
+def _load(p_guides, s_guides, r_guides, i_s, o_r, o_c, m_n, INDEX: tl.constexpr):
+    p_row = p_guides[INDEX] + i_s * s_guides[INDEX] + o_r * r_guides[INDEX]  # [ROWS]
+    return tl.load(p_row[:, None] + o_c[None, :], mask=m_n, other=0.0).to(
+        tl.float64
+    )  # [ROWS, COLS]
+
+
+@triton.jit
+def _dot(b_a, b_b, LANES: tl.constexpr, FOLD: tl.constexpr):
+    """Products summed over FOLD neighbours."""
+    return tl.sum(tl.reshape(b_a * b_b, [LANES, FOLD]), axis=1)  # [LANES]
+
+
+@triton.jit(do_not_specialize=["rows", "programs", "count"])
+def _guided_sums_kernel(
+    p_guides,
+    p_part,
+    s_guides,
+    r_guides,
+    rows,
+    width,
+    programs,
+    count,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    LANES: tl.constexpr = ROWS * COLS // FOLD
+    i_g = tl.program_id(0)
+    i_s = (i_g // programs).to(tl.int64)
+    i_p = i_g % programs
+    b_11 = tl.zeros([LANES], tl.float64)
+    b_12 = tl.zeros([LANES], tl.float64)
+    b_22 = tl.zeros([LANES], tl.float64)
+    b_1q = tl.zeros([LANES], tl.float64)
+    b_2q = tl.zeros([LANES], tl.float64)
+    b_qq = tl.zeros([LANES], tl.float64)
+    for i_t in range(i_p, tl.cdiv(rows, ROWS), programs):
+        o_r = tl.cast(i_t, tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+        for i_c in range(0, width, COLS):
+            o_c = i_c + tl.arange(0, COLS)  # [COLS]
+            m_n = (o_r < rows)[:, None] & (o_c < width)[None, :]
+            b_g1 = _load(p_guides, s_guides, r_guides, i_s, o_r, o_c, m_n, 1)
+            b_g2 = _load(p_guides, s_guides, r_guides, i_s, o_r, o_c, m_n, 2)
+            b_q = _load(p_guides, s_guides, r_guides, i_s, o_r, o_c, m_n, 0) - b_g1
+            b_d1 = b_g1 - b_g2
+            b_11 += _dot(b_d1, b_d1, LANES, FOLD)
+            b_1q += _dot(b_d1, b_q, LANES, FOLD)
+            b_qq += _dot(b_q, b_q, LANES, FOLD)
+            if K == 2:
+                b_d2 = b_g2 - _load(p_guides, s_guides, r_guides, i_s, o_r, o_c, m_n, 3)
+                b_12 += _dot(b_d1, b_d2, LANES, FOLD)
+                b_22 += _dot(b_d2, b_d2, LANES, FOLD)
+                b_2q += _dot(b_d2, b_q, LANES, FOLD)
+    p_part += i_g // count * (3 * K) * count + i_g % count
+    tl.store(p_part, tl.sum(b_11, axis=0))
+    if K == 2:
+        tl.store(p_part + count, tl.sum(b_12, axis=0))
+        tl.store(p_part + 2 * count, tl.sum(b_22, axis=0))
+        tl.store(p_part + 4 * count, tl.sum(b_2q, axis=0))
+    tl.store(p_part + (2 * K - 1) * count, tl.sum(b_1q, axis=0))
+    tl.store(p_part + (3 * K - 1) * count, tl.sum(b_qq, axis=0))
+
+
+@triton.jit
+def _guided_solve_kernel(
+    p_weights, p_misfit, p_sums, p_prior, ridge, K: tl.constexpr, BASE: tl.constexpr
+):
+    i_s = tl.program_id(0).to(tl.int64)
+    p_sums += i_s * (3 * K)
+    g_11 = tl.load(p_sums).to(tl.float64)
+    b_1 = tl.load(p_sums + 2 * K - 1).to(tl.float64)
+    qq = tl.load(p_sums + 3 * K - 1).to(tl.float64)
+    prior_1 = tl.load(p_prior).to(tl.float64)
+    if K == 1:
+        pull = ridge * g_11
+        a_11 = g_11 + pull
+        w_1 = (b_1 + pull * prior_1) / a_11
+        usable = (a_11 > 0) & (g_11 + qq < float("inf"))
+        w_1 = tl.where(usable, w_1, prior_1)
+        square = qq - 2 * w_1 * b_1 + w_1 * w_1 * g_11
+    else:
+        g_12 = tl.load(p_sums + 1).to(tl.float64)
+        g_22 = tl.load(p_sums + 2).to(tl.float64)
+        b_2 = tl.load(p_sums + 4).to(tl.float64)
+        prior_2 = tl.load(p_prior + 1).to(tl.float64)
+        pull = ridge * (g_11 + g_22) / 2
+        a_11 = g_11 + pull
+        a_22 = g_22 + pull
+        c_1 = b_1 + pull * prior_1
+        c_2 = b_2 + pull * prior_2
+        det = a_11 * a_22 - g_12 * g_12
+        w_1 = (a_22 * c_1 - g_12 * c_2) / det
+        w_2 = (a_11 * c_2 - g_12 * c_1) / det
+        usable = (det > a_11 * a_22 * SINGULAR) & (g_11 + g_22 + qq < float("inf"))
+        w_1 = tl.where(usable, w_1, prior_1)
+        w_2 = tl.where(usable, w_2, prior_2)
+        square = qq - 2 * (w_1 * b_1 + w_2 * b_2)
+        square += w_1 * w_1 * g_11 + 2 * w_1 * w_2 * g_12 + w_2 * w_2 * g_22
+    p_weights += i_s * (BASE + K + 1)
+    if BASE:
+        tl.store(p_weights, 1.0)
+    tl.store(p_weights + BASE, (1 + w_1).to(tl.float32))
+    if K == 1:
+        tl.store(p_weights + BASE + 1, (-w_1).to(tl.float32))
+    else:
+        tl.store(p_weights + BASE + 1, (w_2 - w_1).to(tl.float32))
+        tl.store(p_weights + BASE + 2, (-w_2).to(tl.float32))
+    # rounding may leave a tiny negative square; NaN stays NaN
+    square = tl.where(square < 0, 0.0, square)
+    tl.store(p_misfit + i_s, tl.sqrt(square / qq).to(tl.float32))
+
+
+def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = False) -> Tensor:
+    """float64 [S, M]: the entries of D D^T, of D q, and q.q, in one pass over K + 2 tensors.
+
+    guide, guides[0..K]: one shape, K = 1 or 2; contiguous, or [B, T, C] with dense rows at any
+    distance (a token range, or every k-th token). S is 1, or B per sample. M = 3 for K = 1: D1.D1,
+    D1.q, q.q; M = 6 for K = 2: D1.D1, D1.D2, D2.D2, D1.q, D2.q, q.q.
+    """
+    order = len(guides) - 1
+    tensors = [guide, *guides]
+    sums = guide.shape[0] if per_sample else 1
+    if not guide.numel():
+        return torch.zeros((sums, 3 * order), dtype=torch.float64, device=guide.device)
+    width = guide.shape[-1]
+    if per_sample or not all(t.is_contiguous() for t in tensors):
+        groups, rows = guide.shape[0], guide[0].numel() // width
+        s_guides = tuple(t.stride(0) for t in tensors)
+        r_guides = tuple(t.stride(1) if t.dim() == 3 else width for t in tensors)
+    else:
+        groups, rows = 1, guide.numel() // width
+        s_guides, r_guides = (0,) * len(tensors), (width,) * len(tensors)
+    rows_tile, cols_tile = row_tile(width, TILE)
+    each = program_count(triton.cdiv(rows, rows_tile))
+    count = each if per_sample else groups * each
+    with on_device(guide):
+        out = torch.empty((sums, 3 * order), dtype=torch.float64, device=guide.device)
+        part = torch.empty((out.numel(), count), dtype=torch.float64, device=guide.device)
+        _guided_sums_kernel[(groups * each,)](
+            tuple(tensors),
+            part,
+            s_guides,
+            r_guides,
+            rows,
+            width,
+            each,
+            count,
+            K=order,
+            ROWS=rows_tile,
+            COLS=cols_tile,
+            FOLD=16 // widest(tensors),
+            num_warps=WARPS,
+        )
+        sum_partials(out, part)
+    return out
+
+
+def guided_solve(
+    sums: Tensor, prior: Tensor, ridge: float, base: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(weights [S, K + 1], misfit [S]), float32, on the device of `sums`; one program per sample.
+
+    sums: [S, M] of `guided_sums` (float64 or float32). prior: float32 [K], the weights w that the
+    ridge pulls toward and that a degenerate or non-finite history falls back to. The weights belong
+    to the cached residuals R_1, R_2, ..: 1 + w_1, w_2 - w_1, .., -w_K; with `base` a 1.0 precedes
+    them. The misfit is NaN where a guide is not finite or neither it nor its history moved.
+    """
+    order = prior.numel()
+    with on_device(sums):
+        weights = torch.empty(
+            (sums.shape[0], base + order + 1), dtype=torch.float32, device=sums.device
+        )
+        misfit = torch.empty(sums.shape[0], dtype=torch.float32, device=sums.device)
+        if sums.shape[0]:
+            _guided_solve_kernel[(sums.shape[0],)](
+                weights, misfit, sums, prior, float(ridge), K=order, BASE=int(base), num_warps=1
+            )
+    return weights, misfit

@@ -1,0 +1,113 @@
+"""First-block decision: both L1 sums in one pass over three tensors; may store the residual."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import WARPS, on_device, samples, widest
+from .reduction import program_count, sum_partials
+
+# BLOCK and the number of programs define the bits of the sums: neither depends on the GPU.
+BLOCK = 4096
+
+
+@triton.jit
+def _l1_block(p_y, p_x, p_prev, p_out, o_n, m_n, BLOCK: tl.constexpr, FOLD: tl.constexpr):
+    """|r - prev| and |prev| summed over FOLD neighbours; r goes to p_out."""
+    b_y = tl.load(p_y + o_n, mask=m_n).to(tl.float32)
+    b_x = tl.load(p_x + o_n, mask=m_n).to(tl.float32)
+    b_prev = tl.load(p_prev + o_n, mask=m_n).to(tl.float32)
+    b_r = (b_y - b_x).to(p_prev.dtype.element_ty)
+    if p_out is not None:
+        tl.store(p_out + o_n, b_r.to(p_out.dtype.element_ty), mask=m_n)
+    b_change = tl.abs(b_r.to(tl.float32) - b_prev)
+    b_old = tl.abs(b_prev)
+    if m_n is not None:
+        b_change = tl.where(m_n, b_change, 0.0)
+        b_old = tl.where(m_n, b_old, 0.0)
+    b_change = tl.sum(tl.reshape(b_change, [BLOCK // FOLD, FOLD]), axis=1)
+    b_old = tl.sum(tl.reshape(b_old, [BLOCK // FOLD, FOLD]), axis=1)
+    return b_change, b_old  # [BLOCK / FOLD] each
+
+
+@triton.jit(do_not_specialize=["programs", "count"])
+def _residual_l1_kernel(
+    p_y,
+    p_x,
+    p_prev,
+    p_out,
+    p_part,
+    s_y,
+    s_x,
+    s_prev,
+    s_out,
+    n,
+    programs,
+    count,
+    BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    i_g = tl.program_id(0)
+    i_s = (i_g // programs).to(tl.int64)
+    i_p = i_g % programs
+    p_y += i_s * s_y
+    p_x += i_s * s_x
+    p_prev += i_s * s_prev
+    if p_out is not None:
+        p_out += i_s * s_out
+    full = n // BLOCK
+    b_change = tl.zeros([BLOCK // FOLD], tl.float32)
+    b_old = tl.zeros([BLOCK // FOLD], tl.float32)
+    for i_n in range(i_p, full, programs):
+        o_n = tl.cast(i_n, tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+        change, old = _l1_block(p_y, p_x, p_prev, p_out, o_n, None, BLOCK, FOLD)
+        b_change += change
+        b_old += old
+    if full % programs == i_p:
+        o_n = full * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+        change, old = _l1_block(p_y, p_x, p_prev, p_out, o_n, o_n < n, BLOCK, FOLD)
+        b_change += change
+        b_old += old
+    p_part += i_g // count * 2 * count + i_g % count
+    tl.store(p_part, tl.sum(b_change, axis=0))
+    tl.store(p_part + count, tl.sum(b_old, axis=0))
+
+
+def residual_l1(
+    y: Tensor, x: Tensor, prev: Tensor, out: Tensor | None = None, per_sample: bool = False
+) -> Tensor:
+    """float32 [2]: sum |r - prev| and sum |prev|; [B, 2] per sample. `out` receives r = y - x.
+
+    r is rounded to the dtype of `prev` first. Source: FirstBlockCache, diffusers 0.42.1.
+    """
+    shape = (y.shape[0], 2) if per_sample else (2,)
+    if not y.numel():
+        return torch.zeros(shape, dtype=torch.float32, device=y.device)
+    groups, n, (s_y, s_x, s_prev, s_out) = samples([y, x, prev, out], per_sample)
+    each = program_count(triton.cdiv(n, BLOCK))
+    count = each if per_sample else groups * each
+    with on_device(y):
+        sums = torch.empty(shape, dtype=torch.float32, device=y.device)
+        part = torch.empty((sums.numel(), count), dtype=torch.float32, device=y.device)
+        _residual_l1_kernel[(groups * each,)](
+            y,
+            x,
+            prev,
+            out,
+            part,
+            s_y,
+            s_x,
+            s_prev,
+            s_out,
+            n,
+            each,
+            count,
+            BLOCK=BLOCK,
+            FOLD=16 // widest([y, x, prev]),
+            num_warps=WARPS,
+        )
+        sum_partials(sums, part)
+    return sums
