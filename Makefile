@@ -1,0 +1,40 @@
+# Every target sets itself up: the first run makes .venv and installs, later ones skip what is done.
+# PYTHON picks the interpreter, PIP_FLAGS is passed to pip (an index with the torch build you want).
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_FLAGS)
+STAMP := $(VENV)/.installed
+INPUTS := constraints.txt pyproject.toml setup.py $(shell find csrc -type f)
+RUN := HF_HUB_OFFLINE=1 $(BIN)/
+
+.PHONY: demo test lint bench venv clean
+
+demo: venv
+	$(RUN)fastcache demo
+
+test: venv
+	$(RUN)python -m pytest -n 2 -q $(PYTEST_FLAGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	$(RUN)fastcache bench
+
+venv: $(STAMP)
+
+# torch first: the extension is built against the torch that will load it, hence no build isolation
+$(STAMP): $(INPUTS)
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) pip setuptools wheel ninja pybind11
+	$(PIP) torch numpy
+	$(PIP) --no-build-isolation -e .[test,dev]
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastcache/*.so
