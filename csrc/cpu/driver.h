@@ -1,0 +1,103 @@
+// Cuts tensors into chunks for the kernels. Chunk boundaries follow from the shape alone and partial
+// sums are added in chunk order, so a result does not depend on the number of threads.
+//
+// `parallel(begin, end, grain, f)` calls f(begin, end) on subranges: torch's in ops.cpp, a thread-free
+// one in white_box.cpp.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastcache {
+
+constexpr int64_t CHUNK = 65536;  // elements: a few hundred kilobytes, about one L2
+
+// `samples` runs of `length` dense elements, the last dimension `width`.
+struct Shape {
+  int64_t samples, length, width;
+};
+
+// A tensor: the first element of sample i is stride * i elements from data.
+struct Operand {
+  char* data;
+  Type type;
+  int64_t stride;
+
+  char* at(int64_t sample, int64_t offset) const {
+    return data + (sample * stride + offset) * size_of(type);
+  }
+};
+
+inline char* at(const Operand* operand, int64_t sample, int64_t offset) {
+  return operand ? operand->at(sample, offset) : nullptr;
+}
+
+// f(chunk, sample, offset, count) for all chunks of at most `size` elements, none across samples.
+template <class Parallel, class F>
+void for_chunks(const Parallel& parallel, const Shape& shape, int64_t size, const F& f) {
+  const int64_t per_sample = (shape.length + size - 1) / size;
+  const int64_t grain = shape.length < size ? CHUNK / (shape.length + 1) + 1 : 1;
+  parallel(0, shape.samples * per_sample, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t offset = chunk % per_sample * size, rest = shape.length - offset;
+      f(chunk, chunk / per_sample, offset, rest < size ? rest : size);
+    }
+  });
+}
+
+// sums: [samples, 2]
+template <class Parallel>
+void residual_l1(const Kernels& kernels, const Parallel& parallel, const Shape& shape, Operand y,
+                 Operand x, Operand prev, const Operand* out, double* sums) {
+  const int64_t per_sample = (shape.length + CHUNK - 1) / CHUNK;
+  std::vector<double> partial(2 * shape.samples * per_sample);
+  for_chunks(parallel, shape, CHUNK, [&](int64_t chunk, int64_t b, int64_t i, int64_t n) {
+    kernels.residual_l1(y.type, prev.type, y.at(b, i), x.at(b, i), prev.at(b, i), at(out, b, i), n,
+                        &partial[2 * chunk]);
+  });
+  for (int64_t i = 0; i < shape.samples; ++i) {
+    sums[2 * i] = sums[2 * i + 1] = 0;
+    for (int64_t c = i * per_sample; c < (i + 1) * per_sample; ++c)
+      sums[2 * i] += partial[2 * c], sums[2 * i + 1] += partial[2 * c + 1];
+  }
+}
+
+// ratios: [samples], each a sum over the rows of a sample
+template <class Parallel>
+void residual_magnitude(const Kernels& kernels, const Parallel& parallel, const Shape& shape, Operand y,
+                        Operand x, Operand prev, const Operand* out, double eps, double* ratios) {
+  const int64_t rows = shape.width < CHUNK ? CHUNK / shape.width : 1, size = rows * shape.width;
+  const int64_t per_sample = (shape.length + size - 1) / size;
+  std::vector<double> partial(shape.samples * per_sample);
+  for_chunks(parallel, shape, size, [&](int64_t chunk, int64_t b, int64_t i, int64_t n) {
+    partial[chunk] = kernels.residual_magnitude(y.type, prev.type, y.at(b, i), x.at(b, i), prev.at(b, i),
+                                                at(out, b, i), n / shape.width, shape.width, eps);
+  });
+  for (int64_t i = 0; i < shape.samples; ++i) {
+    ratios[i] = 0;
+    for (int64_t c = i * per_sample; c < (i + 1) * per_sample; ++c) ratios[i] += partial[c];
+  }
+}
+
+template <class Parallel>
+void combine(const Kernels& kernels, const Parallel& parallel, const Shape& shape, Operand out,
+             const Operand* terms, const float* weights, int count) {
+  for_chunks(parallel, shape, CHUNK, [&](int64_t, int64_t b, int64_t i, int64_t n) {
+    Term at[MAX_TERMS];
+    for (int t = 0; t < count; ++t) at[t] = {terms[t].at(b, i), terms[t].type, weights[t]};
+    kernels.combine(out.type, out.at(b, i), at, count, n);
+  });
+}
+
+template <class Parallel>
+void taylor_update(const Kernels& kernels, const Parallel& parallel, const Shape& shape,
+                   const Operand* factors, int count, Operand y, float delta) {
+  for_chunks(parallel, shape, CHUNK, [&](int64_t, int64_t b, int64_t i, int64_t n) {
+    void* at[MAX_TERMS];
+    for (int j = 0; j < count; ++j) at[j] = factors[j].at(b, i);
+    kernels.taylor_update(y.type, factors[0].type, at, count, y.at(b, i), delta, n);
+  });
+}
+
+}  // namespace fastcache

@@ -1,0 +1,48 @@
+// What the CPU kernels compute, one table of functions per instruction set. Free of torch and of Python.
+//
+// A kernel works on one dense run of elements on the calling thread. Cutting tensors into runs, threads
+// and argument checks are the caller's (driver.h, ops.cpp). Offsets and counts are elements.
+#pragma once
+
+#include <cstdint>
+
+namespace fastcache {
+
+enum class Type : int { f32, f16, bf16 };
+
+inline int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+struct Term {
+  const void* data;
+  Type type;
+  float weight;
+};
+
+constexpr int MAX_TERMS = 8;
+
+struct Kernels {
+  // r = round(y - x); sums += { sum |r - prev|, sum |prev| }; out <- r unless null.
+  // y and x are `value`, prev and out `stored`.
+  void (*residual_l1)(Type value, Type stored, const void* y, const void* x, const void* prev,
+                      void* out, int64_t n, double* sums);
+  // The same r; returns the sum over rows of |r|_2 / (|prev|_2 + eps). out may be prev.
+  double (*residual_magnitude)(Type value, Type stored, const void* y, const void* x,
+                               const void* prev, void* out, int64_t rows, int64_t width, double eps);
+  // out <- sum_i weight_i * term_i, added in order, each step rounded to float. out may be a term.
+  void (*combine)(Type type, void* out, const Term* terms, int count, int64_t n);
+  // f0 <- y, f[j+1] <- (new f[j] - old f[j]) / delta for j < count - 1.
+  void (*taylor_update)(Type value, Type stored, void* const* factors, int count, const void* y,
+                        float delta, int64_t n);
+};
+
+// A table, or null where the compiler or the machine lacks the instruction set.
+const Kernels* kernels_default();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+
+// The name of the best table that this machine runs, or of the one FASTCACHE_CPU_CAPABILITY asks for;
+// null if that one is unknown or impossible here.
+const char* capability();
+const Kernels* kernels_for(const char* capability);
+
+}  // namespace fastcache

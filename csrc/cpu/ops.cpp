@@ -1,0 +1,202 @@
+// The operators fastcache_C::* for CPU tensors, on torch's stable ABI: argument checks, layout, threads.
+//
+// Outputs come first and are allocated by the caller. fastcache/native.py holds the Python side and
+// sends empty tensors elsewhere.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "driver.h"
+
+namespace fastcache {
+namespace {
+
+using torch::stable::Tensor;
+using Out = const std::optional<Tensor>&;
+
+const char* checked_capability() {
+  const char* name = capability();
+  STD_TORCH_CHECK(name, "FASTCACHE_CPU_CAPABILITY is ", getenv("FASTCACHE_CPU_CAPABILITY"),
+                  ", must be default, avx2 or avx512 and supported by this machine");
+  return name;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = *kernels_for(checked_capability());
+  return chosen;
+}
+
+const auto parallel = [](int64_t begin, int64_t end, int64_t grain, const auto& f) {
+  torch::stable::parallel_for(begin, end, grain, f);
+};
+
+Type type_of(const Tensor& tensor, const char* name) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
+      " must be float32, float16 or bfloat16");
+  return type == ScalarType::Float ? Type::f32 : type == ScalarType::Half ? Type::f16 : Type::bf16;
+}
+
+// Collects the tensors of one call: they share a shape, and their samples (the slices along dimension 0)
+// are dense. Contiguous tensors count as one sample.
+class Call {
+ public:
+  explicit Call(const Tensor& first, bool per_sample = false)
+      : dim_(first.dim()), sizes_(first.sizes().data()), whole_(!per_sample) {
+    shape_ = {1, 1, dim_ ? sizes_[dim_ - 1] : 1};
+    for (int64_t d = 1; d < dim_; ++d) shape_.length *= sizes_[d];
+    if (dim_) shape_.samples = sizes_[0];
+  }
+
+  Operand add(const Tensor& tensor, const char* name) {
+    STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+    STD_TORCH_CHECK(tensor.dim() == dim_, name, " has another number of dimensions");
+    const int64_t *sizes = tensor.sizes().data(), *strides = tensor.strides().data();
+    int64_t dense = 1;
+    for (int64_t d = dim_ - 1; d >= 0; --d) {
+      STD_TORCH_CHECK(sizes[d] == sizes_[d], name, " has another shape");
+      if (d && sizes[d] != 1)
+        STD_TORCH_CHECK(strides[d] == dense, name, " must be dense within a sample");
+      if (d) dense *= sizes[d];
+    }
+    const int64_t stride = dim_ && sizes[0] != 1 ? strides[0] : dense;
+    whole_ = whole_ && stride == dense;
+    return {static_cast<char*>(tensor.data_ptr()), type_of(tensor, name), stride};
+  }
+
+  // After the last add.
+  Shape shape() const {
+    return whole_ ? Shape{1, shape_.samples * shape_.length, shape_.width} : shape_;
+  }
+
+ private:
+  int64_t dim_;
+  const int64_t* sizes_;
+  bool whole_;
+  Shape shape_;
+};
+
+// The optional copy of the residual: like the stored tensor it is compared with.
+struct Stored {
+  Operand operand;
+  const Operand* pointer = nullptr;
+
+  Stored(Call& call, Out out, const Operand& prev) {
+    if (!out) return;
+    operand = call.add(*out, "out");
+    STD_TORCH_CHECK(operand.type == prev.type, "out must have the dtype of prev");
+    pointer = &operand;
+  }
+};
+
+float* result_of(const Tensor& result, int64_t count, const char* name) {
+  STD_TORCH_CHECK(result.scalar_type() == torch::headeronly::ScalarType::Float &&
+                      result.is_contiguous() && result.numel() == count,
+                  name, " must be contiguous float32 with ", count, " elements");
+  return static_cast<float*>(result.data_ptr());
+}
+
+void op_residual_l1(Tensor sums, Tensor y, Tensor x, Tensor prev, std::optional<Tensor> out,
+                 bool per_sample) {
+  Call call(y, per_sample);
+  const Operand at_y = call.add(y, "y"), at_x = call.add(x, "x"), at_prev = call.add(prev, "prev");
+  STD_TORCH_CHECK(at_x.type == at_y.type, "x must have the dtype of y");
+  const Stored stored(call, out, at_prev);
+  const Shape shape = call.shape();
+  float* result = result_of(sums, per_sample ? 2 * shape.samples : 2, "sums");
+  std::vector<double> totals(2 * shape.samples);
+  residual_l1(kernels(), parallel, shape, at_y, at_x, at_prev, stored.pointer, totals.data());
+  if (!per_sample)
+    for (int64_t i = 1; i < shape.samples; ++i)
+      totals[0] += totals[2 * i], totals[1] += totals[2 * i + 1];
+  for (int64_t i = 0; i < sums.numel(); ++i) result[i] = static_cast<float>(totals[i]);
+}
+
+void op_residual_magnitude(Tensor mean, Tensor y, Tensor x, Tensor prev, std::optional<Tensor> out,
+                        double eps, bool per_sample) {
+  Call call(y, per_sample);
+  const Operand at_y = call.add(y, "y"), at_x = call.add(x, "x"), at_prev = call.add(prev, "prev");
+  STD_TORCH_CHECK(at_x.type == at_y.type, "x must have the dtype of y");
+  const Stored stored(call, out, at_prev);
+  const Shape shape = call.shape();
+  float* result = result_of(mean, per_sample ? shape.samples : 1, "mean");
+  std::vector<double> totals(shape.samples);
+  residual_magnitude(kernels(), parallel, shape, at_y, at_x, at_prev, stored.pointer, eps,
+                     totals.data());
+  int64_t rows = shape.length / shape.width;
+  if (!per_sample) {
+    for (int64_t i = 1; i < shape.samples; ++i) totals[0] += totals[i];
+    rows *= shape.samples;
+  }
+  for (int64_t i = 0; i < mean.numel(); ++i) result[i] = static_cast<float>(totals[i] / rows);
+}
+
+void op_linear_combine(Tensor out, std::vector<Tensor> terms, std::vector<double> weights) {
+  const int count = static_cast<int>(terms.size());
+  STD_TORCH_CHECK(count >= 1 && count <= MAX_TERMS, "1 to ", MAX_TERMS, " tensors, got ", count);
+  STD_TORCH_CHECK(weights.size() == terms.size(), count, " tensors, ", weights.size(), " weights");
+  Call call(out);
+  Operand at[MAX_TERMS];
+  float scale[MAX_TERMS];
+  for (int t = 0; t < count; ++t) {
+    at[t] = call.add(terms[t], "tensors");
+    scale[t] = static_cast<float>(weights[t]);
+  }
+  const Operand to = call.add(out, "out");
+  combine(kernels(), parallel, call.shape(), to, at, scale, count);
+}
+
+// out <- x + weight * r, exact for weights 1 and -1: residual_apply and residual_store
+void op_add_scaled(Tensor out, Tensor x, Tensor r, double weight) {
+  Call call(out);
+  const Operand at[] = {call.add(x, "x"), call.add(r, "r")}, to = call.add(out, "out");
+  const float scale[] = {1, static_cast<float>(weight)};
+  combine(kernels(), parallel, call.shape(), to, at, scale, 2);
+}
+
+void op_taylor_update(std::vector<Tensor> factors, Tensor y, double delta) {
+  const int count = static_cast<int>(factors.size());
+  STD_TORCH_CHECK(count >= 1 && count <= MAX_TERMS, "1 to ", MAX_TERMS, " factors, got ", count);
+  Call call(y);
+  const Operand at_y = call.add(y, "y");
+  Operand at[MAX_TERMS];
+  for (int j = 0; j < count; ++j) {
+    at[j] = call.add(factors[j], "factors");
+    STD_TORCH_CHECK(at[j].type == at[0].type, "factors must have one dtype");
+  }
+  taylor_update(kernels(), parallel, call.shape(), at, count, at_y, static_cast<float>(delta));
+}
+
+std::string op_capability() { return checked_capability(); }
+
+}  // namespace
+}  // namespace fastcache
+
+STABLE_TORCH_LIBRARY(fastcache_C, m) {
+  m.def("residual_l1(Tensor(a!) sums, Tensor y, Tensor x, Tensor prev, Tensor(b!)? out, bool per_sample) -> ()");
+  m.def("residual_magnitude(Tensor(a!) mean, Tensor y, Tensor x, Tensor prev, Tensor(b!)? out, float eps, "
+        "bool per_sample) -> ()");
+  m.def("linear_combine(Tensor(a!) out, Tensor[] terms, float[] weights) -> ()");
+  m.def("add_scaled(Tensor(a!) out, Tensor x, Tensor r, float weight) -> ()");
+  m.def("taylor_update(Tensor(a!)[] factors, Tensor y, float delta) -> ()");
+  m.def("capability() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastcache_C, CPU, m) {
+  m.impl("residual_l1", TORCH_BOX(&fastcache::op_residual_l1));
+  m.impl("residual_magnitude", TORCH_BOX(&fastcache::op_residual_magnitude));
+  m.impl("linear_combine", TORCH_BOX(&fastcache::op_linear_combine));
+  m.impl("add_scaled", TORCH_BOX(&fastcache::op_add_scaled));
+  m.impl("taylor_update", TORCH_BOX(&fastcache::op_taylor_update));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastcache_C, CompositeExplicitAutograd, m) {
+  m.impl("capability", TORCH_BOX(&fastcache::op_capability));
+}
