@@ -80,13 +80,28 @@ void residual_magnitude(const Kernels& kernels, const Parallel& parallel, const 
   }
 }
 
+inline void combine_chunk(const Kernels& kernels, const Operand& out, const Operand* terms,
+                          const float* weights, int count, int64_t sample, int64_t offset, int64_t n) {
+  Term at[MAX_TERMS];
+  for (int t = 0; t < count; ++t) at[t] = {terms[t].at(sample, offset), terms[t].type, weights[t]};
+  kernels.combine(out.type, out.at(sample, offset), at, count, n);
+}
+
 template <class Parallel>
 void combine(const Kernels& kernels, const Parallel& parallel, const Shape& shape, Operand out,
              const Operand* terms, const float* weights, int count) {
   for_chunks(parallel, shape, CHUNK, [&](int64_t, int64_t b, int64_t i, int64_t n) {
-    Term at[MAX_TERMS];
-    for (int t = 0; t < count; ++t) at[t] = {terms[t].at(b, i), terms[t].type, weights[t]};
-    kernels.combine(out.type, out.at(b, i), at, count, n);
+    combine_chunk(kernels, out, terms, weights, count, b, i, n);
+  });
+}
+
+// The weighted sum of three terms and, while it is in the cache, a copy of the first.
+template <class Parallel>
+void guidance_combine(const Kernels& kernels, const Parallel& parallel, const Shape& shape, Operand out,
+                      Operand copy, const Operand* terms, const float* weights) {
+  for_chunks(parallel, shape, CHUNK, [&](int64_t, int64_t b, int64_t i, int64_t n) {
+    combine_chunk(kernels, out, terms, weights, 3, b, i, n);
+    combine_chunk(kernels, copy, terms, weights, 1, b, i, n);
   });
 }
 

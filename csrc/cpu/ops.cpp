@@ -55,13 +55,14 @@ class Call {
     if (dim_) shape_.samples = sizes_[0];
   }
 
-  Operand add(const Tensor& tensor, const char* name) {
+  // `copies` times as many samples as the others have.
+  Operand add(const Tensor& tensor, const char* name, int64_t copies = 1) {
     STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
     STD_TORCH_CHECK(tensor.dim() == dim_, name, " has another number of dimensions");
     const int64_t *sizes = tensor.sizes().data(), *strides = tensor.strides().data();
     int64_t dense = 1;
     for (int64_t d = dim_ - 1; d >= 0; --d) {
-      STD_TORCH_CHECK(sizes[d] == sizes_[d], name, " has another shape");
+      STD_TORCH_CHECK(sizes[d] == sizes_[d] * (d ? 1 : copies), name, " has another shape");
       if (d && sizes[d] != 1)
         STD_TORCH_CHECK(strides[d] == dense, name, " must be dense within a sample");
       if (d) dense *= sizes[d];
@@ -161,6 +162,16 @@ void op_add_scaled(Tensor out, Tensor x, Tensor r, double weight) {
   combine(kernels(), parallel, call.shape(), to, at, scale, 2);
 }
 
+// out[:B] <- cond + w_low * low + w_high * high, out[B:] <- cond
+void op_guidance_combine(Tensor out, Tensor cond, Tensor low, Tensor high, double w_low, double w_high) {
+  Call call(cond);
+  const Operand terms[] = {call.add(cond, "cond"), call.add(low, "low"), call.add(high, "high")};
+  const Operand to = call.add(out, "out", 2);
+  const float weights[] = {1, static_cast<float>(w_low), static_cast<float>(w_high)};
+  const Operand second = {to.at(cond.size(0), 0), to.type, to.stride};
+  guidance_combine(kernels(), parallel, call.shape(), to, second, terms, weights);
+}
+
 void op_taylor_update(std::vector<Tensor> factors, Tensor y, double delta) {
   const int count = static_cast<int>(factors.size());
   STD_TORCH_CHECK(count >= 1 && count <= MAX_TERMS, "1 to ", MAX_TERMS, " factors, got ", count);
@@ -185,6 +196,8 @@ STABLE_TORCH_LIBRARY(fastcache_C, m) {
         "bool per_sample) -> ()");
   m.def("linear_combine(Tensor(a!) out, Tensor[] terms, float[] weights) -> ()");
   m.def("add_scaled(Tensor(a!) out, Tensor x, Tensor r, float weight) -> ()");
+  m.def("guidance_combine(Tensor(a!) out, Tensor cond, Tensor low, Tensor high, float w_low, float w_high) "
+        "-> ()");
   m.def("taylor_update(Tensor(a!)[] factors, Tensor y, float delta) -> ()");
   m.def("capability() -> str");
 }
@@ -194,6 +207,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcache_C, CPU, m) {
   m.impl("residual_magnitude", TORCH_BOX(&fastcache::op_residual_magnitude));
   m.impl("linear_combine", TORCH_BOX(&fastcache::op_linear_combine));
   m.impl("add_scaled", TORCH_BOX(&fastcache::op_add_scaled));
+  m.impl("guidance_combine", TORCH_BOX(&fastcache::op_guidance_combine));
   m.impl("taylor_update", TORCH_BOX(&fastcache::op_taylor_update));
 }
 
