@@ -80,8 +80,8 @@ def residual_magnitude(
 ) -> Tensor:
     """float32 [1]: mean over tokens of |r| / (|prev| + eps) for r = y - x; [B, 1] per sample.
 
-    Norms are over the last dimension. r is rounded to the dtype of `prev`; `out` receives it and may
-    be `prev`. Source: MagCache (arXiv 2506.09045).
+    Norms are over the last dimension. r is rounded to the dtype of `prev`; `out` receives it and
+    may be `prev`. Source: MagCache (arXiv 2506.09045).
     """
     shape = (y.shape[0], 1) if per_sample else (1,)
     width = y.shape[-1]
