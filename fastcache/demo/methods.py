@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastcache import (
-    FirstBlock,
-    FirstBlockCacheConfig,
-    Interval,
-    MagCacheConfig,
-    Magnitude,
-    Recipe,
-    Stack,
-    Taylor,
-)
+from fastcache import FirstBlock, Interval, Magnitude, Recipe, Reuse, Stack, Taylor
+from fastcache.policies import Policy
 
 REUSE = "reuse"
 ORDER_1 = "order 1"
@@ -35,40 +27,42 @@ class Method:
 
 
 def methods(steps: int, mag_ratios: Sequence[float]) -> list[Method]:
-    """The rows for runs of `steps` steps, with MagCache calibrated to `mag_ratios`."""
+    """The rows for runs of `steps` steps, with MagCache calibrated to `mag_ratios`.
 
-    def first_block(threshold: float, pictured: bool) -> list[Method]:
-        name = f"FirstBlock {threshold:.2f}"
-        reuse = FirstBlockCacheConfig(threshold=threshold)
-        order_1 = Recipe(when=FirstBlock(threshold), what=Taylor(order=1), where=Stack())
+    Both predictors of a rule get the same guards, so that they compute the same number of steps:
+    the first four, which a forecast needs, and the last.
+    """
+
+    def both(name: str, family: str, when: Policy, pictured: bool = False) -> list[Method]:
         return [
-            Method(name, "FirstBlock", REUSE, reuse, pictured=pictured),
-            Method(name, "FirstBlock", ORDER_1, order_1, pictured=pictured),
+            Method(
+                name, family, label, Recipe(when=when, what=what, where=Stack()), pictured=pictured
+            )
+            for label, what in ((REUSE, Reuse()), (ORDER_1, Taylor(order=1)))
         ]
 
-    def magcache(threshold: float, pictured: bool) -> list[Method]:
-        name = f"MagCache {threshold:.2f}"
-        account = {
-            "threshold": threshold,
-            "num_inference_steps": steps,
-            "mag_ratios": list(mag_ratios),
-        }
-        order_1 = Recipe(when=Magnitude(**account), what=Taylor(order=1), where=Stack())
-        return [
-            Method(name, "MagCache", REUSE, MagCacheConfig(**account), pictured=pictured),
-            Method(name, "MagCache", ORDER_1, order_1, pictured=pictured),
-        ]
+    def first_block(threshold: float) -> FirstBlock:
+        return FirstBlock(threshold, warmup=4, last=True)
 
-    interval = Recipe(when=Interval(4), what=Taylor(order=1), where=Stack())
+    def magnitude(threshold: float) -> Magnitude:
+        return Magnitude(
+            threshold,
+            num_inference_steps=steps,
+            mag_ratios=tuple(mag_ratios),
+            warmup=4,
+            last=True,
+        )
+
+    interval = Recipe(when=Interval(4, warmup=4, last=True), what=Taylor(order=1), where=Stack())
     half, third, quarter = (round(steps / n) for n in (2, 3, 4))
     return [
         Method("uncached", "uncached", pictured=True),
         Method(f"{half} steps", "fewer steps", steps=half),
         Method(f"{third} steps", "fewer steps", steps=third, pictured=True),
         Method(f"{quarter} steps", "fewer steps", steps=quarter),
-        *first_block(0.10, pictured=False),
-        *first_block(0.20, pictured=True),
-        *magcache(0.12, pictured=False),
-        *magcache(0.24, pictured=True),
+        *both("FirstBlock 0.10", "FirstBlock", first_block(0.10)),
+        *both("FirstBlock 0.20", "FirstBlock", first_block(0.20), pictured=True),
+        *both("MagCache 0.12", "MagCache", magnitude(0.12)),
+        *both("MagCache 0.24", "MagCache", magnitude(0.24), pictured=True),
         Method("every 4th step", "Interval", ORDER_1, interval, pictured=True),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,12 @@ from torch.nn import functional
 from . import require
 from .data import CHANNELS, NUM_CLASSES, TEXT_DIM, encode_labels, position_ids
 
-if TYPE_CHECKING:
-    from diffusers import FluxTransformer2DModel
-
 ASSETS = Path(__file__).parent / "assets"
 MODEL_FILE = "flux_digits.safetensors"
 JUDGE_FILE = "judge.safetensors"
 RECORD_FILE = "training.json"
 
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "patch_size": 1,
     "in_channels": CHANNELS,
     "num_layers": 2,
@@ -54,14 +51,15 @@ class Judge(nn.Module):
         return self.head(functional.dropout(self.features(images), 0.3, self.training))
 
 
-def build_model(seed: int = 0) -> FluxTransformer2DModel:
-    """An untrained model with zeroed modulation and output layers, fp32."""
+def build_model(seed: int = 0) -> nn.Module:
+    """An untrained FluxTransformer2DModel with zeroed modulation and output layers, fp32."""
     require("diffusers")
     from diffusers import FluxTransformer2DModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FluxTransformer2DModel(**ARCHITECTURE)
+        # typed as Any: diffusers ships no complete types
+        model: Any = FluxTransformer2DModel(**ARCHITECTURE)
     zero_modulation(model)
     return model
 
@@ -75,7 +73,7 @@ def zero_modulation(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def load_model(path: Path | None = None) -> FluxTransformer2DModel:
+def load_model(path: Path | None = None) -> nn.Module:
     """The shipped checkpoint (stored in fp16) as an fp32 model in eval mode."""
     model = build_model()
     model.load_state_dict(_read(path or ASSETS / MODEL_FILE))

@@ -11,6 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
 
     from .run import Row, Run
 
@@ -50,7 +51,7 @@ def draw(runs: list[Run], rows: list[Row], curve: dict[int, float], path: Path) 
         bottom=0.065,
     )
     _draw_samples(figure, parts[0], shown, colours)
-    below = parts[1].subgridspec(1, 2, width_ratios=[1.0, 1.15], wspace=0.16)
+    below = parts[1].subgridspec(1, 2, width_ratios=[1.0, 1.15], wspace=0.24)
     _draw_strip(figure.add_subplot(below[0]), rows, colours)
     _draw_frontier(figure.add_subplot(below[1]), rows, curve, colours)
     figure.savefig(path, dpi=130)
@@ -65,7 +66,7 @@ def _colours(rows: list[Row]) -> dict[str, str]:
 
 
 def _draw_samples(
-    figure: Figure, part: object, shown: list[tuple[Run, Row]], colours: dict[str, str]
+    figure: Figure, part: SubplotSpec, shown: list[tuple[Run, Row]], colours: dict[str, str]
 ) -> None:
     """One line per method: the first ten images, and their difference to the uncached ones."""
     grid = part.subgridspec(len(shown), 2, wspace=0.03, hspace=0.06)
@@ -151,6 +152,15 @@ def _draw_strip(axes: Axes, rows: list[Row], colours: dict[str, str]) -> None:
     axes.set_title("blocks computed at each step", fontsize=10.5, color=INK)
 
 
+def _crowded(row: Row, rows: list[Row]) -> bool:
+    """Whether a label to the right of `row`'s point would run into another point."""
+    return any(
+        0 < other.compute - row.compute < 0.2 and abs(other.psnr - row.psnr) < 2.5
+        for other in rows
+        if other.psnr is not None and row.psnr is not None
+    )
+
+
 def _draw_frontier(
     axes: Axes, rows: list[Row], curve: dict[int, float], colours: dict[str, str]
 ) -> None:
@@ -187,11 +197,13 @@ def _draw_frontier(
                 arrowprops={"arrowstyle": "->", "color": colour, "shrinkA": 5, "shrinkB": 5},
             )
         if row.predictor != REUSE:
+            left = _crowded(row, rows)
             axes.annotate(
                 row.name,
                 at,
                 textcoords="offset points",
-                xytext=(8, -3),
+                xytext=(-8 if left else 8, -3),
+                ha="right" if left else "left",
                 fontsize=8.5,
                 color=colour,
             )

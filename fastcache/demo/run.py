@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .model import Judge
 
 PICTURE_FILE = "demo.png"
+TABLE_WIDTH = 112
 # uncached step counts, as shares of the full run, that the equal-compute curve goes through
 CURVE = (5 / 28, 7 / 28, 9 / 28, 14 / 28, 21 / 28)
 CALIBRATION_SEED = 1234
@@ -46,7 +47,7 @@ class Run:
     """What was measured for one method."""
 
     method: Method
-    images: Tensor | None = None
+    images: Tensor = field(default_factory=lambda: torch.empty(0))
     blocks: list[int] = field(default_factory=list)  # transformer blocks that ran, per step
     seconds: list[float] = field(default_factory=list)
 
@@ -59,7 +60,8 @@ class Row:
     family: str
     predictor: str  # "reuse", "order 1", ...; empty where nothing is predicted
     steps: int
-    blocks: list[int]
+    computed_steps: int  # steps in which every block ran
+    blocks: list[int]  # transformer blocks that ran, per step
     compute: float  # blocks computed, as a share of the uncached run
     seconds: float
     speedup: float
@@ -164,6 +166,7 @@ def summarise(runs: list[Run], curve: dict[int, float], judge: Judge, labels: Te
             family=run.method.family,
             predictor=run.method.predictor,
             steps=len(run.blocks),
+            computed_steps=run.blocks.count(max(run.blocks)),
             blocks=run.blocks,
             compute=compute,
             seconds=seconds,
@@ -189,9 +192,7 @@ def interpolate(curve: dict[int, float], steps: float) -> float | None:
     return None
 
 
-def _generate(
-    model: nn.Module, run: Run, labels: Tensor, settings: Settings, bar: tqdm[NoReturn]
-) -> None:
+def _generate(model: nn.Module, run: Run, labels: Tensor, settings: Settings, bar: tqdm) -> None:
     """One generation of `run.method`: appends its time; images and block counts must repeat."""
     import fastcache
 
@@ -219,7 +220,7 @@ def _generate(
             progress=step_done,
         )
         run.seconds.append(time.perf_counter() - start)
-    if run.images is not None and not torch.equal(run.images, images):
+    if len(run.seconds) > 1 and not torch.equal(run.images, images):
         raise RuntimeError(f"demo row {method.name!r}: two runs from the same noise differ")
     run.images, run.blocks = images, blocks
 
@@ -230,7 +231,9 @@ def _block_calls(model: nn.Module) -> Iterator[list[None]]:
     calls: list[None] = []
     handles = [
         block.register_forward_hook(lambda *_: calls.append(None))
-        for block in [*model.transformer_blocks, *model.single_transformer_blocks]
+        for blocks in model.children()
+        if isinstance(blocks, nn.ModuleList)
+        for block in blocks
     ]
     try:
         yield calls
@@ -258,12 +261,22 @@ def _print_table(rows: list[Row], settings: Settings) -> None:
 
     table = Table(
         title=f"{settings.batch} images, {settings.steps} Euler steps, same noise",
-        caption="PSNR and L2: against the uncached run. "
+        caption="computed: steps in which all blocks ran (when cached: the first 4, the last and "
+        "those the method asks for). PSNR (mean over images), rel. L2: against uncached. "
         "vs fewer: dB above the uncached model at fewer steps and equal compute.",
     )
     table.add_column("method", no_wrap=True)
-    table.add_column("skipped steps", no_wrap=True)
-    for name in ("blocks", "seconds", "speed-up", "PSNR dB", "rel. L2", "judge", "vs fewer"):
+    table.add_column("skipped", no_wrap=True)
+    for name in (
+        "computed",
+        "blocks",
+        "seconds",
+        "speed-up",
+        "PSNR dB",
+        "rel. L2",
+        "judge",
+        "vs fewer",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     family = rows[0].family
     for row in rows:
@@ -272,8 +285,8 @@ def _print_table(rows: list[Row], settings: Settings) -> None:
             family = row.family
         table.add_row(*_cells(row))
     console = Console()
-    # a pipe or a log file has no width of its own
-    console.width = console.width if console.is_terminal else 110
+    # rather wrapped by a narrow terminal than cut off
+    console.width = max(console.width, TABLE_WIDTH)
     console.print(table)
 
 
@@ -282,6 +295,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.name,
         row.predictor,
+        f"{row.computed_steps}/{row.steps}",
         f"{row.compute:.0%}",
         f"{row.seconds:.2f}",
         f"{row.speedup:.2f}x",
