@@ -19,6 +19,7 @@ from . import reference
 
 LIBRARY = Path(__file__).parent / "_cpu_ops.so"
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+CPU = torch.device("cpu")
 
 
 @cache
@@ -28,8 +29,7 @@ def available() -> bool | str:
         return "switched off by FASTCACHE_DISABLE_EXT=1"
     if not LIBRARY.exists():
         return (
-            "extension not built: reinstall with a C++ compiler: "
-            "pip install --no-build-isolation ."
+            "extension not built: reinstall with a C++ compiler: pip install --no-build-isolation ."
         )
     try:
         torch.ops.load_library(LIBRARY)
@@ -54,10 +54,10 @@ def capability() -> str:
 
 
 def takes_dtypes(op: str, dtypes: Sequence[torch.dtype]) -> bool:
-    """Whether a kernel takes these dtypes, in the order y, x, prev, out of `op` (y, factors... for Taylor).
+    """Whether `op` takes tensors of these dtypes, in the order y, x, prev, out or y, *factors.
 
-    Weighted sums (store, apply, linear and guidance combine) take any mix. The metrics want y like x
-    and out like prev, the Taylor update factors of one dtype.
+    Weighted sums (store, apply, linear and guidance combine) take any mix. The metrics want y like
+    x and out like prev, the Taylor update factors of one dtype.
     """
     if not DTYPES.issuperset(dtypes):
         return False
@@ -71,7 +71,7 @@ def residual_l1(
 ) -> Tensor:
     if not y.numel():
         return reference.residual_l1(y, x, prev, out, per_sample)
-    sums = torch.empty((y.shape[0], 2) if per_sample else 2, dtype=torch.float32, device="cpu")
+    sums = torch.empty((y.shape[0], 2) if per_sample else 2, dtype=torch.float32, device=CPU)
     _op("residual_l1")(sums, y, x, prev, out, per_sample)
     return sums
 
@@ -86,7 +86,7 @@ def residual_magnitude(
 ) -> Tensor:
     if not y.numel():
         return reference.residual_magnitude(y, x, prev, out, eps, per_sample)
-    mean = torch.empty((y.shape[0], 1) if per_sample else 1, dtype=torch.float32, device="cpu")
+    mean = torch.empty((y.shape[0], 1) if per_sample else 1, dtype=torch.float32, device=CPU)
     _op("residual_magnitude")(mean, y, x, prev, out, eps, per_sample)
     return mean
 

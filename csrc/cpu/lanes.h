@@ -33,7 +33,7 @@ INLINE Vector read(const void* from) {
   return v;
 }
 
-// --- 16 and 32 bit words --------------------------------------------------------------------------
+// --- 16 and 32 bit words ---------------------------------------------------------------------
 
 // GCC 12 needs up to five instructions for __builtin_convertvector where AVX has one. The zeroing
 // masks cost nothing and keep GCC from warning about the undefined operand of the plain intrinsics.
@@ -55,7 +55,7 @@ INLINE Halves to_halves(Words v) {
 #endif
 }
 
-// --- bfloat16: the upper half of a float ------------------------------------------------------------
+// --- bfloat16: the upper half of a float -----------------------------------------------------
 
 // To the nearest even in the upper half, rubbish in the lower; NaN stays NaN.
 INLINE Words round_bf16(Floats v) {
@@ -67,7 +67,7 @@ INLINE Floats widen(Halves v, bf16) { return bit_cast<Floats>(to_words(v) << 16)
 INLINE Halves narrow(Floats v, bf16) { return to_halves(round_bf16(v) >> 16); }
 INLINE Floats rounded(Floats v, bf16) { return bit_cast<Floats>(round_bf16(v) & 0xffff0000); }
 
-// --- float16 ----------------------------------------------------------------------------------------
+// --- float16 ---------------------------------------------------------------------------------
 
 INLINE Floats widen(Halves v, f16) {
 #if X86 && WIDTH == 16
@@ -107,13 +107,13 @@ INLINE Halves narrow(Floats v, f16) {
 
 INLINE Floats rounded(Floats v, f16) { return widen(narrow(v, f16()), f16()); }
 
-// --- float --------------------------------------------------------------------------------------
+// --- float -----------------------------------------------------------------------------------
 
 INLINE Floats widen(Floats v, float) { return v; }
 INLINE Floats narrow(Floats v, float) { return v; }
 INLINE Floats rounded(Floats v, float) { return v; }
 
-// --- memory -------------------------------------------------------------------------------------
+// --- memory ----------------------------------------------------------------------------------
 
 template <class T> struct Raw { using Vector = Halves; };
 template <> struct Raw<float> { using Vector = Floats; };

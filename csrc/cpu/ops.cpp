@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 #include <string>
@@ -35,13 +34,15 @@ const auto parallel = [](int64_t begin, int64_t end, int64_t grain, const auto& 
   torch::stable::parallel_for(begin, end, grain, f);
 };
 
+// By the shim's own codes: torch::stable::Tensor::scalar_type asks for a dozen of them per call.
 Type type_of(const Tensor& tensor, const char* name) {
-  using torch::headeronly::ScalarType;
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
-      " must be float32, float16 or bfloat16");
-  return type == ScalarType::Float ? Type::f32 : type == ScalarType::Half ? Type::f16 : Type::bf16;
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  if (code == aoti_torch_dtype_float32()) return Type::f32;
+  if (code == aoti_torch_dtype_float16()) return Type::f16;
+  STD_TORCH_CHECK(code == aoti_torch_dtype_bfloat16(), name,
+                  " must be float32, float16 or bfloat16");
+  return Type::bf16;
 }
 
 // Collects the tensors of one call: they share a shape, and their samples (the slices along dimension 0)
@@ -57,7 +58,6 @@ class Call {
 
   // `copies` times as many samples as the others have.
   Operand add(const Tensor& tensor, const char* name, int64_t copies = 1) {
-    STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
     STD_TORCH_CHECK(tensor.dim() == dim_, name, " has another number of dimensions");
     const int64_t *sizes = tensor.sizes().data(), *strides = tensor.strides().data();
     int64_t dense = 1;
@@ -98,8 +98,8 @@ struct Stored {
 };
 
 float* result_of(const Tensor& result, int64_t count, const char* name) {
-  STD_TORCH_CHECK(result.scalar_type() == torch::headeronly::ScalarType::Float &&
-                      result.is_contiguous() && result.numel() == count,
+  STD_TORCH_CHECK(type_of(result, name) == Type::f32 && result.is_contiguous() &&
+                      result.numel() == count,
                   name, " must be contiguous float32 with ", count, " elements");
   return static_cast<float*>(result.data_ptr());
 }
