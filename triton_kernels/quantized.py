@@ -77,8 +77,7 @@ def _scales(b_bits):
     """(scale, 1 / scale) of rows whose largest magnitudes have these bits."""
     b_max = b_bits.to(tl.float32, bitcast=True)
     b_scale = tl.where(b_max < TINY, 1.0, tl.div_rn(b_max, MAX))
-    b_inverse = tl.where(b_max < TINY, 1.0, tl.div_rn(MAX, b_max))
-    return b_scale, b_inverse
+    return b_scale, tl.div_rn(1.0, b_scale)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -168,7 +167,7 @@ def _scale_strides(scales: Sequence[Tensor], count: int) -> tuple[int, ...]:
 
 
 def quantize_store(q: Tensor, scale: Tensor, y: Tensor, x: Tensor | None = None) -> None:
-    """scale <- max |r| / 448 per row, q <- r / scale as e4m3, for r = y - x, or y without x.
+    """scale <- max |r| / 448 per row, q <- r * (1 / scale) as e4m3, for r = y - x, or y without x.
 
     q: float8_e4m3fn of the shape of y. scale: float32, y.shape[:-1]; 1 for a row of zeros. Rows are
     along the last dimension.

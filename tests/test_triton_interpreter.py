@@ -1,0 +1,597 @@
+"""Every Triton kernel in Triton's interpreter against the reference.
+
+Triton decides when it is imported whether it interprets, so the cases run in a child process:
+started as a script, this file reads names of cases from stdin and answers with one JSON line each.
+`test_triton_gpu.py` runs the same cases compiled.
+
+Inputs and outputs lie between NaN: an unmasked read spoils a sum, an unmasked write removes a NaN.
+The interpreter truncates float32 to bfloat16 where hardware rounds, so bfloat16 outputs may be one
+unit in the last place off there, and reductions get bfloat16 values whose difference is exact.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastcache import reference
+
+FP32, FP16, BF16, E4M3 = torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn
+DTYPES = {"fp32": FP32, "fp16": FP16, "bf16": BF16}
+LAYOUTS = ("dense", "odd", "range")
+NAN = float("nan")
+# 4096 elements are one block: below, just below, and several programs with a tail
+SHAPES = ((1, 1), (2, 380), (1, 4095), (3, 41, 100), (2, 64, 96))
+
+
+# --- references of the ops that fastcache.reference does not define ------------------------------
+
+
+def quantize_store(y: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(q, scale): r = y - x (or y) as e4m3, scale = max |r| / 448 per row, 1 below 2**-117."""
+    r = y.float() if x is None else y.float() - x.float()
+    largest = r.abs().amax(-1)
+    tiny = largest < 2.0**-117
+    scale = torch.where(tiny, 1.0, largest / 448)
+    return (r * (1 / scale)[..., None]).to(E4M3), scale
+
+
+def quantized_combine(
+    base: Tensor | None, qs: Sequence[Tensor], scales: Sequence[Tensor], weights: Sequence[float]
+) -> Tensor:
+    """float32: base + sum_i (weights[i] * scales[i]) * qs[i], added in order."""
+    total = torch.zeros(qs[0].shape) if base is None else base.float()
+    for q, scale, weight in zip(qs, scales, weights, strict=True):
+        total = total + q.float() * (scale * weight)[..., None]
+    return total
+
+
+def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = False) -> Tensor:
+    """float64 [S, M]: upper triangle of D D^T, D q, q.q."""
+    groups = guide.shape[0] if per_sample else 1
+    g = [t.double().reshape(groups, -1) for t in (guide, *guides)]
+    q, d = g[0] - g[1], [a - b for a, b in pairwise(g[1:])]
+    pairs = [(a, b) for i, a in enumerate(d) for b in d[i:]] + [(a, q) for a in d] + [(q, q)]
+    return torch.stack([(a * b).sum(1) for a, b in pairs], dim=1)
+
+
+def guided_solve(sums: Tensor, prior: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """float64 (w [S, K], misfit [S]) for sums that are well conditioned."""
+    k = prior.numel()
+    gram = sums.new_zeros(sums.shape[0], k, k)
+    upper = torch.triu_indices(k, k)
+    gram[:, upper[0], upper[1]] = gram[:, upper[1], upper[0]] = sums[:, : k * (k + 1) // 2]
+    dq, qq = sums[:, -k - 1 : -1], sums[:, -1]
+    pull = ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
+    system = gram + pull[:, None, None] * torch.eye(k, dtype=sums.dtype)
+    w = torch.linalg.solve(system, dq + pull[:, None] * prior.double())
+    square = qq - 2 * (w * dq).sum(1) + (w[:, None, :] @ gram @ w[:, :, None])[:, 0, 0]
+    return w, (square.clamp_min(0) / qq).sqrt()
+
+
+# --- the bench a case works on -------------------------------------------------------------------
+
+
+@dataclass
+class Lab:
+    """The kernels, the device they run on, and every tensor that a case placed there."""
+
+    kernels: ModuleType
+    device: str
+    placed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    seed: int = 0
+
+    @property
+    def truncates(self) -> bool:
+        return self.device == "cpu"
+
+    def draw(self, *shape: int, dtype: torch.dtype = FP32) -> Tensor:
+        """Normal values on the host; multiples of 1/8 where differences must be exact."""
+        self.seed += 1
+        generator = torch.Generator().manual_seed(self.seed)
+        t = torch.randn(shape, generator=generator)
+        if dtype == BF16 and self.truncates:
+            t = (t * 8).round().clamp(-32, 32) / 8
+        return t.to(dtype)
+
+    def place(self, t: Tensor, layout: str = "dense") -> Tensor:
+        """A copy of `t` on the device inside a larger buffer of NaN."""
+        if layout == "range" and t.dim() == 3:
+            batch, tokens, width = t.shape
+            buffer = self._nan((batch, tokens + 7, width), t.dtype)
+            view = buffer[:, 3 : 3 + tokens]
+        else:
+            start = 65 if layout == "odd" else 64
+            buffer = self._nan((t.numel() + 128,), t.dtype)
+            view = buffer[start : start + t.numel()].view(t.shape)
+        view.copy_(t)
+        self.placed.append((view, buffer))
+        return view
+
+    def blank(self, *shape: int, dtype: torch.dtype = FP32, layout: str = "dense") -> Tensor:
+        return self.place(self._nan(shape, dtype), layout)
+
+    def _nan(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if dtype == E4M3:
+            return torch.full(shape, 0x7F, dtype=torch.uint8, device=self.device).view(E4M3)
+        return torch.full(shape, NAN, dtype=dtype, device=self.device)
+
+    def check_surroundings(self) -> None:
+        for view, buffer in self.placed:
+            view.copy_(self._nan(view.shape, view.dtype))
+            assert buffer.float().isnan().all(), f"a write outside a view of {tuple(view.shape)}"
+
+    def same(self, got: Tensor, want: Tensor) -> None:
+        """Equal bits; one unit in the last place for bfloat16 in the interpreter."""
+        assert got.dtype == want.dtype
+        ulp = 2.0**-7 if want.dtype == BF16 and self.truncates else 0.0
+        torch.testing.assert_close(got.cpu(), want, rtol=ulp, atol=0, equal_nan=True)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Relative to float64; NaN and infinities agree."""
+    assert got.shape == want.shape, f"{tuple(got.shape)} instead of {tuple(want.shape)}"
+    torch.testing.assert_close(
+        got.cpu().double(), want.double(), rtol=tolerance, atol=0, equal_nan=True
+    )
+
+
+CASES: dict[str, Callable[[Lab], None]] = {}
+
+
+def case(**grid: Sequence[object]) -> Callable:
+    """Register a function of (lab, **parameters) once per combination of parameters."""
+
+    def combinations(names: list[str], chosen: dict[str, object]) -> Iterator[dict[str, object]]:
+        if not names:
+            yield chosen
+            return
+        for value in grid[names[0]]:
+            yield from combinations(names[1:], chosen | {names[0]: value})
+
+    def register(function: Callable) -> Callable:
+        for chosen in combinations(list(grid), {}):
+            label = "-".join(
+                "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in chosen.values()
+            )
+            CASES[f"{function.__name__} {label}".strip()] = lambda lab, c=chosen: function(lab, **c)
+        return function
+
+    return register
+
+
+# --- elementwise ---------------------------------------------------------------------------------
+
+
+@case(dtype=DTYPES, layout=LAYOUTS, shape=SHAPES)
+def store_and_apply(lab: Lab, dtype: str, layout: str, shape: tuple[int, ...]) -> None:
+    y, x = (lab.draw(*shape, dtype=DTYPES[dtype]) for _ in range(2))
+    want, got = torch.empty_like(y), lab.blank(*shape, dtype=DTYPES[dtype], layout=layout)
+    at_y, at_x = lab.place(y, layout), lab.place(x, layout)
+    reference.residual_store(want, y, x)
+    lab.kernels.residual_store(got, at_y, at_x)
+    lab.same(got, want)
+    reference.residual_apply(want, x, y)
+    lab.kernels.residual_apply(at_x, at_x, at_y)
+    lab.same(at_x, want)
+
+
+@case(dtype=DTYPES, terms=(1, 2, 3, 5, 8), on_device=(False, True), layout=LAYOUTS)
+def combine(lab: Lab, dtype: str, terms: int, on_device: bool, layout: str) -> None:
+    tensors = [lab.draw(2, 47, 100, dtype=DTYPES[dtype]) for _ in range(terms)]
+    weights = [(-1) ** i * (0.3 + i) for i in range(terms)]
+    want = torch.empty_like(tensors[0])
+    reference.linear_combine(want, tensors, weights)
+    placed = [lab.place(t, layout) for t in tensors]
+    got = lab.blank(*want.shape, dtype=want.dtype, layout=layout)
+    given = torch.tensor(weights, device=lab.device) if on_device else weights
+    lab.kernels.linear_combine(got, placed, given)
+    lab.same(got, want)
+    lab.kernels.linear_combine(placed[-1], placed, given)
+    lab.same(placed[-1], want)
+
+
+@case()
+def combine_mixed_dtypes(lab: Lab) -> None:
+    tensors = [lab.draw(3, 700, dtype=dtype) for dtype in (BF16, FP32, FP16)]
+    want = torch.empty(3, 700, dtype=FP16)
+    reference.linear_combine(want, tensors, [1, -2, 3])
+    got = lab.blank(3, 700, dtype=FP16)
+    lab.kernels.linear_combine(got, [lab.place(t) for t in tensors], [1, -2, 3])
+    lab.same(got, want)
+
+
+@case()
+def special_values_pass_through(lab: Lab) -> None:
+    special = torch.tensor([NAN, math.inf, -math.inf, 0.0, -0.0, 65504.0, 1e-30, 1e38])
+    y, x = special.repeat(8), special.repeat_interleave(8)
+    for dtype in (FP32, FP16):
+        want, got = torch.empty(64, dtype=dtype), lab.blank(64, dtype=dtype)
+        a, b = y.to(dtype), x.to(dtype)
+        reference.linear_combine(want, [a, b], [2.0, -0.5])
+        lab.kernels.linear_combine(got, [lab.place(a), lab.place(b)], [2.0, -0.5])
+        lab.same(got, want)
+        close(
+            lab.kernels.residual_l1(lab.place(a), lab.place(b), lab.place(b)),
+            reference.residual_l1(a, b, b),
+            0,
+        )
+        close(
+            lab.kernels.residual_l1(*(lab.place(t[:, None]) for t in (a, b, b)), per_sample=True),
+            reference.residual_l1(a[:, None], b[:, None], b[:, None], per_sample=True),
+            2e-6,
+        )
+
+
+@case(dtype=DTYPES, shape=((1, 5, 33), (2, 3, 4, 30)))
+def guidance(lab: Lab, dtype: str, shape: tuple[int, ...]) -> None:
+    cond, low, high = lab.draw(*shape, dtype=DTYPES[dtype]), lab.draw(*shape), lab.draw(*shape)
+    want = torch.empty((2 * shape[0], *shape[1:]), dtype=cond.dtype)
+    reference.guidance_combine(want, cond, low, high, 1.1, 0.7)
+    got = lab.blank(*want.shape, dtype=cond.dtype)
+    lab.kernels.guidance_combine(got, lab.place(cond), lab.place(low), lab.place(high), 1.1, 0.7)
+    lab.same(got, want)
+
+
+@case(dtype=DTYPES, order=(0, 1, 2, 4), layout=LAYOUTS)
+def taylor(lab: Lab, dtype: str, order: int, layout: str) -> None:
+    y = lab.draw(3, 47, 30, dtype=DTYPES[dtype])
+    for valid in range(order + 2):
+        factors = [lab.draw(3, 47, 30, dtype=DTYPES[dtype]) for _ in range(order + 1)]
+        placed = [lab.place(t, layout) for t in factors]
+        for inv_delta in (1.0, 1 / 3):
+            reference.taylor_update(factors, y, inv_delta, valid)
+            lab.kernels.taylor_update(placed, lab.place(y, layout), inv_delta, valid)
+            if not lab.truncates or dtype != "bf16":
+                for got, want in zip(placed, factors, strict=True):
+                    lab.same(got, want)
+            factors = [t.cpu().clone() for t in placed]
+
+
+@case()
+def taylor_with_stored_bf16_and_no_gap(lab: Lab) -> None:
+    y, old = lab.draw(2, 300), lab.draw(2, 300, dtype=BF16)
+    factors, placed = [old.clone(), old.clone()], [lab.place(old), lab.place(old)]
+    reference.taylor_update(factors, y, 0.0, 1)
+    lab.kernels.taylor_update(placed, lab.place(y), 0.0, 1)
+    for got, want in zip(placed, factors, strict=True):
+        lab.same(got, want)
+
+
+# --- reductions ----------------------------------------------------------------------------------
+
+
+@case(dtype=DTYPES, layout=LAYOUTS, shape=SHAPES, per_sample=(False, True))
+def l1(lab: Lab, dtype: str, layout: str, shape: tuple[int, ...], per_sample: bool) -> None:
+    y, x, prev = (lab.draw(*shape, dtype=DTYPES[dtype]) for _ in range(3))
+    want_out, out = torch.empty_like(y), lab.blank(*shape, dtype=y.dtype, layout=layout)
+    want = reference.residual_l1(y, x, prev, want_out, per_sample)
+    placed = [lab.place(t, layout) for t in (y, x, prev)]
+    got = lab.kernels.residual_l1(*placed, out, per_sample)
+    close(got, want, 2e-6)
+    torch.testing.assert_close(out.cpu(), want_out, rtol=0, atol=0)
+    again = lab.kernels.residual_l1(*placed, per_sample=per_sample)
+    assert torch.equal(got, again), "storing the residual, or a second run, changes the sums"
+
+
+@case(dtype=DTYPES, layout=LAYOUTS, shape=SHAPES[1:4:2], per_sample=(False, True))
+def magnitude(lab: Lab, dtype: str, layout: str, shape: tuple[int, ...], per_sample: bool) -> None:
+    y, x, prev = (lab.draw(*shape, dtype=DTYPES[dtype]) for _ in range(3))
+    want_out = torch.empty_like(y)
+    want = reference.residual_magnitude(y, x, prev, want_out, 1e-3, per_sample)
+    at_y, at_x, at_prev = (lab.place(t, layout) for t in (y, x, prev))
+    plain = lab.kernels.residual_magnitude(at_y, at_x, at_prev, None, 1e-3, per_sample)
+    got = lab.kernels.residual_magnitude(at_y, at_x, at_prev, at_prev, 1e-3, per_sample)
+    close(got, want, 2e-6)
+    torch.testing.assert_close(at_prev.cpu(), want_out, rtol=0, atol=0)
+    assert torch.equal(got, plain), "storing the residual changes the mean"
+
+
+@case(width=(1, 7, 96, 300, 512, 1024, 1500))
+def magnitude_widths(lab: Lab, width: int) -> None:
+    y, x, prev = (lab.draw(21, width) for _ in range(3))
+    got = lab.kernels.residual_magnitude(lab.place(y), lab.place(x), lab.place(prev))
+    close(got, reference.residual_magnitude(y, x, prev), 2e-6)
+
+
+@case(stored=("fp16", "bf16"))
+def residual_is_rounded_to_the_stored_dtype_before_it_is_compared(lab: Lab, stored: str) -> None:
+    y, x = (lab.draw(4, 1300).mul(8).round().div(8) for _ in range(2))
+    prev = lab.draw(4, 1300, dtype=DTYPES[stored])
+    want_out, out = torch.empty_like(prev), lab.blank(4, 1300, dtype=prev.dtype)
+    for name in ("residual_l1", "residual_magnitude"):
+        want = getattr(reference, name)(y, x, prev, want_out)
+        got = getattr(lab.kernels, name)(lab.place(y), lab.place(x), lab.place(prev), out)
+        close(got, want, 2e-6)
+        lab.same(out, want_out)
+
+
+@case()
+def programs_stride_over_many_blocks(lab: Lab) -> None:
+    """Three programs per sample: each takes several blocks, one of them the masked tail."""
+    from fastcache.triton_kernels import reduction
+
+    y, x, prev, other = (lab.draw(2, 5, 5003) for _ in range(4))
+    placed = [lab.place(t) for t in (y, x, prev, other)]
+    whole, reduction.PROGRAMS = reduction.PROGRAMS, 4
+    try:
+        for per_sample in (False, True):
+            got = lab.kernels.residual_l1(*placed[:3], per_sample=per_sample)
+            close(got, reference.residual_l1(y, x, prev, per_sample=per_sample), 2e-6)
+            got = lab.kernels.residual_magnitude(*placed[:3], per_sample=per_sample)
+            close(got, reference.residual_magnitude(y, x, prev, per_sample=per_sample), 2e-6)
+            got = lab.kernels.guided_sums(placed[0], placed[1:], per_sample)
+            close(got, guided_sums(y, [x, prev, other], per_sample), 1e-12)
+    finally:
+        reduction.PROGRAMS = whole
+
+
+@case()
+def more_blocks_than_programs(lab: Lab) -> None:
+    n = 4096 * 514 + 17
+    y, x, prev = (lab.draw(n) for _ in range(3))
+    got = lab.kernels.residual_l1(lab.place(y), lab.place(x), lab.place(prev))
+    close(got, reference.residual_l1(y, x, prev), 2e-6)
+
+
+@case()
+def sums_of_a_sample_do_not_depend_on_its_batch(lab: Lab) -> None:
+    y, x, prev, other = (lab.place(lab.draw(3, 50, 300)) for _ in range(4))
+    alone = [t[1:2] for t in (y, x, prev, other)]
+    for op, rest in (("residual_l1", (None,)), ("residual_magnitude", (None, 1e-8))):
+        kernel = getattr(lab.kernels, op)
+        batched = kernel(y, x, prev, *rest, per_sample=True)
+        assert torch.equal(batched[1:2], kernel(*alone[:3], *rest, per_sample=True))
+        assert torch.equal(batched[1], kernel(*alone[:3], *rest))
+    batched = lab.kernels.guided_sums(y, [x, prev, other], per_sample=True)
+    assert torch.equal(batched[1:2], lab.kernels.guided_sums(alone[0], alone[1:]))
+
+
+@case()
+def nothing_to_do(lab: Lab) -> None:
+    for shape in ((0,), (0, 5), (4, 0), (2, 0, 8), (2, 3, 0), (0, 3, 8)):
+        t, out = (torch.empty(shape, device=lab.device) for _ in range(2))
+        host = torch.empty(shape)
+        lab.kernels.residual_store(out, t, t)
+        lab.kernels.residual_apply(out, t, t)
+        lab.kernels.linear_combine(out, [t, t], [1.0, 2.0])
+        lab.kernels.taylor_update([t, out], t, 1.0, 2)
+        lab.kernels.guidance_combine(torch.empty((2 * shape[0], *shape[1:])), t, t, t, 1.0, 1.0)
+        scale = torch.empty(shape[:-1], device=lab.device)
+        lab.kernels.quantize_store(out.to(E4M3), scale, t, t)
+        lab.kernels.quantized_combine(out, t, [t.to(E4M3)], [scale], [1.0])
+        assert not lab.kernels.guided_sums(t, [t, t]).any()
+        for per_sample in (False, True):
+            got = lab.kernels.residual_l1(t, t, t, out, per_sample)
+            close(got, reference.residual_l1(host, host, host, None, per_sample), 0)
+            if len(shape) < 2 or (per_sample and len(shape) < 3):
+                continue
+            for eps in (0.0, 1e-8):
+                got = lab.kernels.residual_magnitude(t, t, t, out, eps, per_sample)
+                want = reference.residual_magnitude(host, host, host, None, eps, per_sample)
+                close(got, want, 0)
+
+
+# --- quantised storage ---------------------------------------------------------------------------
+
+
+@case(dtype=DTYPES, layout=LAYOUTS, width=(1, 7, 96, 513, 3000, 8200))
+def quantized_store(lab: Lab, dtype: str, layout: str, width: int) -> None:
+    y, x = (lab.draw(2, 3, width, dtype=DTYPES[dtype]) for _ in range(2))
+    y[0, 1] = x[0, 1]
+    at_y, at_x = lab.place(y, layout), lab.place(x, layout)
+    for minus, at_minus in ((x, at_x), (None, None)):
+        want, want_scale = quantize_store(y, minus)
+        q = lab.blank(2, 3, width, dtype=E4M3, layout=layout)
+        scale = lab.blank(2, 3)
+        lab.kernels.quantize_store(q, scale, at_y, at_minus)
+        close(scale, want_scale, 0)
+        close(q.float(), want.float(), 0)
+
+
+@case()
+def quantized_rows_with_extreme_values(lab: Lab) -> None:
+    y = torch.ones(6, 300)
+    y[0, 7], y[1, 7], y[2, 7] = NAN, math.inf, -math.inf
+    y[3] = 1e-37
+    y[4] = torch.linspace(-1, 1, 300) * 3e38
+    y[5] = 0
+    want, want_scale = quantize_store(y, None)
+    q, scale, out = lab.blank(6, 300, dtype=E4M3), lab.blank(6), lab.blank(6, 300)
+    lab.kernels.quantize_store(q, scale, lab.place(y), None)
+    close(scale, want_scale, 0)
+    close(q.float(), want.float(), 0)
+    lab.kernels.quantized_combine(out, None, [q], [scale], [1.0])
+    close(out, quantized_combine(None, [want], [want_scale], [1.0]), 0)
+    assert out[:3].isnan().all()
+    assert not out[3].any()
+    assert ((out[4].cpu() - y[4]).abs() <= 3e38 / 28 * 1.001).all()
+
+
+@case()
+def every_e4m3_value_and_every_tie_converts(lab: Lab) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(E4M3)[None]
+    out = lab.blank(1, 256)
+    lab.kernels.quantized_combine(out, None, [lab.place(codes)], [lab.place(torch.ones(1))], [1.0])
+    close(out, codes.float(), 0)
+    exact = torch.arange(127, dtype=torch.uint8).view(E4M3).float()
+    ties = torch.cat([(exact[1:] + exact[:-1]) / 2, exact])
+    y = torch.cat([ties, -ties, ties.nextafter(torch.tensor(0.0)), ties * (1 + 2**-20)])
+    y = y.clamp(-448, 448)[None]
+    q = lab.blank(1, y.shape[1], dtype=E4M3)
+    lab.kernels.quantize_store(q, lab.blank(1), lab.place(y), None)
+    close(q.float(), y.to(E4M3).float(), 0)
+
+
+@case(dtype=DTYPES, layout=LAYOUTS, on_device=(False, True))
+def quantized_sum(lab: Lab, dtype: str, layout: str, on_device: bool) -> None:
+    base, *rest = (lab.draw(2, 5, 700, dtype=DTYPES[dtype]) for _ in range(4))
+    qs, scales = zip(*(quantize_store(t, None) for t in rest), strict=True)
+    weights = [1.5, -0.25, 0.3]
+    given = torch.tensor(weights, device=lab.device) if on_device else weights
+    at_qs, at_scales = [lab.place(q, layout) for q in qs], [lab.place(s) for s in scales]
+    for start in (base, None):
+        want = quantized_combine(start, qs, scales, weights).to(base.dtype)
+        out = lab.blank(2, 5, 700, dtype=base.dtype, layout=layout)
+        if start is not None:
+            out.copy_(base)
+        at_base = None if start is None else out
+        lab.kernels.quantized_combine(out, at_base, at_qs, at_scales, given)
+        lab.same(out, want)
+
+
+# --- guided prediction ---------------------------------------------------------------------------
+
+
+@case(dtype=DTYPES, order=(1, 2), layout=LAYOUTS, per_sample=(False, True))
+def sums(lab: Lab, dtype: str, order: int, layout: str, per_sample: bool) -> None:
+    guide, *guides = (lab.draw(2, 19, 300, dtype=DTYPES[dtype]) for _ in range(order + 2))
+    placed = [lab.place(t, layout) for t in (guide, *guides)]
+    got = lab.kernels.guided_sums(placed[0], placed[1:], per_sample)
+    close(got, guided_sums(guide, guides, per_sample), 1e-12)
+    strided = [t[:, ::4] for t in placed]
+    got = lab.kernels.guided_sums(strided[0], strided[1:], per_sample)
+    close(got, guided_sums(guide[:, ::4], [t[:, ::4] for t in guides], per_sample), 1e-12)
+    assert torch.equal(got, lab.kernels.guided_sums(strided[0], strided[1:], per_sample))
+
+
+@case(order=(1, 2), base=(False, True), ridge=(0.0, 0.003, 1e9))
+def weights_and_misfit(lab: Lab, order: int, base: bool, ridge: float) -> None:
+    guide, *guides = (lab.draw(3, 11, 64) for _ in range(order + 2))
+    prior = torch.tensor([0.7, -0.1][:order])
+    want_sums = guided_sums(guide, guides, per_sample=True)
+    w, misfit = guided_solve(want_sums, prior, ridge)
+    got_sums = lab.kernels.guided_sums(lab.place(guide), [lab.place(t) for t in guides], True)
+    for given in (got_sums, got_sums.float()):
+        weights, got_misfit = lab.kernels.guided_solve(given, lab.place(prior), ridge, base)
+        padded = torch.nn.functional.pad(w, (1, 1))
+        want = padded[:, 1:] - padded[:, :-1]
+        want[:, 0] += 1
+        if base:
+            want = torch.nn.functional.pad(want, (1, 0), value=1.0)
+        assert weights.shape == want.shape and weights.dtype == FP32
+        torch.testing.assert_close(weights.cpu().double(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got_misfit.cpu().double(), misfit, rtol=1e-5, atol=1e-5)
+
+
+@case(order=(1, 2), share=(0.0, 1e-4, 1e-2))
+def a_small_misfit_survives_cancellation(lab: Lab, order: int, share: float) -> None:
+    """q lies in the span of the history up to a small part: float32 sums would lose the misfit."""
+    guides = [lab.draw(2, 40, 96, dtype=FP32) for _ in range(order + 1)]
+    d = [a - b for a, b in pairwise(guides)]
+    guide = guides[0] + 0.6 * d[0] + share * lab.draw(2, 40, 96)
+    prior = torch.zeros(order)
+    _, want = guided_solve(guided_sums(guide, guides), prior, 0.0)
+    got_sums = lab.kernels.guided_sums(lab.place(guide), [lab.place(t) for t in guides])
+    weights, misfit = lab.kernels.guided_solve(got_sums, lab.place(prior), 0.0)
+    torch.testing.assert_close(misfit.cpu().double(), want, rtol=1e-5, atol=1e-7)
+    assert abs(weights[0, 0].item() - 1.6) < 1e-5 + share
+
+
+@case(ridge=(0.0, 0.003))
+def a_useless_history_falls_back_to_the_prior(lab: Lab, ridge: float) -> None:
+    one, two = lab.draw(2, 300), lab.draw(2, 300)
+    still = [one, one, one]
+    broken = [one, two, torch.full_like(one, NAN)]
+    endless = [one, two, torch.full_like(one, math.inf)]
+    parallel = [one, one - two, one - 2 * two]
+    for guides, falls_back in (
+        (still, True),
+        (broken, True),
+        (endless, True),
+        (parallel, ridge == 0),
+    ):
+        for order in (1, 2):
+            prior = torch.tensor([0.7, -0.1][:order])
+            placed = [lab.place(t) for t in guides[: order + 1]]
+            got_sums = lab.kernels.guided_sums(lab.place(two + one), placed)
+            weights, misfit = lab.kernels.guided_solve(got_sums, lab.place(prior), ridge)
+            assert weights.isfinite().all()
+            if falls_back and (order == 2 or guides is still):
+                want = [1.7, -0.7] if order == 1 else [1.7, -0.8, 0.1]
+                torch.testing.assert_close(weights.cpu(), torch.tensor([want]))
+                assert misfit.isnan().item() == (not got_sums.isfinite().all())
+
+
+# --- the child process and the tests -------------------------------------------------------------
+
+
+def run(name: str, kernels: ModuleType, device: str) -> str:
+    """Empty, or the traceback of the case's failure."""
+    lab = Lab(kernels, device)
+    try:
+        CASES[name](lab)
+        lab.check_surroundings()
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+def serve() -> None:
+    from fastcache import triton_kernels
+
+    for line in sys.stdin:
+        print(json.dumps(run(line.rstrip("\n"), triton_kernels, "cpu")), flush=True)
+
+
+@dataclass
+class Interpreter:
+    """A child process that runs cases one at a time."""
+
+    process: subprocess.Popen[str]
+
+    def __call__(self, name: str) -> str:
+        self.process.stdin.write(name + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        return json.loads(answer) if answer else "the interpreter died"
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    command = [sys.executable, "-W", "ignore", str(Path(__file__))]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )
+    yield Interpreter(process)
+    process.stdin.close()
+    process.wait(30)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(interpreter: Interpreter, name: str) -> None:
+    failure = interpreter(name)
+    assert not failure, failure
+
+
+def test_import_touches_no_device_and_refuses_another_name() -> None:
+    code = (
+        "import sys, fastcache.triton_kernels as k, torch; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    root = Path(__file__).parents[1]
+    found = subprocess.run(
+        [sys.executable, "-c", "import triton_kernels"], cwd=root, capture_output=True, text=True
+    )
+    assert "fastcache.triton_kernels" in found.stderr
+
+
+if __name__ == "__main__":
+    serve()
