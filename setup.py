@@ -31,7 +31,7 @@ BUILDING = not {"build", "build_ext", "bdist_wheel", "editable_wheel", "install"
 
 # no contraction: a * b + c keeps its two roundings, so that every ISA gives the bits of eager torch
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
-CXX_FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
+CXX_FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", f"-fmacro-prefix-map={ROOT}/="]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10
 
 
