@@ -25,6 +25,11 @@ class Method:
     batched_guidance: bool = False
     pictured: bool = False  # gets a line of samples in the picture
 
+    @property
+    def is_reference(self) -> bool:
+        """Uncached, at full length: what other rows are compared with."""
+        return self.config is None and self.steps is None
+
 
 def methods(steps: int, mag_ratios: Sequence[float]) -> list[Method]:
     """The rows for runs of `steps` steps, with MagCache calibrated to `mag_ratios`.

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from .methods import REUSE
+from .run import reference_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -15,7 +18,6 @@ if TYPE_CHECKING:
 
     from .run import Row, Run
 
-REUSE = "reuse"
 SHOWN = 10
 GAIN = 8
 INK = "#1f2933"
@@ -50,10 +52,11 @@ def draw(runs: list[Run], rows: list[Row], curve: dict[int, float], path: Path) 
         top=0.955,
         bottom=0.065,
     )
-    _draw_samples(figure, parts[0], shown, colours)
+    _draw_samples(figure, parts[0], shown, runs, colours)
     below = parts[1].subgridspec(1, 2, width_ratios=[1.0, 1.15], wspace=0.24)
     _draw_strip(figure.add_subplot(below[0]), rows, colours)
-    _draw_frontier(figure.add_subplot(below[1]), rows, curve, colours)
+    unguided = [row for row in rows if row.guidance is None]
+    _draw_frontier(figure.add_subplot(below[1]), unguided, curve, colours)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -66,18 +69,20 @@ def _colours(rows: list[Row]) -> dict[str, str]:
 
 
 def _draw_samples(
-    figure: Figure, part: SubplotSpec, shown: list[tuple[Run, Row]], colours: dict[str, str]
+    figure: Figure,
+    part: SubplotSpec,
+    shown: list[tuple[Run, Row]],
+    runs: list[Run],
+    colours: dict[str, str],
 ) -> None:
     """One line per method: the first ten images, and their difference to the uncached ones."""
     grid = part.subgridspec(len(shown), 2, wspace=0.03, hspace=0.06)
-    reference = _montage(shown[0][0].images)
     for line, (run, row) in enumerate(shown):
         samples, difference = figure.add_subplot(grid[line, 0]), figure.add_subplot(grid[line, 1])
         images = _montage(run.images)
+        change = images - _montage(reference_of(run, runs).images)
         samples.imshow(images, cmap="gray", vmin=-1, vmax=1, aspect="auto")
-        difference.imshow(
-            GAIN * (images - reference), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto"
-        )
+        difference.imshow(GAIN * change, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
         for axes in (samples, difference):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)

@@ -59,6 +59,7 @@ class Row:
     name: str
     family: str
     predictor: str  # "reuse", "order 1", ...; empty where nothing is predicted
+    guidance: float | None
     steps: int
     computed_steps: int  # steps in which every block ran
     blocks: list[int]  # transformer blocks that ran, per step
@@ -84,60 +85,77 @@ class Settings:
     """What the numbers depend on besides the machine."""
 
     steps: int = 28
-    batch: int = 32
+    batch: int = 24
     seed: int = 0
     rounds: int = 3
+    budget: float = 60.0  # seconds; a round that would not fit is left out
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, write the picture; returns the exit status."""
     require("diffusers", "safetensors", "matplotlib", "rich", "tqdm")
     args = _parser().parse_args(argv)
-    settings = Settings(args.steps, args.batch, args.seed, args.rounds)
+    settings = Settings(args.steps, args.batch, args.seed, args.rounds, args.budget)
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
     model, judge = load_model(), load_judge()
     labels = torch.arange(settings.batch) % 10
-    runs, curve = measure(model, labels, settings)
-    rows = summarise(runs, curve, judge, labels)
+    runs, curves = measure(model, labels, settings)
+    rows = summarise(runs, curves, judge, labels)
     _print_table(rows, settings)
 
     from .picture import draw
 
     args.out.mkdir(parents=True, exist_ok=True)
     picture = args.out / PICTURE_FILE
-    draw(runs, rows, curve, picture)
+    draw(runs, rows, curves[None], picture)
     print(f"picture: {picture}")
     if args.json is not None:
-        record = _record(rows, curve, settings, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        record = _record(rows, curves, settings, len(runs[0].seconds), seconds)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=2) + "\n")
         print(f"numbers: {args.json}")
     return 0
 
 
-def measure(
-    model: nn.Module, labels: Tensor, settings: Settings
-) -> tuple[list[Run], dict[int, float]]:
-    """All methods, interleaved, and PSNR of the uncached model by number of steps."""
+# PSNR of the uncached model by number of steps, per guidance scale
+Curves = dict[float | None, dict[int, float]]
+
+
+def measure(model: nn.Module, labels: Tensor, settings: Settings) -> tuple[list[Run], Curves]:
+    """All methods, interleaved, then the uncached model at fewer steps."""
     from tqdm import tqdm
 
     from .methods import methods
 
     runs = [Run(row) for row in methods(settings.steps, calibrate(model, settings.steps))]
-    plain = sorted({round(share * settings.steps) for share in CURVE} - {0})
-    work = sum(run.method.steps or settings.steps for run in runs) * settings.rounds + sum(plain)
-    with tqdm(total=work, unit="step", desc="demo", mininterval=0.5) as bar:
+    round_work = sum(run.method.steps or settings.steps for run in runs)
+    start = time.perf_counter()
+    with tqdm(total=round_work * settings.rounds, unit="step", desc="demo", mininterval=0.5) as bar:
         for index in range(settings.rounds):
+            # leave out a round that would not fit, taking it to be as long as the earlier ones
+            if index and (time.perf_counter() - start) * (index + 1) / index > settings.budget:
+                bar.total = round_work * index
+                break
             for run in runs:
                 bar.set_postfix_str(f"round {index + 1}/{settings.rounds}: {run.method.name}")
                 _generate(model, run, labels, settings, bar)
-        bar.set_postfix_str("uncached at fewer steps")
-        curve = {}
-        for steps in plain:
-            images = generate(model, labels, steps=steps, seed=settings.seed, progress=bar.update)
-            curve[steps] = psnr(images, runs[0].images)
-    return runs, curve
+    return runs, fewer_steps(model, runs, labels, settings)
+
+
+def fewer_steps(model: nn.Module, runs: list[Run], labels: Tensor, settings: Settings) -> Curves:
+    """What the uncached model gives at fewer steps, for every guidance scale among `runs`."""
+    from tqdm import tqdm
+
+    counts = sorted({round(share * settings.steps) for share in CURVE} - {0})
+    curves: Curves = {run.method.guidance: {} for run in runs if run.method.config is not None}
+    work = [(guidance, steps) for guidance in curves for steps in counts]
+    for guidance, steps in tqdm(work, unit="run", desc="fewer steps"):
+        images = generate(model, labels, steps=steps, seed=settings.seed, guidance=guidance)
+        full = next(r for r in runs if r.method.guidance == guidance and r.method.is_reference)
+        curves[guidance][steps] = psnr(images, full.images)
+    return curves
 
 
 def calibrate(model: nn.Module, steps: int) -> list[float]:
@@ -153,11 +171,11 @@ def calibrate(model: nn.Module, steps: int) -> list[float]:
     return list(calibration.mag_ratios)
 
 
-def summarise(runs: list[Run], curve: dict[int, float], judge: Judge, labels: Tensor) -> list[Row]:
+def summarise(runs: list[Run], curves: Curves, judge: Judge, labels: Tensor) -> list[Row]:
     """One row per run, each against the uncached run with the same guidance."""
     rows = []
     for run in runs:
-        reference = _reference(runs, run)
+        reference = reference_of(run, runs)
         compute = sum(run.blocks) / sum(reference.blocks)
         quality = psnr(run.images, reference.images)
         seconds = statistics.median(run.seconds)
@@ -165,6 +183,7 @@ def summarise(runs: list[Run], curve: dict[int, float], judge: Judge, labels: Te
             name=run.method.name,
             family=run.method.family,
             predictor=run.method.predictor,
+            guidance=run.method.guidance,
             steps=len(run.blocks),
             computed_steps=run.blocks.count(max(run.blocks)),
             blocks=run.blocks,
@@ -177,10 +196,22 @@ def summarise(runs: list[Run], curve: dict[int, float], judge: Judge, labels: Te
             accuracy=accuracy(judge, run.images, labels),
             fewer_steps_psnr=None
             if run.method.config is None
-            else interpolate(curve, compute * len(reference.blocks)),
+            else interpolate(curves[run.method.guidance], compute * len(reference.blocks)),
         )
         rows.append(row)
     return rows
+
+
+def reference_of(run: Run, runs: list[Run]) -> Run:
+    """The uncached run at full length with the same guidance."""
+
+    def key(method: Method) -> tuple[float | None, bool]:
+        return method.guidance, method.batched_guidance
+
+    for other in runs:
+        if other.method.is_reference and key(other.method) == key(run.method):
+            return other
+    raise ValueError(f"demo row {run.method.name!r}: no uncached row with the same guidance")
 
 
 def interpolate(curve: dict[int, float], steps: float) -> float | None:
@@ -242,19 +273,6 @@ def _block_calls(model: nn.Module) -> Iterator[list[None]]:
             handle.remove()
 
 
-def _reference(runs: list[Run], run: Run) -> Run:
-    """The uncached run at full length with the same guidance."""
-
-    def key(method: Method) -> tuple[float | None, bool]:
-        return method.guidance, method.batched_guidance
-
-    for other in runs:
-        uncached = other.method.config is None and other.method.steps is None
-        if uncached and key(other.method) == key(run.method):
-            return other
-    raise ValueError(f"demo row {run.method.name!r}: no uncached row with the same guidance")
-
-
 def _print_table(rows: list[Row], settings: Settings) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -307,17 +325,22 @@ def _cells(row: Row) -> list[str]:
 
 
 def _record(
-    rows: list[Row], curve: dict[int, float], settings: Settings, total: float
+    rows: list[Row], curves: Curves, settings: Settings, rounds: int, seconds: float
 ) -> dict[str, object]:
     return {
         "format": "fastcache-demo",
         "version": 1,
         "settings": vars(settings),
         "threads": torch.get_num_threads(),
+        "rounds_run": rounds,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "total_seconds": total,
-        "fewer_steps_psnr": curve,
+        "total_seconds": seconds,
+        "fewer_steps_psnr": [
+            {"guidance": guidance, "steps": steps, "psnr": value}
+            for guidance, curve in curves.items()
+            for steps, value in curve.items()
+        ],
         "rows": [{**vars(row), "gain": row.gain} for row in rows],
     }
 
@@ -332,6 +355,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=Settings.seed, help="seed of the noise")
     parser.add_argument("--rounds", type=int, default=Settings.rounds, help="timed rounds")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=Settings.budget,
+        help="seconds for the rounds; those that would not fit are left out",
+    )
     parser.add_argument(
         "--threads", type=int, default=1, help="torch threads; one is steady on a shared machine"
     )
