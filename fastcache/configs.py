@@ -240,7 +240,7 @@ class TaylorSeerCacheConfig(Config):
         what = TaylorTable(self.max_order, self.taylor_factors_dtype)
         if self.use_lite_mode:
             inactive: Sequence[str] | None = LITE_INACTIVE
-            active = Modules(LITE_ACTIVE, "full", "any", label="active")
+            active = Modules(LITE_ACTIVE, "full", "any", fallback="output", label="use_lite_mode")
         else:
             inactive = self.skip_predict_identifiers
             given = self.cache_identifiers or None
@@ -248,13 +248,15 @@ class TaylorSeerCacheConfig(Config):
                 tuple(given) if given else (*_SPATIAL_ATTENTION, *_TEMPORAL_ATTENTION),
                 "full",
                 "any",
-                defaults=not given,
+                fallback=None if given else "attention",
                 label="cache_identifiers",
             )
         rules = []
         if inactive:  # first, since inactive beats active where both match
+            fallback = "blocks" if self.use_lite_mode else None
             label = "skip_predict_identifiers"
-            rules.append(Rule(when, Zeros(), Modules(tuple(inactive), "full", "any", label=label)))
+            off = Modules(tuple(inactive), "full", "any", fallback=fallback, label=label)
+            rules.append(Rule(when, Zeros(), off))
         rules.append(Rule(when, what, active))
         return Recipe.of(rules, self._name())
 
@@ -303,7 +305,9 @@ class PyramidAttentionBroadcastConfig(Config):
             )
             names = tuple(getattr(self, f"{kind}_attention_block_identifiers"))
             label = f"{kind}_attention_block_identifiers"
-            where = Modules(names, "search", kind, defaults=names == usual, label=label)
+            where = Modules(
+                names, "search", kind, fallback="attention" if names == usual else None, label=label
+            )
             rules.append(Rule(when, Reuse(), where))
         return Recipe.of(rules, self._name())
 
@@ -407,7 +411,13 @@ class FasterCacheConfig(Config):
                 **BARE,
             )
             label = f"{kind}_attention_block_identifiers"
-            where_ = Modules(names, "search", kind, defaults=names == usual, label=label)
+            where_ = Modules(
+                names,
+                "search",
+                "self",
+                fallback="attention" if names == usual else None,
+                label=label,
+            )
             rules.append(Rule(when, Extrapolate(weight), where_))
         return Recipe.of(rules, self._name())
 

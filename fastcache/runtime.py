@@ -24,7 +24,7 @@ from .policies.magnitude import Calibrate
 from .recipe import Recipe, Rule
 from .state import State, Timeline
 from .stats import Record, Stats
-from .targets.bind import bind
+from .targets.bind import NothingToHook, bind
 from .targets.guidance import GuidanceTarget
 from .targets.stack import StackTarget, first_residual, keep_residual
 
@@ -93,27 +93,46 @@ class Denoiser:
         self.ascending = False  # the model's timesteps grow during a run
         self.rises = 0
         self._saved: list[tuple[str, Any]] = []
-        taken: set[int] = set()
-        self.targets = [
-            bind(
-                model,
-                rule.where,
-                i,
-                rule.what,
-                int(rule.when.needs_signal),
-                adapter,
-                self.control,
-                taken,
-            )
-            for i, rule in enumerate(recipe.rules)
-        ]
+        self.targets = self._bind(adapter)
         self.guidance = next((t for t in self.targets if isinstance(t, GuidanceTarget)), None)
-        for i, (rule, target) in enumerate(zip(recipe.rules, self.targets, strict=True)):
+        for i, (rule, target) in enumerate(zip(self.recipe.rules, self.targets, strict=True)):
             if isinstance(target, StackTarget):
                 target.judge = functools.partial(self._judge, i, rule, target)
                 target.measure = isinstance(rule.when, Calibrate)
             elif self.guidance is not None and target is not self.guidance:
                 target.conditional_half = getattr(rule.when, "conditional_only", False)
+
+    def _bind(self, adapter: BlockAdapter) -> list[Any]:
+        """One target per rule. A documented default that fits nothing is left out, with a warning, where
+        another rule of the same config fits; alone, or named by the user, it is an error."""
+        taken: set[int] = set()
+        bound: list[tuple[Rule, Any]] = []
+        missing: list[NothingToHook] = []
+        for rule in self.recipe.rules:
+            start = int(rule.when.needs_signal)
+            try:
+                target = bind(
+                    self.model,
+                    rule.where,
+                    len(bound),
+                    rule.what,
+                    start,
+                    adapter,
+                    self.control,
+                    taken,
+                )
+                bound.append((rule, target))
+            except NothingToHook as error:
+                if not getattr(rule.where, "fallback", None):
+                    raise
+                missing.append(error)
+        if missing and all(isinstance(target, GuidanceTarget) for _, target in bound):
+            raise missing[0]
+        for error in missing:
+            warnings.warn(f"fastcache: {error}", stacklevel=6)
+        self.recipe = Recipe.of([rule for rule, _ in bound], self.recipe.name)
+        self.control.actions = [COMPUTE] * len(bound)
+        return [target for _, target in bound]
 
     # --- installing ---------------------------------------------------------------------------------------
 

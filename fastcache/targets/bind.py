@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -21,7 +20,22 @@ ATTENTION_NAME = re.compile(r"(^|_)(attn|attention)\d*$|^(attn|attention)(_|\d|$
 CROSS_NAME = re.compile(r"cross[_-]?(attn|attention)|(attn|attention)[_-]?cross", re.IGNORECASE)
 TEMPORAL_NAME = re.compile(r"temporal|(^|_)temp(_|$)", re.IGNORECASE)
 
+# Usual names of the module that maps the last hidden state to the output, best first.
+OUTPUT_NAMES = (
+    "proj_out",
+    "proj_out_2",
+    "out_layer",
+    "final_layer",
+    "linear_out",
+    "head",
+    "norm_out",
+)
+
 BoundTarget = StackTarget | ModulesTarget | GuidanceTarget
+
+
+class NothingToHook(ValueError):
+    """A target means no module of this model."""
 
 
 def bind(
@@ -45,7 +59,7 @@ def bind(
     assert isinstance(where, Modules)
     found = [(name, m) for name, m in find_modules(model, where, adapter) if id(m) not in taken]
     if not found:
-        raise ValueError(_nothing(model, where))
+        raise NothingToHook(_nothing(model, where))
     taken.update(id(m) for _, m in found)
     return ModulesTarget(
         rule,
@@ -104,7 +118,7 @@ def _stack(
 ) -> StackTarget:
     lists = block_lists(model, adapter)
     if not lists:
-        raise ValueError(
+        raise NothingToHook(
             f"target: nothing to hook in {type(model).__name__}: looked for a non-empty ModuleList named "
             f"{', '.join(LIST_NAMES)}; found lists: {_list_names(model)}. Name yours with "
             "adapter=fastcache.BlockAdapter(blocks=(...))"
@@ -133,54 +147,57 @@ def find_modules(
     model: nn.Module, where: Modules, adapter: BlockAdapter
 ) -> list[tuple[str, nn.Module]]:
     """The modules that a `Modules` target means, outermost first."""
-    named = [
-        (n, m)
-        for n, m in model.named_modules()
-        if n and not isinstance(m, nn.ModuleList | nn.ModuleDict)
-    ]
-    named = [(n, m) for n, m in named if not any(re.search(p, n) for p in where.exclude)]
     if where.kind == "any":
-        matches = [
+        matches = _outermost([(n, m) for n, m in model.named_modules() if n and _matches(n, where)])
+        found = matches or _fallback(model, where, adapter)
+    else:
+        found = [
             (n, m)
-            for n, m in named
-            if any(
-                re.fullmatch(p, n) if where.match == "full" else re.search(p, n)
-                for p in where.patterns or ()
-            )
+            for n, m in attention_modules(model, adapter, everywhere=True)
+            if _kind_fits(attention_kind(model, n, m, adapter), m, where)
+            and (where.patterns is None or _matches(n, where))
         ]
-        if matches or not where.defaults:
-            return _outermost(matches)
+        if not found and where.kind in ("spatial", "self"):
+            found = [
+                (n, m)
+                for n, m in _fallback(model, where, adapter)
+                if attention_kind(model, n, m, adapter) == "spatial"
+            ]
+    return [(n, m) for n, m in found if not any(re.search(p, n) for p in where.exclude)]
+
+
+def _fallback(
+    model: nn.Module, where: Modules, adapter: BlockAdapter
+) -> list[tuple[str, nn.Module]]:
+    """What a method's documented defaults mean on a model whose names they do not match."""
+    if where.fallback == "attention":
         return attention_modules(model, adapter)
-    candidates = attention_modules(model, adapter, everywhere=True)
-    chosen = []
-    for name, module in candidates:
-        kind = attention_kind(model, name, module, adapter)
-        if where.kind != "attention" and not _kind_fits(kind, where):
-            continue
-        if where.patterns is None or _matches(name, where):
-            chosen.append((name, module))
-    if not chosen and where.defaults and where.kind == "spatial":
-        # defaults that name no list of this model: take its attention of that kind from its block lists
-        chosen = [
-            (n, m)
-            for n, m in attention_modules(model, adapter)
-            if attention_kind(model, n, m, adapter) == where.kind
+    if where.fallback == "blocks":
+        return [
+            (f"{name}.{i}", block)
+            for name, blocks in block_lists(model, adapter)
+            for i, block in blocks._modules.items()
         ]
-    return chosen
+    if where.fallback == "output":
+        children = dict(model.named_children())
+        return [(name, children[name]) for name in OUTPUT_NAMES if name in children][:1]
+    return []
 
 
-def _kind_fits(kind: str, where: Modules) -> bool:
+def _kind_fits(kind: str, module: nn.Module, where: Modules) -> bool:
     """Defaults take exactly their kind; patterns of a user's own may also name temporal layers as spatial."""
-    if kind == where.kind:
+    if where.kind == "attention" or kind == where.kind:
         return True
-    return not where.defaults and {kind, where.kind} == {"spatial", "temporal"}
+    if where.kind == "self":
+        return not getattr(module, "is_cross_attention", False)
+    return where.fallback is None and {kind, where.kind} == {"spatial", "temporal"}
 
 
 def _matches(name: str, where: Modules) -> bool:
     """Defaults that are plain words match whole path segments, so `blocks` is not `refiner_blocks`."""
     segments = name.split(".")
     for pattern in where.patterns or ():
-        if where.defaults and pattern.isidentifier():
+        if where.fallback and pattern.isidentifier():
             if pattern in segments:
                 return True
         elif re.fullmatch(pattern, name) if where.match == "full" else re.search(pattern, name):

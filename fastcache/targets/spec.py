@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+KINDS = ("attention", "self", "spatial", "temporal", "cross", "any")
+FALLBACKS = (None, "attention", "blocks", "output")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -23,26 +26,27 @@ class Modules(Target):
 
     patterns: regular expressions of dotted names; None means the model's own of that kind.
     match: "search" anywhere in the name, or "full". kind: "attention", "spatial", "temporal" or "cross"
-    keeps only attention modules of that kind; "any" takes every module.
-    defaults: the patterns are a method's documented defaults: where they match nothing on this model, or
-    misfire, the model's adapter decides.
+    keeps only attention modules of that kind, "self" those that do not declare themselves
+    cross-attention; "any" takes every module.
+    fallback: the patterns are a method's documented defaults: where they match nothing on this model, take
+    its "attention" modules, "blocks" or "output" projection instead; None: nothing stands in.
     exclude: patterns of modules left out.
     """
 
     patterns: tuple[str, ...] | None = None
     match: str = "search"
     kind: str = "attention"
-    defaults: bool = False
+    fallback: str | None = None
     exclude: tuple[str, ...] = ()
     label: str = "modules"
 
     def __post_init__(self) -> None:
         if self.match not in ("search", "full"):
             raise ValueError(f"Modules: match is {self.match!r}, must be 'search' or 'full'")
-        if self.kind not in ("attention", "spatial", "temporal", "cross", "any"):
-            raise ValueError(
-                f"Modules: kind is {self.kind!r}, must be 'attention', 'spatial', 'temporal', 'cross' or 'any'"
-            )
+        if self.kind not in KINDS:
+            raise ValueError(f"Modules: kind is {self.kind!r}, must be one of {KINDS}")
+        if self.fallback not in FALLBACKS:
+            raise ValueError(f"Modules: fallback is {self.fallback!r}, must be one of {FALLBACKS}")
         for name in ("patterns", "exclude"):
             value = getattr(self, name)
             if value is not None:

@@ -71,6 +71,21 @@ class Form:
         return tuple(values) if self.kind is tuple else values
 
 
+class Port:
+    """What a list hands out in place of a block: called like it, and with its attributes."""
+
+    __slots__ = ("block", "run")
+
+    def __init__(self, run: Callable, block: nn.Module) -> None:
+        self.run, self.block = run, block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+
 class Gate:
     """The wrapped places of one block list: where its segment is entered, left or replayed."""
 
@@ -310,14 +325,15 @@ class StackTarget:
     def pick(self, modules: nn.ModuleList, index: Any) -> Any:
         """`blocks[i]` or `blocks[a:b]` inside a model's forward, routed like iteration."""
         gate = next(g for g in self.gates if g.modules is modules)
-        count = len(modules)
+        blocks = list(modules._modules.values())
+        head = self.start if gate is self.gates[0] else 0
         if self.action == REUSE:
-            head = self.start if gate is self.gates[0] else 0
             handed: list[Any] = [gate.probe] * head + ([gate.replay] if gate.opens else [])
-            handed = (handed + [gate.through] * count)[:count]
+            handed += [gate.through] * (len(blocks) - len(handed))
         else:
-            handed = self._computed(gate, self.start if gate is self.gates[0] else 0)
-        return handed[index]
+            handed = self._computed(gate, head)
+        ports = [h if h is b else Port(h, b) for h, b in zip(handed, blocks, strict=True)]
+        return ports[index]
 
     # --- storing ----------------------------------------------------------------------------------------
 
