@@ -4,7 +4,8 @@ Triton decides when it is imported whether it interprets, so the cases run in a 
 started as a script, this file reads names of cases from stdin and answers with one JSON line each.
 `test_triton_gpu.py` runs the same cases compiled.
 
-Inputs and outputs lie between NaN: an unmasked read spoils a sum, an unmasked write removes a NaN.
+Inputs lie between NaN, so an unmasked read spoils a sum. Outputs are NaN between sevens, so an
+element that is not written shows, and so does one too many.
 The interpreter truncates float32 to bfloat16 where hardware rounds, so bfloat16 outputs may be one
 unit in the last place off there, and reductions get bfloat16 values whose difference is exact.
 """
@@ -33,6 +34,8 @@ FP32, FP16, BF16, E4M3 = torch.float32, torch.float16, torch.bfloat16, torch.flo
 DTYPES = {"fp32": FP32, "fp16": FP16, "bf16": BF16}
 LAYOUTS = ("dense", "odd", "range")
 NAN = float("nan")
+# Longer than a block: a whole block may be read or written past the end without a crash.
+MARGIN = 64 + 4096 + 64
 # 4096 elements are one block: below, just below, and several programs with a tail
 SHAPES = ((1, 1), (2, 380), (1, 4095), (3, 41, 100), (2, 64, 96))
 
@@ -91,7 +94,7 @@ class Lab:
 
     kernels: ModuleType
     device: str
-    placed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    placed: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
     seed: int = 0
 
     @property
@@ -107,32 +110,31 @@ class Lab:
             t = (t * 8).round().clamp(-32, 32) / 8
         return t.to(dtype)
 
-    def place(self, t: Tensor, layout: str = "dense") -> Tensor:
-        """A copy of `t` on the device inside a larger buffer of NaN."""
+    def place(self, t: Tensor, layout: str = "dense", around: float = NAN) -> Tensor:
+        """A copy of `t` on the device inside a larger buffer."""
         if layout == "range" and t.dim() == 3:
             batch, tokens, width = t.shape
-            buffer = self._nan((batch, tokens + 7, width), t.dtype)
+            buffer = self._full((batch, tokens + 7, width), t.dtype, around)
             view = buffer[:, 3 : 3 + tokens]
         else:
             start = 65 if layout == "odd" else 64
-            buffer = self._nan((t.numel() + 128,), t.dtype)
+            buffer = self._full((t.numel() + MARGIN,), t.dtype, around)
             view = buffer[start : start + t.numel()].view(t.shape)
         view.copy_(t)
-        self.placed.append((view, buffer))
+        self.placed.append((view, buffer, around))
         return view
 
     def blank(self, *shape: int, dtype: torch.dtype = FP32, layout: str = "dense") -> Tensor:
-        return self.place(self._nan(shape, dtype), layout)
+        return self.place(self._full(shape, dtype, NAN), layout, around=7.0)
 
-    def _nan(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        if dtype == E4M3:
-            return torch.full(shape, 0x7F, dtype=torch.uint8, device=self.device).view(E4M3)
-        return torch.full(shape, NAN, dtype=dtype, device=self.device)
+    def _full(self, shape: Sequence[int], dtype: torch.dtype, value: float) -> Tensor:
+        return torch.full(shape, value, device=self.device).to(dtype)
 
     def check_surroundings(self) -> None:
-        for view, buffer in self.placed:
-            view.copy_(self._nan(view.shape, view.dtype))
-            assert buffer.float().isnan().all(), f"a write outside a view of {tuple(view.shape)}"
+        for view, buffer, around in self.placed:
+            view.copy_(self._full(view.shape, view.dtype, around))
+            same = buffer.float().isnan() if math.isnan(around) else buffer.float() == around
+            assert same.all(), f"a write outside a view of {tuple(view.shape)}"
 
     def same(self, got: Tensor, want: Tensor) -> None:
         """Equal bits; one unit in the last place for bfloat16 in the interpreter."""

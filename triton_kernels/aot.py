@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are absent and read the machine code.
 
-    python -m fastcache.triton_kernels.aot [--quick] [--only NAME] [--fp16] [--amd]
+    python -m fastcache.triton_kernels.aot [--quick] [--only NAME] [--amd]
 
 The launchers themselves are called, on meta tensors of model size, while a stand-in for Triton's
 driver names the target: what is compiled is what a GPU would run, down to types, alignment, block
@@ -234,6 +234,13 @@ def _amd(code: str) -> dict[str, int]:
     }
 
 
+def _reason(error: BaseException) -> str:
+    """The last line of the innermost error: Triton's start with a listing."""
+    while error.__cause__:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+
+
 def inspect(case: str, arch: int | str, dtype: str) -> list[Report]:
     """One report per kernel that the case launches on `arch` with tensors of `dtype`."""
     call = dict(cases(DTYPES[dtype]))[case]
@@ -242,8 +249,7 @@ def inspect(case: str, arch: int | str, dtype: str) -> list[Report]:
         try:
             call()
         except Exception as error:  # a compiler error of any kind is the finding
-            text = f"{type(error).__name__}: {error}".splitlines()[0]
-            return [Report(case, "?", arch, dtype, error=text)]
+            return [Report(case, "?", arch, dtype, error=_reason(error))]
     for name, kernel in compiled:
         code = _amd(kernel.asm["amdgcn"]) if arch == AMD else _nvidia(kernel.asm["cubin"])
         threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
@@ -298,14 +304,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastcache.triton_kernels.aot", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="sm_90 only")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--fp16", action="store_true", help="fp16 as well")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--amd", action="store_true", help=f"{AMD} as well")
     parser.add_argument("--workers", type=int, help="processes, default one per core")
     options = parser.parse_args(arguments)
     archs = [*((90,) if options.quick else ARCHS), *([AMD] if options.amd else [])]
-    dtypes = ["bf16", "fp32", *(["fp16"] if options.fp16 else [])]
     start = time.perf_counter()
-    reports = check(archs, dtypes, options.only, options.workers)
+    reports = check(archs, options.dtypes, options.only, options.workers)
     failed = [report for report in reports if report.faults()]
     print(table(reports))
     print(

@@ -1,0 +1,143 @@
+"""The ahead-of-time gate passes, and faults seeded into a copy of the kernels are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("triton")
+
+
+def gate(*flags: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`python -m fastcache.triton_kernels.aot`, on the kernels under `path` if given."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if path:
+        env["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-m", "fastcache.triton_kernels.aot", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=path, check=False)
+
+
+def interpreted(case: str, path: Path) -> str:
+    """The failure of one case of `test_triton_interpreter.py` on the kernels under `path`."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "test_triton_interpreter.py")]
+    child = subprocess.run(
+        command, input=case, capture_output=True, text=True, env=env, cwd=path, check=True
+    )
+    return json.loads(child.stdout)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A text replacement in one kernel file, the gate that must refuse it, and what it says."""
+
+    file: str
+    good: str
+    bad: str
+    says: str
+    case: str
+    interpreter: bool = False
+
+
+FAULTS = {
+    "the tail of a combination is written unmasked": Fault(
+        "linear_combine.py",
+        "i_s, o_n, o_n < n, ON_DEVICE",
+        "i_s, o_n, None, ON_DEVICE",
+        "a write outside a view",
+        "combine fp32-3-False-dense",
+        interpreter=True,
+    ),
+    "the tail of a sum is read unmasked": Fault(
+        "residual_l1.py",
+        "o_n, o_n < n, BLOCK",
+        "o_n, None, BLOCK",
+        "not close",
+        "l1 fp32-dense-2x380-False",
+        interpreter=True,
+    ),
+    "full blocks are masked, so no access is wide": Fault(
+        "linear_combine.py",
+        "i_s, o_n, None, ON_DEVICE",
+        "i_s, o_n, o_n < n, ON_DEVICE",
+        "16-byte loads",
+        "combine 3 ragged",
+    ),
+    "a pointer loses its alignment": Fault(
+        "linear_combine.py",
+        'do_not_specialize=["blocks"]',
+        'do_not_specialize=["blocks", "p_out"]',
+        "16-byte stores",
+        "apply",
+    ),
+    "blocks are too small for wide accesses": Fault(
+        "linear_combine.py",
+        "((6, 4096), (16, 2048), (None, 1024))",
+        "((6, 1024), (16, 512), (None, 256))",
+        "16-byte loads",
+        "apply",
+    ),
+    "partial sums are added by an atomic": Fault(
+        "residual_l1.py",
+        "tl.store(p_part, ",
+        "tl.atomic_add(p_part, ",
+        "1 atomics",
+        "l1 token",
+    ),
+    "a tile does not fit the registers": Fault(
+        "guided.py", "TILE = 2048", "TILE = 32768", "spills", "guided sums 2"
+    ),
+    "products and sums are fused": Fault(
+        "linear_combine.py",
+        "enable_fp_fusion=False",
+        "enable_fp_fusion=True",
+        "fused multiply-adds",
+        "combine 3 device",
+    ),
+}
+
+
+@pytest.mark.parametrize("flags", [("--quick",), ("--only", "quantize")], ids=" ".join)
+def test_every_kernel_compiles_within_its_limits(flags: tuple[str, ...]) -> None:
+    result = gate(*flags)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 refused" in result.stdout
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_gate_refuses_a_seeded_fault(name: str, tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    package = tmp_path / "fastcache"
+    shutil.copytree(ROOT / "triton_kernels", package / "triton_kernels")
+    shutil.copy(ROOT / "fastcache" / "reference.py", package)
+    (package / "__init__.py").touch()
+    source = package / "triton_kernels" / fault.file
+    text = source.read_text()
+    assert fault.good in text, f"{fault.file} no longer contains {fault.good!r}"
+    source.write_text(text.replace(fault.good, fault.bad))
+    if fault.interpreter:
+        assert fault.says in interpreted(fault.case, tmp_path)
+    else:
+        flags = ("--quick", "--workers", "1", "--dtypes", "bf16", "--only", fault.case)
+        result = gate(*flags, path=tmp_path)
+        assert result.returncode == 1, result.stdout + result.stderr
+        assert fault.says in result.stdout
+
+
+def test_a_compiler_error_is_a_refusal(tmp_path: Path) -> None:
+    package = tmp_path / "fastcache"
+    shutil.copytree(ROOT / "triton_kernels", package / "triton_kernels")
+    (package / "__init__.py").touch()
+    source = package / "triton_kernels" / "taylor.py"
+    source.write_text(source.read_text().replace("tl.div_rn(", "tl.no_such_function("))
+    result = gate("--quick", "--workers", "1", "--only", "taylor 2", path=tmp_path)
+    assert result.returncode == 1
+    assert "no_such_function" in result.stdout
