@@ -32,6 +32,9 @@ BUILDING = not {"build", "build_ext", "bdist_wheel", "editable_wheel", "install"
 # no contraction: a * b + c keeps its two roundings, so that every ISA gives the bits of eager torch
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 CXX_FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", f"-fmacro-prefix-map={ROOT}/="]
+# the same promise on a GPU; TORCH_CUDA_ARCH_LIST overrides the architectures
+CUDA_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fmad=false", "-Xcompiler=-fPIC"]
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10
 
 
@@ -107,21 +110,33 @@ def torch_flags() -> tuple[list[str], list[str]]:
     return ["-isystem", str(include), *STABLE_ABI], link
 
 
-class Library(Extension):
-    """A shared object; `prepare` raises Unavailable, or adds its build edges."""
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
 
-    switch = "FASTCACHE_BUILD_CPU"
+
+def cuda_architectures() -> list[str]:
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    flags = []
+    for entry in wish.replace(" ", ";").split(";"):
+        number = entry.removesuffix("+PTX").replace(".", "")
+        codes = [f"sm_{number}"] + [f"compute_{number}"] * entry.endswith("+PTX")
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return flags
+
+
+class Library(Extension):
+    """A shared object: `check` says whether it can be built, `add_to` adds its edges."""
+
     suffix = ".so"
 
-    def __init__(self, name: str, sources: list[str]) -> None:
-        super().__init__(name, sorted(sources), optional=True)
-
-    @property
-    def wish(self) -> str:
-        wish = os.environ.get(self.switch, "auto")
-        if wish not in ("auto", "0", "1"):
-            raise SystemExit(f"{self.switch} is {wish!r}, must be auto, 0 or 1")
-        return wish
+    def __init__(self, name: str, switch: str, folder: str) -> None:
+        sources = sorted(f"{folder}/{p.name}" for p in (ROOT / folder).glob("*.c*"))
+        super().__init__(name, sources, optional=True)
+        self.folder = folder
+        self.wish = os.environ.get(switch, "auto")
+        if self.wish not in ("auto", "0", "1"):
+            raise SystemExit(f"{switch} is {self.wish!r}, must be auto, 0 or 1")
 
     def give_up(self, reason: object) -> None:
         if self.wish == "1":
@@ -136,46 +151,67 @@ class Library(Extension):
         torch_folder()
         find_ninja()
 
-    def prepare(self, ninja: Ninja, out: str) -> None:
+    def add_to(self, ninja: Ninja, out: str) -> None:
         raise NotImplementedError
+
+    def binding(self, ninja: Ninja, source: str, flags: list[str]) -> str:
+        return ninja.compile(f"{self.folder}/{source}", CXX, [*CXX_FLAGS, *flags])
 
 
 class CpuOps(Library):
-    def prepare(self, ninja: Ninja, out: str) -> None:
-        include, link = torch_flags()
-        kernels = [
-            ninja.compile(s, CXX, CXX_FLAGS) for s in self.sources if not s.endswith("ops.cpp")
-        ]
-        ops = ninja.compile("csrc/cpu/ops.cpp", CXX, [*CXX_FLAGS, *include])
-        ninja.link(out, [*kernels, ops], link)
+    def __init__(self, name: str = "fastcache._cpu_ops") -> None:
+        super().__init__(name, "FASTCACHE_BUILD_CPU", "csrc/cpu")
+
+    def kernels(self, ninja: Ninja) -> list[str]:
+        return [ninja.compile(s, CXX, CXX_FLAGS) for s in self.sources if "/kernels" in s]
+
+    def add_to(self, ninja: Ninja, out: str) -> None:
+        flags, link = torch_flags()
+        ninja.link(out, [*self.kernels(ninja), self.binding(ninja, "ops.cpp", flags)], link)
 
 
-class WhiteBox(Library):
+class WhiteBox(CpuOps):
     """The C++ internals for the tests: development only, hence editable installs only."""
 
     suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
+
+    def __init__(self) -> None:
+        super().__init__("fastcache._native_test")
 
     def check(self) -> None:
         super().check()
         if importlib.util.find_spec("pybind11") is None:
             raise Unavailable("pybind11 is missing: pip install pybind11")
 
-    def prepare(self, ninja: Ninja, out: str) -> None:
+    def add_to(self, ninja: Ninja, out: str) -> None:
         import pybind11
 
-        include = [
-            "-isystem",
-            f"{pybind11.get_include()}",
-            "-isystem",
-            f"{sysconfig.get_paths()['include']}",
-        ]
-        kernels = [
-            ninja.compile(s, CXX, CXX_FLAGS)
-            for s in self.sources
-            if not s.endswith("white_box.cpp")
-        ]
-        box = ninja.compile("csrc/cpu/white_box.cpp", CXX, [*CXX_FLAGS, *include])
-        ninja.link(out, [*kernels, box], [])
+        folders = (pybind11.get_include(), sysconfig.get_paths()["include"])
+        flags = [flag for folder in folders for flag in ("-isystem", folder)]
+        ninja.link(out, [*self.kernels(ninja), self.binding(ninja, "white_box.cpp", flags)], [])
+
+
+class CudaOps(Library):
+    def __init__(self) -> None:
+        super().__init__("fastcache._cuda_ops", "FASTCACHE_BUILD_CUDA", "csrc/cuda")
+
+    def check(self) -> None:
+        super().check()
+        if find_nvcc() is None:
+            raise Unavailable("nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
+        import torch
+
+        if torch.version.cuda is None:
+            raise Unavailable(f"torch {torch.__version__} is not a CUDA build")
+
+    def add_to(self, ninja: Ninja, out: str) -> None:
+        nvcc = [find_nvcc() or "nvcc"]
+        flags = [*CUDA_FLAGS, *cuda_architectures()]
+        kernels = [ninja.compile(s, nvcc, flags) for s in self.sources if s.endswith(".cu")]
+        include, link = torch_flags()
+        ops = self.binding(ninja, "ops.cpp", ["-DUSE_CUDA", *include])
+        link = [f"-Xlinker={f.removeprefix('-Wl,')}" if f.startswith("-Wl,") else f for f in link]
+        ninja.edge("link", out, [*kernels, ops], nvcc, ["-shared", *link, "-ltorch_cuda"])
 
 
 class NativeBuild(build_ext):
@@ -185,7 +221,7 @@ class NativeBuild(build_ext):
             out = Path(self.get_ext_fullpath(library.name)).resolve()
             out.parent.mkdir(parents=True, exist_ok=True)
             try:
-                library.prepare(ninja, str(out))
+                library.add_to(ninja, str(out))
                 ninja.run(str(out))
             except (Unavailable, subprocess.CalledProcessError) as error:
                 library.give_up(error)
@@ -202,12 +238,12 @@ class PlatformWheel(bdist_wheel):
 
 
 def libraries() -> list[Library]:
-    kernels = [f"csrc/cpu/{p.name}" for p in (ROOT / "csrc/cpu").glob("kernels*.cpp")]
-    wanted: list[Library] = [CpuOps("fastcache._cpu_ops", [*kernels, "csrc/cpu/ops.cpp"])]
+    """What can be built here; the rest has said why not."""
+    wanted: list[Library] = [CpuOps(), CudaOps()] if BUILDING else []
     if "editable_wheel" in sys.argv:
-        wanted.append(WhiteBox("fastcache._native_test", [*kernels, "csrc/cpu/white_box.cpp"]))
+        wanted.append(WhiteBox())
     possible = []
-    for library in wanted if BUILDING else []:
+    for library in wanted:
         try:
             if library.wish != "0":
                 library.check()

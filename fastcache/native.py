@@ -22,21 +22,38 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 CPU = torch.device("cpu")
 
 
+SWITCHED_OFF = "switched off by FASTCACHE_DISABLE_EXT=1"
+
+
+def switched_off() -> bool:
+    return os.environ.get("FASTCACHE_DISABLE_EXT") == "1"
+
+
+def load(library: Path) -> bool | str:
+    """True, or the reason why a shared object does not load."""
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"extension does not load: {error.__cause__ or error}"  # torch names only the path
+    return True
+
+
 @cache
 def available() -> bool | str:
     """True, or the reason why these kernels cannot run."""
-    if os.environ.get("FASTCACHE_DISABLE_EXT") == "1":
-        return "switched off by FASTCACHE_DISABLE_EXT=1"
+    if switched_off():
+        return SWITCHED_OFF
     if not LIBRARY.exists():
         return (
             "extension not built: reinstall with a C++ compiler: pip install --no-build-isolation ."
         )
-    try:
-        torch.ops.load_library(LIBRARY)
-        torch.ops.fastcache_C.capability()
-    except (OSError, RuntimeError) as error:
-        return f"extension does not load: {error.__cause__ or error}"  # the cause names the symbol
-    return True
+    loaded = load(LIBRARY)
+    if loaded is True:
+        try:
+            torch.ops.fastcache_C.capability()
+        except RuntimeError as error:  # FASTCACHE_CPU_CAPABILITY asks for the impossible
+            return str(error)
+    return loaded
 
 
 @cache

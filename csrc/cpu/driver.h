@@ -13,24 +13,9 @@ namespace fastcache {
 
 constexpr int64_t CHUNK = 65536;  // elements: a few hundred kilobytes, about one L2
 
-// `samples` runs of `length` dense elements, the last dimension `width`.
-struct Shape {
-  int64_t samples, length, width;
-};
-
-// A tensor: the first element of sample i is stride * i elements from data.
-struct Operand {
-  char* data;
-  Type type;
-  int64_t stride;
-
-  char* at(int64_t sample, int64_t offset) const {
-    return data + (sample * stride + offset) * size_of(type);
-  }
-};
-
-inline char* at(const Operand* operand, int64_t sample, int64_t offset) {
-  return operand ? operand->at(sample, offset) : nullptr;
+inline char* at(const Operand& operand, int64_t sample, int64_t offset) {
+  if (!operand.data) return nullptr;
+  return operand.data + (sample * operand.stride + offset) * size_of(operand.type);
 }
 
 // f(chunk, sample, offset, count) for all chunks of at most `size` elements, none across samples.
@@ -49,11 +34,11 @@ void for_chunks(const Parallel& parallel, const Shape& shape, int64_t size, cons
 // sums: [samples, 2]
 template <class Parallel>
 void residual_l1(const Kernels& kernels, const Parallel& parallel, const Shape& shape, Operand y,
-                 Operand x, Operand prev, const Operand* out, double* sums) {
+                 Operand x, Operand prev, Operand out, double* sums) {
   const int64_t per_sample = (shape.length + CHUNK - 1) / CHUNK;
   std::vector<double> partial(2 * shape.samples * per_sample);
   for_chunks(parallel, shape, CHUNK, [&](int64_t chunk, int64_t b, int64_t i, int64_t n) {
-    kernels.residual_l1(y.type, prev.type, y.at(b, i), x.at(b, i), prev.at(b, i), at(out, b, i), n,
+    kernels.residual_l1(y.type, prev.type, at(y, b, i), at(x, b, i), at(prev, b, i), at(out, b, i), n,
                         &partial[2 * chunk]);
   });
   for (int64_t i = 0; i < shape.samples; ++i) {
@@ -66,12 +51,12 @@ void residual_l1(const Kernels& kernels, const Parallel& parallel, const Shape& 
 // ratios: [samples], each a sum over the rows of a sample
 template <class Parallel>
 void residual_magnitude(const Kernels& kernels, const Parallel& parallel, const Shape& shape, Operand y,
-                        Operand x, Operand prev, const Operand* out, double eps, double* ratios) {
+                        Operand x, Operand prev, Operand out, double eps, double* ratios) {
   const int64_t rows = shape.width < CHUNK ? CHUNK / shape.width : 1, size = rows * shape.width;
   const int64_t per_sample = (shape.length + size - 1) / size;
   std::vector<double> partial(shape.samples * per_sample);
   for_chunks(parallel, shape, size, [&](int64_t chunk, int64_t b, int64_t i, int64_t n) {
-    partial[chunk] = kernels.residual_magnitude(y.type, prev.type, y.at(b, i), x.at(b, i), prev.at(b, i),
+    partial[chunk] = kernels.residual_magnitude(y.type, prev.type, at(y, b, i), at(x, b, i), at(prev, b, i),
                                                 at(out, b, i), n / shape.width, shape.width, eps);
   });
   for (int64_t i = 0; i < shape.samples; ++i) {
@@ -82,9 +67,9 @@ void residual_magnitude(const Kernels& kernels, const Parallel& parallel, const 
 
 inline void combine_chunk(const Kernels& kernels, const Operand& out, const Operand* terms,
                           const float* weights, int count, int64_t sample, int64_t offset, int64_t n) {
-  Term at[MAX_TERMS];
-  for (int t = 0; t < count; ++t) at[t] = {terms[t].at(sample, offset), terms[t].type, weights[t]};
-  kernels.combine(out.type, out.at(sample, offset), at, count, n);
+  Term here[MAX_TERMS];
+  for (int t = 0; t < count; ++t) here[t] = {at(terms[t], sample, offset), terms[t].type, weights[t]};
+  kernels.combine(out.type, at(out, sample, offset), here, count, n);
 }
 
 template <class Parallel>
@@ -109,9 +94,9 @@ template <class Parallel>
 void taylor_update(const Kernels& kernels, const Parallel& parallel, const Shape& shape,
                    const Operand* factors, int count, Operand y, float delta) {
   for_chunks(parallel, shape, CHUNK, [&](int64_t, int64_t b, int64_t i, int64_t n) {
-    void* at[MAX_TERMS];
-    for (int j = 0; j < count; ++j) at[j] = factors[j].at(b, i);
-    kernels.taylor_update(y.type, factors[0].type, at, count, y.at(b, i), delta, n);
+    void* here[MAX_TERMS];
+    for (int j = 0; j < count; ++j) here[j] = at(factors[j], b, i);
+    kernels.taylor_update(y.type, factors[0].type, here, count, at(y, b, i), delta, n);
   });
 }
 

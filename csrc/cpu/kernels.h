@@ -4,13 +4,9 @@
 // and argument checks are the caller's (driver.h, ops.cpp). Offsets and counts are elements.
 #pragma once
 
-#include <cstdint>
+#include "../layout.h"
 
 namespace fastcache {
-
-enum class Type : int { f32, f16, bf16 };
-
-inline int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
 struct Term {
   const void* data;

@@ -2,21 +2,16 @@
 //
 // Outputs come first and are allocated by the caller. fastcache/native.py holds the Python side and
 // sends empty tensors elsewhere.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <string>
 #include <vector>
 
+#include "../call.h"
 #include "driver.h"
 
 namespace fastcache {
 namespace {
-
-using torch::stable::Tensor;
-using Out = const std::optional<Tensor>&;
 
 const char* checked_capability() {
   const char* name = capability();
@@ -34,86 +29,16 @@ const auto parallel = [](int64_t begin, int64_t end, int64_t grain, const auto& 
   torch::stable::parallel_for(begin, end, grain, f);
 };
 
-// By the shim's own codes: torch::stable::Tensor::scalar_type asks for a dozen of them per call.
-Type type_of(const Tensor& tensor, const char* name) {
-  int32_t code;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-  if (code == aoti_torch_dtype_float32()) return Type::f32;
-  if (code == aoti_torch_dtype_float16()) return Type::f16;
-  STD_TORCH_CHECK(code == aoti_torch_dtype_bfloat16(), name,
-                  " must be float32, float16 or bfloat16");
-  return Type::bf16;
-}
-
-// Collects the tensors of one call: they share a shape, and their samples (the slices along dimension 0)
-// are dense. Contiguous tensors count as one sample.
-class Call {
- public:
-  explicit Call(const Tensor& first, bool per_sample = false)
-      : dim_(first.dim()), sizes_(first.sizes().data()), whole_(!per_sample) {
-    shape_ = {1, 1, dim_ ? sizes_[dim_ - 1] : 1};
-    for (int64_t d = 1; d < dim_; ++d) shape_.length *= sizes_[d];
-    if (dim_) shape_.samples = sizes_[0];
-  }
-
-  // `copies` times as many samples as the others have.
-  Operand add(const Tensor& tensor, const char* name, int64_t copies = 1) {
-    STD_TORCH_CHECK(tensor.dim() == dim_, name, " has another number of dimensions");
-    const int64_t *sizes = tensor.sizes().data(), *strides = tensor.strides().data();
-    int64_t dense = 1;
-    for (int64_t d = dim_ - 1; d >= 0; --d) {
-      STD_TORCH_CHECK(sizes[d] == sizes_[d] * (d ? 1 : copies), name, " has another shape");
-      if (d && sizes[d] != 1)
-        STD_TORCH_CHECK(strides[d] == dense, name, " must be dense within a sample");
-      if (d) dense *= sizes[d];
-    }
-    const int64_t stride = dim_ && sizes[0] != 1 ? strides[0] : dense;
-    whole_ = whole_ && stride == dense;
-    return {static_cast<char*>(tensor.data_ptr()), type_of(tensor, name), stride};
-  }
-
-  // After the last add.
-  Shape shape() const {
-    return whole_ ? Shape{1, shape_.samples * shape_.length, shape_.width} : shape_;
-  }
-
- private:
-  int64_t dim_;
-  const int64_t* sizes_;
-  bool whole_;
-  Shape shape_;
-};
-
-// The optional copy of the residual: like the stored tensor it is compared with.
-struct Stored {
-  Operand operand;
-  const Operand* pointer = nullptr;
-
-  Stored(Call& call, Out out, const Operand& prev) {
-    if (!out) return;
-    operand = call.add(*out, "out");
-    STD_TORCH_CHECK(operand.type == prev.type, "out must have the dtype of prev");
-    pointer = &operand;
-  }
-};
-
-float* result_of(const Tensor& result, int64_t count, const char* name) {
-  STD_TORCH_CHECK(type_of(result, name) == Type::f32 && result.is_contiguous() &&
-                      result.numel() == count,
-                  name, " must be contiguous float32 with ", count, " elements");
-  return static_cast<float*>(result.data_ptr());
-}
-
 void op_residual_l1(Tensor sums, Tensor y, Tensor x, Tensor prev, std::optional<Tensor> out,
                  bool per_sample) {
   Call call(y, per_sample);
   const Operand at_y = call.add(y, "y"), at_x = call.add(x, "x"), at_prev = call.add(prev, "prev");
   STD_TORCH_CHECK(at_x.type == at_y.type, "x must have the dtype of y");
-  const Stored stored(call, out, at_prev);
+  const Operand at_out = call.add_stored(out, at_prev);
   const Shape shape = call.shape();
   float* result = result_of(sums, per_sample ? 2 * shape.samples : 2, "sums");
   std::vector<double> totals(2 * shape.samples);
-  residual_l1(kernels(), parallel, shape, at_y, at_x, at_prev, stored.pointer, totals.data());
+  residual_l1(kernels(), parallel, shape, at_y, at_x, at_prev, at_out, totals.data());
   if (!per_sample)
     for (int64_t i = 1; i < shape.samples; ++i)
       totals[0] += totals[2 * i], totals[1] += totals[2 * i + 1];
@@ -125,11 +50,11 @@ void op_residual_magnitude(Tensor mean, Tensor y, Tensor x, Tensor prev, std::op
   Call call(y, per_sample);
   const Operand at_y = call.add(y, "y"), at_x = call.add(x, "x"), at_prev = call.add(prev, "prev");
   STD_TORCH_CHECK(at_x.type == at_y.type, "x must have the dtype of y");
-  const Stored stored(call, out, at_prev);
+  const Operand at_out = call.add_stored(out, at_prev);
   const Shape shape = call.shape();
   float* result = result_of(mean, per_sample ? shape.samples : 1, "mean");
   std::vector<double> totals(shape.samples);
-  residual_magnitude(kernels(), parallel, shape, at_y, at_x, at_prev, stored.pointer, eps,
+  residual_magnitude(kernels(), parallel, shape, at_y, at_x, at_prev, at_out, eps,
                      totals.data());
   int64_t rows = shape.length / shape.width;
   if (!per_sample) {
@@ -168,7 +93,7 @@ void op_guidance_combine(Tensor out, Tensor cond, Tensor low, Tensor high, doubl
   const Operand terms[] = {call.add(cond, "cond"), call.add(low, "low"), call.add(high, "high")};
   const Operand to = call.add(out, "out", 2);
   const float weights[] = {1, static_cast<float>(w_low), static_cast<float>(w_high)};
-  const Operand second = {to.at(cond.size(0), 0), to.type, to.stride};
+  const Operand second = {at(to, cond.size(0), 0), to.type, to.stride};
   guidance_combine(kernels(), parallel, call.shape(), to, second, terms, weights);
 }
 

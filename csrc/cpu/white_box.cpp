@@ -43,10 +43,9 @@ Operand dense(Pointer data, Type type, const Shape& shape) {
 std::vector<double> l1(const std::string& isa, Type value, Type stored, Pointer y, Pointer x, Pointer prev,
                        Pointer out, int64_t samples, int64_t length, int64_t grain) {
   const Shape shape{samples, length, 1};
-  const Operand to = dense(out, stored, shape);
   std::vector<double> sums(2 * samples);
   residual_l1(table(isa), Backwards{grain}, shape, dense(y, value, shape), dense(x, value, shape),
-              dense(prev, stored, shape), out ? &to : nullptr, sums.data());
+              dense(prev, stored, shape), dense(out, stored, shape), sums.data());
   return sums;
 }
 
@@ -54,10 +53,9 @@ std::vector<double> magnitude(const std::string& isa, Type value, Type stored, P
                               Pointer prev, Pointer out, int64_t samples, int64_t rows, int64_t width,
                               double eps, int64_t grain) {
   const Shape shape{samples, rows * width, width};
-  const Operand to = dense(out, stored, shape);
   std::vector<double> ratios(samples);
   residual_magnitude(table(isa), Backwards{grain}, shape, dense(y, value, shape), dense(x, value, shape),
-                     dense(prev, stored, shape), out ? &to : nullptr, eps, ratios.data());
+                     dense(prev, stored, shape), dense(out, stored, shape), eps, ratios.data());
   return ratios;
 }
 
