@@ -1,4 +1,4 @@
-"""The Triton kernels compiled and run on a GPU: every interpreter case, and what only a GPU can show.
+"""The Triton kernels run on a GPU: every interpreter case, and what only a GPU can show.
 
 Skipped without one. These tests have not been run on a GPU yet.
 """
@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from test_triton_interpreter import CASES, run
 from torch import Tensor
 
 from fastcache import reference, triton_kernels
-from test_triton_interpreter import CASES, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -22,8 +22,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -33,7 +33,19 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastcache import triton_kernels as kernels
+from . import (
+    guidance_combine,
+    guided_solve,
+    guided_sums,
+    linear_combine,
+    quantize_store,
+    quantized_combine,
+    residual_apply,
+    residual_l1,
+    residual_magnitude,
+    residual_store,
+    taylor_update,
+)
 
 ARCHS = (80, 90, 100)
 AMD = "gfx942"
@@ -46,38 +58,46 @@ SCALAR = ("_sum_partials_kernel", "_guided_solve_kernel")
 # Kernels whose float32 results equal a chain of separate products and sums.
 UNFUSED = ("_combine_kernel", "_quantized_combine_kernel")
 
-Make = Callable[..., Tensor]
+
+@dataclass(frozen=True)
+class Code:
+    """What the machine code of a kernel contains; loads and stores are those of 16 bytes."""
+
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    loads: int = 0
+    stores: int = 0
+    atomics: int = 0
+    fused: int = 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the machine code of one kernel, compiled for one target, contains."""
+    """One kernel, compiled for one target: its code, the 16-byte accesses it needs, or an error."""
 
     case: str
     kernel: str
     arch: int | str
     dtype: str
-    registers: int = 0
-    stack: int = 0
-    spills: int = 0
-    loads: tuple[int, int] = (0, 0)  # wide, needed
-    stores: tuple[int, int] = (0, 0)  # wide, needed
-    atomics: int = 0
-    fused: int = 0
+    code: Code = Code()
+    loads: int = 0
+    stores: int = 0
     error: str = ""
 
     def faults(self) -> list[str]:
         """Why the gate refuses this kernel; empty where it passes."""
         if self.error:
             return [self.error]
+        code = self.code
         found = {
-            f"{self.spills} spills": self.spills,
-            f"{self.stack} bytes of stack": self.stack,
-            f"{self.registers} registers, {MAX_REGISTERS} allowed": self.registers > MAX_REGISTERS,
-            f"{self.atomics} atomics": self.atomics,
-            "{} of {} 16-byte loads".format(*self.loads): self.loads[0] < self.loads[1],
-            "{} of {} 16-byte stores".format(*self.stores): self.stores[0] < self.stores[1],
-            f"{self.fused} fused multiply-adds": self.fused and self.kernel in UNFUSED,
+            f"{code.spills} spills": code.spills > 0,
+            f"{code.stack} bytes of stack": code.stack > 0,
+            f"{code.registers} registers, {MAX_REGISTERS} allowed": code.registers > MAX_REGISTERS,
+            f"{code.atomics} atomics": code.atomics > 0,
+            f"{code.loads} of {self.loads} 16-byte loads": code.loads < self.loads,
+            f"{code.stores} of {self.stores} 16-byte stores": code.stores < self.stores,
+            f"{code.fused} fused multiply-adds": code.fused > 0 and self.kernel in UNFUSED,
         }
         return [text for text, bad in found.items() if bad]
 
@@ -85,61 +105,49 @@ class Report:
 # --- what is compiled: each launcher, on tensors of model size -----------------------------------
 
 
-def _ragged(t: Make) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Element counts that 16 does not divide: full blocks must be as wide, the tail is masked."""
-    odd = (4607, 3075)
-    yield "store", lambda: kernels.residual_store(t(odd), t(odd), t(odd))
-    yield "combine 3", lambda: kernels.linear_combine(t(odd), [t(odd)] * 3, [0.5] * 3)
-    yield "l1 + store", lambda: kernels.residual_l1(t(odd), t(odd), t(odd), t(odd))
-    yield "taylor 2", lambda: kernels.taylor_update([t(odd)] * 3, t(odd), 0.5, 3)
+def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Calls of the launchers by name: every kernel, and every variant that changes its code."""
 
+    def t(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape or (4608, 3072), dtype=dtype, device="meta")
 
-def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call of a launcher) for every kernel and every variant that changes its code."""
-
-    def t(shape: Sequence[int] = (4608, 3072), dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def tokens() -> Tensor:
-        return t((2, 4608, 3072))[:, 512:]
-
-    def fp32(*shape: int) -> Tensor:
-        return t(shape, torch.float32)
-
-    def e4m3() -> Tensor:
-        return t(dtype=torch.float8_e4m3fn)
-
-    def guidance() -> None:
-        parts = fp32(2, 1024, 64), fp32(2, 1024, 64)
-        kernels.guidance_combine(t((4, 1024, 64)), t((2, 1024, 64)), *parts, 0.5, 0.5)
-
-    yield "l1", lambda: kernels.residual_l1(t(), t(), t())
-    yield "l1 + store", lambda: kernels.residual_l1(t(), t(), t(), t())
-    yield "l1 token range", lambda: kernels.residual_l1(tokens(), tokens(), tokens())
-    yield "magnitude + store", lambda: kernels.residual_magnitude(t(), t(), t(), t())
-    yield "store", lambda: kernels.residual_store(t(), t(), t())
-    yield "apply token range", lambda: kernels.residual_apply(tokens(), tokens(), tokens())
-    for n in (3, 5, 8):
-        yield f"combine {n}", lambda n=n: kernels.linear_combine(t(), [t()] * n, [0.5] * n)
-    yield "combine 3 device", lambda: kernels.linear_combine(t(), [t()] * 3, fp32(3))
-    yield "guidance", guidance
-    for k in (2, 4):
-        yield f"taylor {k}", lambda k=k: kernels.taylor_update([t()] * (k + 1), t(), 0.5, k + 1)
-    yield "quantize", lambda: kernels.quantize_store(e4m3(), fp32(4608), t(), t())
-    yield (
-        "quantized combine 3",
-        lambda: kernels.quantized_combine(t(), t(), [e4m3()] * 3, [fp32(4608)] * 3, [0.5] * 3),
-    )
-    yield (
-        "quantized combine 2 device",
-        lambda: kernels.quantized_combine(t(), None, [e4m3()] * 2, [fp32(4608)] * 2, fp32(2)),
-    )
-    for k in (1, 2):
-        yield f"guided sums {k}", lambda k=k: kernels.guided_sums(t(), [t()] * (k + 1))
-        sums = t((1, 3 * k), torch.float64)
-        yield f"guided solve {k}", lambda k=k, sums=sums: kernels.guided_solve(sums, fp32(k), 0.003)
-    for name, call in _ragged(t):
-        yield f"{name} ragged", call
+    fp32 = partial(t, dtype=torch.float32)
+    tokens = t(2, 4608, 3072)[:, 512:]
+    # 16 does not divide the number of elements: full blocks must be as wide, the tail is masked
+    odd = t(4607, 3075)
+    q, scale = t(dtype=torch.float8_e4m3fn), fp32(4608)
+    cond, part, pair = t(2, 1024, 64), fp32(2, 1024, 64), t(4, 1024, 64)
+    half = 0.5
+    return {
+        "l1": partial(residual_l1, t(), t(), t()),
+        "l1 + store": partial(residual_l1, t(), t(), t(), t()),
+        "l1 + store ragged": partial(residual_l1, odd, odd, odd, odd),
+        "l1 token range": partial(residual_l1, tokens, tokens, tokens),
+        "magnitude + store": partial(residual_magnitude, t(), t(), t(), t()),
+        "store": partial(residual_store, t(), t(), t()),
+        "store ragged": partial(residual_store, odd, odd, odd),
+        "apply token range": partial(residual_apply, tokens, tokens, tokens),
+        "combine 3": partial(linear_combine, t(), [t()] * 3, [half] * 3),
+        "combine 3 ragged": partial(linear_combine, odd, [odd] * 3, [half] * 3),
+        "combine 3 device": partial(linear_combine, t(), [t()] * 3, fp32(3)),
+        "combine 5": partial(linear_combine, t(), [t()] * 5, [half] * 5),
+        "combine 8": partial(linear_combine, t(), [t()] * 8, [half] * 8),
+        "guidance": partial(guidance_combine, pair, cond, part, part, half, half),
+        "taylor 2": partial(taylor_update, [t()] * 3, t(), half, 3),
+        "taylor 2 ragged": partial(taylor_update, [odd] * 3, odd, half, 3),
+        "taylor 4": partial(taylor_update, [t()] * 5, t(), half, 5),
+        "quantize": partial(quantize_store, q, scale, t(), t()),
+        "quantized combine 3": partial(
+            quantized_combine, t(), t(), [q] * 3, [scale] * 3, [half] * 3
+        ),
+        "quantized combine 2 device": partial(
+            quantized_combine, t(), None, [q] * 2, [scale] * 2, fp32(2)
+        ),
+        "guided sums 1": partial(guided_sums, t(), [t()] * 2),
+        "guided sums 2": partial(guided_sums, t(), [t()] * 3),
+        "guided solve 1": partial(guided_solve, t(1, 3, dtype=torch.float64), fp32(1), half),
+        "guided solve 2": partial(guided_solve, t(1, 6, dtype=torch.float64), fp32(2), half),
+    }
 
 
 # --- compile without a device --------------------------------------------------------------------
@@ -197,41 +205,46 @@ def _needed(ttgir: str, op: str, threads: int) -> int:
     return sum(math.ceil(size / (threads * 16)) for size in sizes if size >= threads * 4)
 
 
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if not found:
+        raise ValueError(f"the disassembler's report has no {pattern}")
+    return int(found[1])
+
+
 @cache
-def _nvidia(binary: bytes) -> dict[str, int]:
+def _nvidia(binary: bytes) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
 
         def ask(tool: str, *flags: str) -> str:
-            command = [TOOLS / tool, *flags, file.name]
+            command = [str(TOOLS / tool), *flags, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage, code = ask("cuobjdump", "--dump-resource-usage"), ask("nvdisasm", "-c", "-ndf")
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "loads": len(re.findall(r"\bLDG\S*\.128\b", code)),
-        "stores": len(re.findall(r"\bSTG\S*\.128\b", code)),
-        "atomics": len(re.findall(r"\b(?:REDG?|ATOM[GS]?)\b", code)),
-        "fused": len(re.findall(r"\bFFMA2?\b", code)),
-    }
+    return Code(
+        registers=_number(r"REG:(\d+)", usage),
+        stack=_number(r"STACK:(\d+)", usage),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        loads=len(re.findall(r"\bLDG\S*\.128\b", code)),
+        stores=len(re.findall(r"\bSTG\S*\.128\b", code)),
+        atomics=len(re.findall(r"\b(?:REDG?|ATOM[GS]?)\b", code)),
+        fused=len(re.findall(r"\bFFMA2?\b", code)),
+    )
 
 
-def _amd(code: str) -> dict[str, int]:
-    def number(key: str) -> int:
-        return int(re.search(rf"\.{key}:\s*(\d+)", code)[1])
-
-    return {
-        "registers": number("vgpr_count"),
-        "stack": number("private_segment_fixed_size"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
-        "loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
-        "stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", code)),
-        "atomics": len(re.findall(r"\b(?:global|buffer|flat)_atomic", code)),
-        "fused": len(re.findall(r"\bv_(?:pk_)?fma\w*_f32\b", code)),
-    }
+def _amd(code: str) -> Code:
+    return Code(
+        registers=_number(r"\.vgpr_count:\s*(\d+)", code),
+        stack=_number(r"\.private_segment_fixed_size:\s*(\d+)", code),
+        spills=_number(r"\.vgpr_spill_count:\s*(\d+)", code)
+        + _number(r"\.sgpr_spill_count:\s*(\d+)", code),
+        loads=len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
+        stores=len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", code)),
+        atomics=len(re.findall(r"\b(?:global|buffer|flat)_atomic", code)),
+        fused=len(re.findall(r"\bv_(?:pk_)?fma\w*_f32\b", code)),
+    )
 
 
 def _reason(error: BaseException) -> str:
@@ -243,7 +256,7 @@ def _reason(error: BaseException) -> str:
 
 def inspect(case: str, arch: int | str, dtype: str) -> list[Report]:
     """One report per kernel that the case launches on `arch` with tensors of `dtype`."""
-    call = dict(cases(DTYPES[dtype]))[case]
+    call = cases(DTYPES[dtype])[case]
     reports = []
     with compile_only(arch) as compiled:
         try:
@@ -251,14 +264,16 @@ def inspect(case: str, arch: int | str, dtype: str) -> list[Report]:
         except Exception as error:  # a compiler error of any kind is the finding
             return [Report(case, "?", arch, dtype, error=_reason(error))]
     for name, kernel in compiled:
-        code = _amd(kernel.asm["amdgcn"]) if arch == AMD else _nvidia(kernel.asm["cubin"])
-        threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
-        needed = [
-            0 if name in SCALAR else _needed(kernel.asm["ttgir"], op, threads)
-            for op in ("load", "store")
-        ]
-        wide = {"loads": (code["loads"], needed[0]), "stores": (code["stores"], needed[1])}
-        reports.append(Report(case, name, arch, dtype, **(code | wide)))
+        report = Report(case, name, arch, dtype)
+        if arch == AMD:
+            reports.append(replace(report, code=_amd(kernel.asm["amdgcn"])))
+            continue
+        report = replace(report, code=_nvidia(kernel.asm["cubin"]))
+        if name not in SCALAR:
+            threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
+            loads, stores = (_needed(kernel.asm["ttgir"], op, threads) for op in ("load", "store"))
+            report = replace(report, loads=loads, stores=stores)
+        reports.append(report)
     return reports
 
 
@@ -269,7 +284,7 @@ def check(
     workers: int | None = None,
 ) -> list[Report]:
     """Reports of all cases whose name contains `only`, each kernel variant once, in fixed order."""
-    names = [name for name, _ in cases(torch.float32) if only in name]
+    names = [name for name in cases(torch.float32) if only in name]
     jobs = list(product(names, archs, dtypes))
     workers = min(len(jobs), workers or os.cpu_count() or 1)
     if workers <= 1:
@@ -278,7 +293,7 @@ def check(
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
             found = list(pool.map(inspect, *zip(*jobs, strict=True), chunksize=4))
-    unique = {}
+    unique: dict[tuple[object, ...], Report] = {}
     for report in (report for reports in found for report in reports):
         scalar = report.kernel in SCALAR
         key = (report.kernel if scalar else report.case, report.kernel, report.arch, report.dtype)
@@ -291,11 +306,11 @@ def table(reports: Sequence[Report]) -> str:
     head = f"{'case':27} {'kernel':27} {'arch':>6} {'dtype':5} {'regs':>4} {'spills':>6}"
     lines = [f"{head} {'loads':>7} {'stores':>7}  faults"]
     for r in reports:
-        loads, stores = "{}/{}".format(*r.loads), "{}/{}".format(*r.stores)
+        loads, stores = f"{r.code.loads}/{r.loads}", f"{r.code.stores}/{r.stores}"
         arch = f"sm_{r.arch}" if isinstance(r.arch, int) else r.arch
         lines.append(
-            f"{r.case:27} {r.kernel:27} {arch:>6} {r.dtype:5} {r.registers:4} {r.spills:6} "
-            f"{loads:>7} {stores:>7}  {'; '.join(r.faults()) or '-'}"
+            f"{r.case:27} {r.kernel:27} {arch:>6} {r.dtype:5} {r.code.registers:4} "
+            f"{r.code.spills:6} {loads:>7} {stores:>7}  {'; '.join(r.faults()) or '-'}"
         )
     return "\n".join(lines)
 
@@ -305,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="sm_90 only")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--amd", action="store_true", help=f"{AMD} as well")
+    parser.add_argument("--amd", action="store_true", help=f"{AMD} as well, without access widths")
     parser.add_argument("--workers", type=int, help="processes, default one per core")
     options = parser.parse_args(arguments)
     archs = [*((90,) if options.quick else ARCHS), *([AMD] if options.amd else [])]
