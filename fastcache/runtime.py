@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,14 @@ from .policies import COMPUTE, REUSE, Decision, Step
 from .policies.base import real
 from .policies.magnitude import Calibrate
 from .recipe import Recipe, Rule
-from .state import State, Timeline
+from .state import State, Timeline, stage
 from .stats import Record, Stats
 from .targets.bind import NothingToHook, bind
 from .targets.guidance import GuidanceTarget
-from .targets.stack import StackTarget, first_residual, keep_residual
+from .targets.stack import HEAD, WHOLE, StackTarget, first_residual, keep_residual
+
+if TYPE_CHECKING:
+    from .calibrate import Calibration
 
 PENDING = "pending"  # the action of a rule that decides after the first block has run
 DENOISERS = ("transformer", "transformer_2", "transformer_3")
@@ -51,6 +55,13 @@ class Call:
 IMPLICIT = Call()
 
 
+def eagerly(wanted: bool) -> contextlib.AbstractContextManager:
+    """Run whatever the user has compiled uncompiled: calls that allocate storage are not for graphs."""
+    if wanted and "torch._dynamo" in sys.modules:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
 class Frame:
     """An open context of one cache; frames nest."""
 
@@ -64,12 +75,17 @@ _frames: ContextVar[Frame | None] = ContextVar("fastcache_frames", default=None)
 
 
 class Control:
-    """The only object that traced code reads: whether a call is armed, its state and the actions."""
+    """The only object that traced code reads: whether a call is armed, its state and the actions.
 
-    __slots__ = ("actions", "armed", "batch", "state")
+    armed: a call is prepared and its step not yet taken. missed: traced code met a shape it has no storage
+    for. compiled: some of the model may be compiled, so actions hold for all modules of a rule alike.
+    """
+
+    __slots__ = ("actions", "armed", "batch", "compiled", "missed", "phase", "state")
 
     def __init__(self, rules: int) -> None:
-        self.armed = False
+        self.armed = self.missed = self.compiled = False
+        self.phase = WHOLE
         self.state: State | None = None
         self.actions: list[str] = [COMPUTE] * rules
         self.batch = "full"  # "half" while the unconditional half is skipped
@@ -92,6 +108,10 @@ class Denoiser:
         self.timestep_at = names.index(self.timestep_name) if self.timestep_name else -1
         self.ascending = False  # the model's timesteps grow during a run
         self.rises = 0
+        self.inside = False  # the model's forward is running
+        self.owns_graphs = False  # fastcache.compile drives this model
+        self.prepared: tuple[State, Step, list] | None = None
+        self.decisions: list[Decision] = []
         self._saved: list[tuple[str, Any]] = []
         self.targets = self._bind(adapter)
         self.guidance = next((t for t in self.targets if isinstance(t, GuidanceTarget)), None)
@@ -149,6 +169,8 @@ class Denoiser:
             target.install()
 
     def remove(self) -> None:
+        for state in self.states.values():
+            self.cache._run_ended(self, state)
         for target in reversed(self.targets):
             target.remove()
         while self._saved:
@@ -170,7 +192,11 @@ class Denoiser:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self.call(args, kwargs)
+            return (
+                self.traced(args, kwargs)
+                if torch.compiler.is_compiling()
+                else self.call(args, kwargs)
+            )
 
         return forward
 
@@ -205,36 +231,99 @@ class Denoiser:
 
     # --- one call -----------------------------------------------------------------------------------------
 
-    def call(self, args: tuple, kwargs: dict) -> Any:
-        """The model's forward with the cache in charge."""
-        control = self.control
+    def call(self, args: tuple, kwargs: dict, run: Callable | None = None) -> Any:
+        """The model's forward with the cache in charge. `run` stands in for it in compiled calls."""
         with self.lock:
-            if control.armed:  # the model calls itself inside its own forward
+            if self.inside:  # the model calls itself inside its own forward
                 return self.original(*args, **kwargs)
             call = self.cache._call()
             state, step = self._arm(call, args, kwargs)
+            self.inside = self.control.armed = True
             try:
-                control.armed = True
                 for target in self.targets:
                     target.begin()
-                with self.cache._backend():
+                recording = not all(state.units)
+                with self.cache._backend(), eagerly(recording and self.control.compiled):
+                    forward = self.original if run is None or recording else run
                     if self.guidance is not None:
-                        output = self.guidance.around(self.original, args, kwargs)
+                        output = self.guidance.around(forward, args, kwargs)
                     else:
-                        output = self.original(*args, **kwargs)
+                        output = forward(*args, **kwargs)
                     for target in self.targets:
                         target.finish()
             except BaseException:
                 self.abandon(call.request)
                 raise
             finally:
-                control.armed = False
+                self.inside = self.control.armed = False
             self._commit(state, step)
             return output
+
+    # --- calls inside the user's own torch.compile -------------------------------------------------------
+
+    def traced(self, args: tuple, kwargs: dict) -> Any:
+        """The model's forward inside a graph: a context outside it has prepared everything."""
+        control = self.control
+        if not control.armed:
+            raise RuntimeError(
+                "fastcache: a compiled model was called without a context, so no step was decided; open "
+                "`with cache.context(name):` around the call, or use fastcache.compile(model)"
+            )
+        if self.recipe.needs_signal:
+            raise RuntimeError(
+                "fastcache: this recipe decides inside the forward, which torch.compile(model) cannot trace; "
+                "use fastcache.compile(model)"
+            )
+        if call_signature(args, kwargs) != control.state.signature:
+            control.armed = False  # the routing is off: this call runs uncached
+            output = self.original(*args, **kwargs)
+            control.missed = True
+            return output
+        if self.guidance is not None:
+            output = self.guidance.around(self.original, args, kwargs)
+        else:
+            output = self.original(*args, **kwargs)
+        control.armed = False
+        return output
+
+    def prepare(self, call: Call) -> bool:
+        """Arm a call that may run inside a graph; False where it must run eagerly to allocate storage."""
+        self.prepared = None
+        self.control.compiled = True
+        state = self.states.get((call.request, call.name))
+        if state is None or not all(state.units) or self.recipe.needs_signal or self.owns_graphs:
+            return self.owns_graphs or self.recipe.needs_signal
+        before = [run.copy() for run in state.runs]
+        index = self._index(state, call, call.timestep)
+        step = self._decide_all(state, call, index, call.timestep, call.timestep)
+        for target in self.targets:
+            target.begin()
+        self.prepared = (state, step, before)
+        self.control.armed, self.control.missed = True, False
+        return True
+
+    def settle(self, failed: bool) -> None:
+        """Account for what happened inside the context that `prepare` was called for."""
+        prepared, self.prepared = self.prepared, None
+        if prepared is None or failed:
+            self.control.armed = False
+            return
+        state, step, before = prepared
+        if self.control.armed:  # the context held no call
+            self.control.armed = False
+            state.runs = before
+        elif self.control.missed:  # another shape: the next call allocates
+            self._release(state)
+            del self.states[state.key]
+        else:
+            self._commit(state, step)
 
     def _arm(self, call: Call, args: tuple, kwargs: dict) -> tuple[State, Step]:
         """Find the state, notice whether a run begins, and decide what can be decided beforehand."""
         self._refuse_training()
+        if self.prepared is not None:  # a context prepared for a graph, but the call runs eagerly
+            state, _, state.runs = self.prepared
+            self.prepared = None
         key = (call.request, call.name)
         state = self.states.get(key)
         if state is None:
@@ -244,17 +333,22 @@ class Denoiser:
             self._adopt(state, shape)
         clock = self._clock(call, args, kwargs)
         index = self._index(state, call, clock)
+        return state, self._decide_all(state, call, index, clock, self._rule_timestep(call, clock))
+
+    def _decide_all(
+        self, state: State, call: Call, index: int, clock: float | None, timestep: float | None
+    ) -> Step:
+        """Decide for every rule, and hand the decisions to `control`."""
         if not state.runs:
             state.total = call.num_inference_steps or self._planned_total()
             state.runs = [rule.when.begin(state.total) for rule in self.recipe.rules]
         elif call.num_inference_steps is not None:
             state.total = call.num_inference_steps
-        ruled = self._rule_timestep(call, clock)
-        state.armed_step, state.timestep, state.step_timestep = index, clock, ruled
+        state.armed_step, state.timestep, state.step_timestep = index, clock, timestep
         control = self.control
-        control.state, control.batch = state, "full"
-        step = Step(index, state.total, ruled, call.sigma)
-        self.decisions: list[Decision] = []
+        control.state, control.batch, control.phase = state, "full", WHOLE
+        step = Step(index, state.total, timestep, call.sigma)
+        self.decisions = []
         for i, rule in enumerate(self.recipe.rules):
             decision = self._decide(i, rule, state, step)
             self.decisions.append(decision)
@@ -262,7 +356,13 @@ class Denoiser:
             if self.targets[i] is self.guidance and decision.action == REUSE:
                 step = step._replace(guidance_skipped=True)
                 control.batch = "half"
-        return state, step
+            if control.compiled and rule.what.depth:
+                weights = self.targets[i].weights if decision.action == REUSE else ()
+                stage(state.timelines[i], weights, index, self._device(state))
+        return step
+
+    def _device(self, state: State) -> torch.device:
+        return state.signature[0][2] if state.signature else torch.device("cpu")
 
     def _decide(self, i: int, rule: Rule, state: State, step: Step) -> Decision:
         if rule.when.needs_signal:
@@ -293,7 +393,16 @@ class Denoiser:
         state, control = self.control.state, self.control
         if not rule.when.needs_signal:
             return
-        change = first_residual(state, hidden, x, self.cache.process_group)
+        sums = first_residual(state, hidden, x)
+        if control.phase == HEAD:
+            state.head["sums"].copy_(sums)
+            return
+        self.judged(i, rule, target, sums)
+
+    def judged(self, i: int, rule: Rule, target: StackTarget, sums: Tensor | None) -> None:
+        """Decide with what was measured; the one device read of a step."""
+        state, control = self.control.state, self.control
+        change = None if sums is None else signal.relative_change(sums, self.cache.process_group)
         step = Step(state.armed_step, state.total, state.step_timestep)
         decision = rule.when.decide(state.runs[i], step, change)
         if decision.action == REUSE:
@@ -306,7 +415,11 @@ class Denoiser:
         for i, rule in enumerate(self.recipe.rules):
             computed = self.decisions[i].action == COMPUTE
             if computed or rule.what.feeds_back:
-                state.timelines[i].push(step.index)
+                timeline = state.timelines[i]
+                for unit in state.units[i].values():
+                    if unit.touched:
+                        unit.stored(timeline.pushes)
+                timeline.push(step.index)
             if computed and rule.when.needs_signal:
                 keep_residual(state)
         state.index = step.index + 1
@@ -347,6 +460,7 @@ class Denoiser:
     def _adopt(self, state: State, shape: tuple) -> None:
         """Begin a run with storage of this shape, taken from the pool where there is some."""
         if state.signature is not None:
+            self.cache._run_ended(self, state)
             self._release(state)
         spare = next((s for s in self.pool if s.signature == shape), None)
         if spare is not None:
@@ -381,11 +495,15 @@ class Denoiser:
                     "cache.context('uncond', step_index=...)"
                 )
             if started and call.step_index <= last:
-                state.restart()
+                self._begin_anew(state)
             return call.step_index
         if started and self._run_is_over(state, call, clock):
-            state.restart()
+            self._begin_anew(state)
         return state.index
+
+    def _begin_anew(self, state: State) -> None:
+        self.cache._run_ended(self, state)
+        state.restart()
 
     def _run_is_over(self, state: State, call: Call, clock: float | None) -> bool:
         total = call.num_inference_steps or state.total
@@ -458,7 +576,9 @@ class Denoiser:
     def reset(self, request: Any = _UNSET) -> None:
         """Forget the runs of one request, or all; their storage serves the next ones."""
         for key in [k for k in self.states if request is _UNSET or k[0] == request]:
-            self._release(self.states.pop(key))
+            state = self.states.pop(key)
+            self.cache._run_ended(self, state)
+            self._release(state)
         if request is _UNSET:
             self.ascending, self.rises = False, 0
 
@@ -495,6 +615,7 @@ class Cache:
         self.stats = Stats()
         self.denoisers: list[Denoiser] = []
         self._warned: set[str] = set()
+        self._measured: dict[tuple[str, str], list[list[Tensor]]] = {}  # calibrated runs that ended
         self._models = models
         self._attach(config)
 
@@ -552,14 +673,21 @@ class Cache:
         """
         call = checked_call(name, request, step_index, num_inference_steps, timestep, sigma)
         token = _frames.set(Frame(self, call, _frames.get()))
+        failed = True
         try:
-            yield
-        except BaseException:
-            for denoiser in self.denoisers:
-                denoiser.abandon(request)
-            raise
+            if "torch._dynamo" in sys.modules:
+                ready = all([denoiser.prepare(call) for denoiser in self.denoisers])
+                with eagerly(not ready):
+                    yield
+            else:
+                yield
+            failed = False
         finally:
             _frames.reset(token)
+            for denoiser in self.denoisers:
+                denoiser.settle(failed)
+                if failed:
+                    denoiser.abandon(request)
 
     def _call(self) -> Call:
         frame = _frames.get()
@@ -651,6 +779,39 @@ class Cache:
         from .report import plot_run
 
         return plot_run(self, path)
+
+    @property
+    def calibration(self) -> Calibration:
+        """What `MagCacheConfig(calibrate=True)` has measured so far, as an object keyed by context.
+
+        Raises CalibrationError, a ValueError, where nothing was measured.
+        """
+        from .calibrate import collect
+
+        return collect(self)
+
+    def progress(
+        self, total: int | None = None, **options: Any
+    ) -> contextlib.AbstractContextManager:
+        """A progress line of denoiser calls and how many of them were reused; see `fastcache.progress`."""
+        from .report import progress
+
+        return progress(self, total, **options)
+
+    def _run_ended(self, denoiser: Denoiser, state: State) -> None:
+        """Once per finished run and context: keep what was calibrated, or say that the cache did nothing."""
+        if not state.index:
+            return
+        if state.measured:
+            key = (denoiser.name, state.key[1])
+            self._measured.setdefault(key, []).append(state.measured)
+            return
+        from .report import verdict
+
+        kind, message = verdict(self.stats.last_run(denoiser.name, *state.key), denoiser.recipe)
+        if message and kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"fastcache: {message}", stacklevel=2)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -264,19 +264,22 @@ class Unit:
     first, last: number of the first and the latest uninterrupted store, to be held against the timeline.
     """
 
-    __slots__ = ("extra", "first", "last", "streams", "template")
+    __slots__ = ("extra", "first", "last", "shared", "streams", "template", "touched")
 
     def __init__(self) -> None:
         self.streams: list[Ring | Table | Blank] = []
         self.template: Any = None
         self.extra: Any = None
+        self.shared = False  # its module runs twice in a step: no single value, never reused
         self.forget()
 
     def forget(self) -> None:
         self.first, self.last = 0, -1
+        self.touched = False  # written to in the running step
 
     def stored(self, pushes: int) -> None:
-        """Note the store that belongs to push number `pushes`."""
+        """Note that the running step has stored a value, as push number `pushes`."""
+        self.touched = False
         if self.last != pushes - 1:
             self.first = pushes
         self.last = pushes
@@ -286,7 +289,8 @@ class Unit:
     def ready(self, timeline: Timeline) -> bool:
         """Whether every step that the timeline still holds is held here too."""
         return (
-            self.last == timeline.pushes - 1
+            not self.shared
+            and self.last == timeline.pushes - 1
             and self.first <= timeline.pushes - len(timeline.steps)
             and all(stream.intact() for stream in self.streams)
         )

@@ -6,6 +6,7 @@ lives in the small mutable object that `begin` returns, one per request and cont
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -39,6 +40,10 @@ class Run:
 
     in_a_row: int = 0  # consecutive reused steps
     memory: Any = None  # the policy's own
+
+    def copy(self) -> Run:
+        """A copy that later decisions do not change."""
+        return Run(self.in_a_row, copy.copy(self.memory))
 
 
 @dataclass(frozen=True, kw_only=True)

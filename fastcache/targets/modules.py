@@ -106,31 +106,42 @@ class ModulesTarget:
         """Called by the runtime after the model's forward."""
 
     def ready(self, state: State) -> bool:
-        """Whether a step can be reused from this state; each module is checked again when it is called."""
-        return state.timelines[self.rule].pushes > 0 and bool(state.units[self.rule])
+        """Whether a step can be reused from this state; in eager each module is asked again."""
+        units = state.units[self.rule].values()
+        timeline = state.timelines[self.rule]
+        if not timeline.pushes or not units:
+            return False
+        return not self.control.compiled or all(u.shared or u.ready(timeline) for u in units)
 
     def call(self, node: Node, run: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a module, or predict what it would return. Traced by torch.compile."""
         control = self.control
         state: State = control.state
-        timeline = state.timelines[self.rule]
         unit = state.units[self.rule].get(node.key)
         traced = torch.compiler.is_compiling()
         action = control.actions[self.rule]
-        if action == REUSE and unit is not None and (traced or unit.ready(timeline)):
-            weights = self.weights
-            if self.per_module and not traced:
-                weights = self.predictor.weights(timeline.steps, state.armed_step, node.module)
-            output = self._predict(unit, weights)
+        if action == REUSE and unit is not None and self._usable(unit, state, traced):
+            output = self._predict(unit, self._weights(node, state, traced))
             if self.predictor.feeds_back:
                 self._store(unit, output, state, traced)
             return output
         output = run(*args, **kwargs)
         if action == COMPUTE:
             if unit is None:
-                unit = state.units[self.rule][node.key] = self._unit(output, timeline)
+                unit = state.units[self.rule][node.key] = self._unit(output, state)
             self._store(unit, output, state, traced)
         return output
+
+    def _usable(self, unit: Unit, state: State, traced: bool) -> bool:
+        return not unit.shared if traced else unit.ready(state.timelines[self.rule])
+
+    def _weights(self, node: Node, state: State, traced: bool) -> tuple[float, ...]:
+        if traced:  # they are on the device
+            return ()
+        if self.per_module:
+            steps = state.timelines[self.rule].steps
+            return self.predictor.weights(steps, state.armed_step, node.module)
+        return self.weights
 
     def _predict(self, unit: Unit, weights: tuple[float, ...]) -> Any:
         if unit.template is None:
@@ -142,8 +153,8 @@ class ModulesTarget:
             spec,
         )
 
-    def _unit(self, output: Any, timeline: Any) -> Unit:
-        unit = Unit()
+    def _unit(self, output: Any, state: State) -> Unit:
+        unit, timeline = Unit(), state.timelines[self.rule]
         leaves, spec = tree_flatten(output)
         if not isinstance(output, Tensor):
             unit.template = ([Tensor if isinstance(v, Tensor) else v for v in leaves], spec)
@@ -161,21 +172,17 @@ class ModulesTarget:
         return value
 
     def _store(self, unit: Unit, output: Any, state: State, traced: bool) -> None:
+        if not traced and unit.touched:  # the second call in one step
+            unit.shared = True
+        if unit.shared:
+            return
         values = (
             [output]
             if unit.template is None
             else [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
         )
-        pushes = state.timelines[self.rule].pushes
-        if not traced:
-            if unit.last == pushes:  # called twice in one step: not one value, so never reused
-                unit.extra = "shared"
-            if unit.extra == "shared":
-                unit.forget()
-                return
-        step = state.armed_step or 0
+        step = 0 if traced else state.armed_step
         with torch.no_grad():
             for stream, value in zip(unit.streams, values, strict=True):
                 stream.store(self._kept(value).detach(), None, step)
-        if not traced:
-            unit.stored(pushes)
+        unit.touched = True

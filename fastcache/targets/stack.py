@@ -20,6 +20,12 @@ from ..policies import COMPUTE, REUSE
 from ..state import Ring, State, Table, Unit, allocate
 
 ROUTER = "_fastcache_router"
+# Phases of a step: all of it in one pass, or (compiled) its first block and then what follows.
+WHOLE, HEAD, REST = "whole", "head", "rest"
+
+
+class Stop(Exception):
+    """Leaves the model's forward after its first block, in the head region of a compiled step."""
 
 
 class Routing:
@@ -143,19 +149,17 @@ class Gate:
         hidden_at, encoder_at = self.last_io.positions(output, hidden, encoder)
         extra: dict[int, Any] = {}
         if hidden_at is None:
-            self.exit = (output, encoder, extra)
+            left = (output, encoder, extra)
         else:
             if self.last_io.returns is None:
                 extra = {i: v for i, v in enumerate(output) if i not in (hidden_at, encoder_at)}
-            self.exit = (
-                output[hidden_at],
-                None if encoder_at is None else output[encoder_at],
-                extra,
-            )
+            text = None if encoder_at is None else output[encoder_at]
+            left = (output[hidden_at], text, extra)
         if self.owner.recording:
+            self.exit = left
             self.owner.order.append((self, "leave"))
         elif self.closes:
-            self.owner.store(self.segment, self.exit)
+            self.owner.store(self.segment, left)
 
     def note_form(self, io: BlockIO, output: Any, hidden: Any, encoder: Any) -> None:
         hidden_at, encoder_at = io.positions(output, hidden, encoder)
@@ -170,24 +174,35 @@ class Gate:
     def probe(self, *args: Any, **kwargs: Any) -> Any:
         """The first block of the stack where the policy or the predictor wants to see its residual."""
         owner = self.owner
-        x, _ = self.first_io.read(args, kwargs)
-        if owner.copies:
-            x = x.clone()
-        kept = x.clone() if owner.recording else None
+        x, encoder = self.first_io.read(args, kwargs)
+        if owner.copies or owner.recording:
+            kept = x.clone()
         output = self.block(0)(*args, **kwargs)
-        hidden_at, encoder_at = self.first_io.positions(
-            output, x, self.first_io.read(args, kwargs)[1]
-        )
+        hidden_at, encoder_at = self.first_io.positions(output, x, encoder)
         hidden = output if hidden_at is None else output[hidden_at]
-        encoder = self.first_io.read(args, kwargs)[1] if encoder_at is None else output[encoder_at]
+        encoder = encoder if encoder_at is None else output[encoder_at]
         if owner.recording:
             self.note_form(self.first_io, output, x, encoder)
-            if kept is not None and not signal.same(x, kept):
-                owner.copies, x = True, kept
+            owner.copies = owner.copies or not signal.same(x, kept)
+        if owner.copies:
+            x = kept
         owner.judge(hidden, x)
+        if owner.control.phase == HEAD:
+            owner.keep_head(hidden, encoder)
+            raise Stop
         if owner.action != REUSE and self.opens and len(self.modules) > 1:
             self.enter(hidden, encoder)
         return output
+
+    def resume(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the first block where it has run already, in the head region of this step."""
+        head = self.owner.state.head
+        hidden, encoder = head["hidden"], head.get("encoder")
+        if encoder is None:
+            encoder = self.first_io.read(args, kwargs)[1]
+        if self.owner.action != REUSE and self.opens and len(self.modules) > 1:
+            self.enter(hidden, encoder)
+        return self.form.build(hidden, encoder, {})
 
     # --- reuse ----------------------------------------------------------------------------------------
 
@@ -195,7 +210,7 @@ class Gate:
         """Stands in for all blocks of the segment: its input plus the predicted residual."""
         hidden, encoder = self.replay_io.read(args, kwargs)
         unit: Unit = self.owner.state.units[self.owner.rule][self.segment]
-        weights = self.owner.weights
+        weights = () if torch.compiler.is_compiling() else self.owner.weights
         based, texted, extras = unit.template
         streams = unit.streams
         predicted = streams[0].predict(hidden if based else None, weights)
@@ -283,29 +298,38 @@ class StackTarget:
     def route(self, modules: nn.ModuleList) -> Iterator:
         """What the model's loop gets. Traced by torch.compile: reads `control` and nothing that counts."""
         gate = next(g for g in self.gates if g.modules is modules)
-        if self.start and gate is self.gates[0]:
-            return (
-                self._route_probed(gate)
-                if self.action not in (COMPUTE, REUSE)
-                else iter(self._listed(gate))
-            )
+        if self.control.phase == WHOLE and self.action not in (COMPUTE, REUSE):
+            return self._route_probed(gate)
         return iter(self._listed(gate))
+
+    def _head(self, gate: Gate) -> Callable:
+        return gate.resume if self.control.phase == REST else gate.probe
 
     def _listed(self, gate: Gate) -> list:
         """All that a list hands out when the action is known beforehand."""
         head = self.start if gate is self.gates[0] else 0
         if self.action == REUSE:
-            probe = [gate.probe] if head else []
+            probe = [self._head(gate)] if head else []
             return [*probe, gate.replay] if gate.opens else probe
         return self._computed(gate, head)
 
     def _route_probed(self, gate: Gate) -> Iterator:
-        """The first list where the decision falls after its first block has run (eager only)."""
+        """Where the decision falls after the first block of the first list has run (eager only)."""
+        if gate is not self.gates[0]:
+            yield from self._listed(gate)
+            return
         yield gate.probe
         if self.action == REUSE:
-            yield gate.replay
+            yield from [gate.replay] * gate.opens
         else:
             yield from self._computed(gate, 1)[1:]
+
+    def keep_head(self, hidden: Tensor, encoder: Any) -> None:
+        """Keep what the first block returned, for the rest of this step to start from."""
+        head = self.state.head
+        head["hidden"].copy_(hidden)
+        if "encoder" in head:
+            head["encoder"].copy_(encoder)
 
     def _computed(self, gate: Gate, head: int) -> list:
         blocks: list[Any] = list(gate.modules._modules.values())
@@ -313,11 +337,11 @@ class StackTarget:
         wraps_last = self.recording or gate.closes
         if len(blocks) == 1:
             if head:
-                return [gate.probe]
+                return [self._head(gate)]
             if wraps_first:
                 return [gate.only if wraps_last else gate.first]
             return [gate.last if wraps_last else blocks[0]]
-        blocks[0] = gate.probe if head else gate.first if wraps_first else blocks[0]
+        blocks[0] = self._head(gate) if head else gate.first if wraps_first else blocks[0]
         if wraps_last:
             blocks[-1] = gate.last
         return blocks
@@ -328,7 +352,7 @@ class StackTarget:
         blocks = list(modules._modules.values())
         head = self.start if gate is self.gates[0] else 0
         if self.action == REUSE:
-            handed: list[Any] = [gate.probe] * head + ([gate.replay] if gate.opens else [])
+            handed: list[Any] = [self._head(gate)] * head + [gate.replay] * gate.opens
             handed += [gate.through] * (len(blocks) - len(handed))
         else:
             handed = self._computed(gate, head)
@@ -344,13 +368,14 @@ class StackTarget:
         out, text, extra = exit
         if segment not in units:
             units[segment] = self._unit(hidden, encoder, exit)
+            self._allocate_head(encoder)
         unit = units[segment]
         based, texted, extras = unit.template
         with torch.no_grad():
             y = out.detach()
             if based and y.shape != hidden.shape:
                 y = y[:, -hidden.shape[1] :]
-            step = state.armed_step or 0
+            step = 0 if torch.compiler.is_compiling() else state.armed_step
             if self.measure and based:
                 self._measure(unit, y, hidden.detach())
             unit.streams[0].store(y, hidden.detach() if based else None, step)
@@ -358,8 +383,17 @@ class StackTarget:
                 unit.streams[1].store(text.detach(), encoder.detach(), step)
             for i, at in enumerate(extras):
                 unit.streams[1 + texted + i].store(extra[at].detach(), None, step)
-        unit.stored(state.timelines[self.rule].pushes)
+        unit.touched = True
         self.segments[segment][0].entry = (None, None)
+
+    def _allocate_head(self, encoder: Any) -> None:
+        """Where compiled regions keep what the first block returned."""
+        head = self.state.head
+        if self.start and "residual" in head and "hidden" not in head:
+            residual = head["residual"]
+            head["hidden"] = allocate(residual.shape[1:], residual.dtype, residual.device)
+            if self.gates[0].form.encoder is not None and isinstance(encoder, Tensor):
+                head["encoder"] = allocate(encoder.shape, encoder.dtype, encoder.device)
 
     def _measure(self, unit: Unit, y: Tensor, x: Tensor) -> None:
         """MagCache's ratio of this residual to the last one, left on the device; 1 at the first step."""
@@ -466,33 +500,38 @@ def _chained(before: Gate, after: Gate) -> bool:
     return joined and signal.same(left, entered[:, -left.shape[1] :])
 
 
-def first_residual(state: State, hidden: Tensor, x: Tensor, group: Any) -> float | None:
-    """Relative L1 change of the first block's residual against the last computed step; None without one.
+def first_residual(state: State, hidden: Tensor, x: Tensor) -> Tensor | None:
+    """The two sums of the first block's residual against that of the last computed step; None without one.
 
     The new residual goes to a spare row; `keep_residual` makes it the reference after a computed step.
     """
     head = state.head
-    buffer = head.get("residual")
-    if (
-        buffer is None
-        or buffer.shape[1:] != x.shape
-        or buffer.dtype != x.dtype
-        or buffer.device != x.device
-    ):
-        buffer = head["residual"] = allocate((2, *x.shape), x.dtype, x.device)
-        head["base"] = None
-    spare = 0 if head.get("base") is None else 1 - head["base"]
-    head["spare"] = spare
+    if not torch.compiler.is_compiling():
+        buffer = head.get("residual")
+        if buffer is None or buffer.shape[1:] != x.shape or buffer.dtype != x.dtype:
+            head["residual"] = allocate((2, *x.shape), x.dtype, x.device)
+            head["base"] = None
+    base = head.get("base")
+    rows = head["residual"].unbind(0)
+    spare = rows[0 if base is None else 1 - base]
     with torch.no_grad():
-        if head.get("base") is None:
-            torch.ops.fastcache.residual_store_.default(buffer[spare], hidden.detach(), x.detach())
+        if base is None:
+            torch.ops.fastcache.residual_store_.default(spare, hidden.detach(), x.detach())
             return None
-        sums = torch.ops.fastcache.residual_l1_.default(
-            buffer[spare], hidden.detach(), x.detach(), buffer[head["base"]]
+        return torch.ops.fastcache.residual_l1_.default(
+            spare, hidden.detach(), x.detach(), rows[base]
         )
-    return signal.relative_change(sums, group)
 
 
 def keep_residual(state: State) -> None:
     """Make the residual of the step just computed the reference."""
-    state.head["base"] = state.head.get("spare")
+    base = state.head.get("base")
+    state.head["base"] = 0 if base is None else 1 - base
+
+
+def settle_residual(state: State) -> None:
+    """Put the reference into row 0, where compiled regions expect it."""
+    head = state.head
+    if head.get("base") == 1:
+        head["residual"][0].copy_(head["residual"][1])
+        head["base"] = 0
