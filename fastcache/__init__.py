@@ -6,6 +6,7 @@ cache = fastcache.enable(pipe, fastcache.FirstBlockCacheConfig(threshold=0.12))
 
 from . import ops  # registers the ops; everything else uses them
 from .adapters import Block, BlockAdapter, register_adapter
+from .compiled import compile
 from .configs import (
     FLUX_MAG_RATIOS,
     FasterCacheConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "Zeros",
     "backend",
     "backends",
+    "compile",
     "enable",
     "ops",
     "register_adapter",

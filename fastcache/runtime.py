@@ -410,6 +410,13 @@ class Denoiser:
         self.decisions[i] = decision
         control.actions[i] = decision.action
 
+    def restage(self, i: int) -> None:
+        """Give compiled code the weights of a decision that fell inside the step."""
+        state = self.control.state
+        if self.control.actions[i] == REUSE:
+            device = self._device(state)
+            stage(state.timelines[i], self.targets[i].weights, state.armed_step, device)
+
     def _commit(self, state: State, step: Step) -> None:
         """Account for a step that went well."""
         for i, rule in enumerate(self.recipe.rules):

@@ -1,0 +1,117 @@
+"""fastcache.compile: one fullgraph callable per mode, chosen outside the graphs.
+
+A mode is what the rules decided. Rules that decide beforehand need one graph per mode. FirstBlockCache
+needs three: the head region leaves the model's own forward after its first block, the host reads one pair
+of sums, and the forward is entered again for the rest of the step, computed or replayed; what the second
+entry does not need before the first block is dead code to the compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .runtime import MARK, PENDING, Denoiser, denoisers_of
+from .state import State, allocate
+from .targets.stack import HEAD, REST, WHOLE, Stop, settle_residual
+
+ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # torch 2.13
+
+
+def compile_alone(function: Callable, options: dict[str, Any]) -> Callable:
+    """torch.compile whose graphs do not count against those of other callables of the same code."""
+    if ISOLATES:
+        return torch.compile(function, isolate_recompiles=True, **options)
+    code = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return torch.compile(code, **options)
+
+
+class Compiled:
+    """A callable with the model's signature. Attributes are the model's own."""
+
+    def __init__(self, denoiser: Denoiser, options: dict[str, Any]) -> None:
+        self._denoiser, self._options = denoiser, options
+        self._programs: dict[tuple, Callable] = {}
+        self.__signature__ = inspect.signature(denoiser.original)
+        functools.update_wrapper(self, denoiser.original, updated=())
+        self._probed = next(
+            (i for i, rule in enumerate(denoiser.recipe.rules) if rule.when.needs_signal), None
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if MARK not in self._denoiser.model.__dict__:  # disabled since
+            return self._denoiser.model(*args, **kwargs)
+        return self._denoiser.call(args, kwargs, self._run)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._denoiser.model, name)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """One step whose storage exists: the graph of its mode, or two around FirstBlock's decision."""
+        control, probed = self._denoiser.control, self._probed
+        if probed is None or control.actions[probed] != PENDING:
+            return self._program(*control.actions, control.batch, WHOLE)(*args, **kwargs)
+        state = control.state
+        if not self._enter_head(state):
+            return self._denoiser.original(*args, **kwargs)
+        control.phase = HEAD
+        self._program(*control.actions, control.batch, HEAD)(*args, **kwargs)
+        rule, target = self._denoiser.recipe.rules[probed], self._denoiser.targets[probed]
+        self._denoiser.judged(probed, rule, target, state.head["sums"])
+        self._denoiser.restage(probed)
+        control.phase = REST
+        return self._program(*control.actions, control.batch, REST)(*args, **kwargs)
+
+    def _enter_head(self, state: State) -> bool:
+        """Whether the first block has a reference to be compared with, laid out as the graphs expect."""
+        head = state.head
+        if head.get("base") is None or "hidden" not in head:
+            return False
+        settle_residual(state)
+        if "sums" not in head:
+            head["sums"] = allocate((2,), torch.float32, head["hidden"].device)
+        return True
+
+    def _program(self, *mode: Any) -> Callable:
+        if mode not in self._programs:
+            original = self._denoiser.original
+
+            def program(*args: Any, **kwargs: Any) -> Any:
+                with contextlib.suppress(Stop):
+                    return original(*args, **kwargs)
+
+            self._programs[mode] = compile_alone(program, self._options)
+        return self._programs[mode]
+
+
+def compile(model: Any, **kwargs: Any) -> Any:  # noqa: A001 - the name users look for
+    """Compile an enabled model: one fullgraph callable per mode, no recompiles between steps.
+
+    model: an nn.Module on which `fastcache.enable` was called. kwargs: as for torch.compile; fullgraph is
+    True unless given. Returns a callable with the model's signature, driven like the model itself.
+    Raises ValueError where the model is not enabled.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compile: model is {type(model).__name__}, must be an nn.Module")
+    denoiser = denoisers_of(model)[0][1].__dict__.get(MARK)
+    if denoiser is None:
+        raise ValueError(
+            "compile: model is not enabled; call fastcache.enable(model, config) first, then fastcache.compile"
+        )
+    options = {"fullgraph": True, **kwargs}
+    denoiser.owns_graphs = True
+    denoiser.control.compiled = True
+    return Compiled(denoiser, options)
