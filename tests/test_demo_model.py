@@ -222,3 +222,19 @@ def test_equal_compute_interpolates_between_measured_step_counts():
     assert run.interpolate(curve, 8) == pytest.approx(36.0)
     assert run.interpolate(curve, 14) == 42.0
     assert run.interpolate(curve, 5) is None
+
+
+def test_demo_writes_table_numbers_and_picture(tmp_path, capsys):
+    numbers = tmp_path / "demo.json"
+    arguments = ["--steps", "20", "--batch", "2", "--rounds", "2", "--json", str(numbers)]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert run.PICTURE_FILE in printed and str(numbers) in printed
+    assert (tmp_path / run.PICTURE_FILE).stat().st_size > 10_000
+    rows = json.loads(numbers.read_text())["rows"]
+    assert all(row["name"] in printed for row in rows)
+    uncached = rows[0]
+    assert uncached["psnr"] is None and uncached["compute"] == 1
+    assert uncached["blocks"] == [10] * 20
+    cached = [row for row in rows if row["predictor"]]
+    assert all(row["steps"] == 20 and row["compute"] < 1 for row in cached)
