@@ -6,6 +6,7 @@ cache = fastcache.enable(pipe, fastcache.FirstBlockCacheConfig(threshold=0.12))
 
 from . import ops  # registers the ops; everything else uses them
 from .adapters import Block, BlockAdapter, register_adapter
+from .calibrate import Calibration, calibrate
 from .compiled import compile
 from .configs import (
     FLUX_MAG_RATIOS,
@@ -19,6 +20,7 @@ from .dispatch import backend, backends
 from .policies import FirstBlock, Interval, Magnitude, Mask, TimestepRange
 from .predictors import Extrapolate, Reuse, Taylor, TaylorTable, Zeros
 from .recipe import Plan, Recipe
+from .report import progress
 from .runtime import Cache, enable
 from .targets.spec import Guidance, Modules, Stack
 
@@ -29,6 +31,7 @@ __all__ = [
     "Block",
     "BlockAdapter",
     "Cache",
+    "Calibration",
     "Extrapolate",
     "FasterCacheConfig",
     "FirstBlock",
@@ -51,8 +54,10 @@ __all__ = [
     "Zeros",
     "backend",
     "backends",
+    "calibrate",
     "compile",
     "enable",
     "ops",
+    "progress",
     "register_adapter",
 ]

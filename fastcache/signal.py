@@ -42,3 +42,8 @@ def scalar(value: Any) -> float:
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold equal values. Reads the device: for recording calls only."""
     return a.shape == b.shape and torch.equal(a, b)
+
+
+def numbers(values: list[Tensor]) -> list[float]:
+    """One-element tensors as floats, in one read: for calibration, after a run."""
+    return torch.cat([v.reshape(-1) for v in values]).tolist() if values else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from .policies import COMPUTE, REUSE
@@ -31,9 +31,12 @@ class Stats:
 
     def __init__(self) -> None:
         self._records: deque[Record] = deque(maxlen=KEEP)
+        self.watch: Callable[[Record], object] | None = None  # told of every record, while set
 
     def add(self, record: Record) -> None:
         self._records.append(record)
+        if self.watch is not None:
+            self.watch(record)
 
     def clear(self) -> None:
         self._records.clear()
@@ -57,6 +60,17 @@ class Stats:
     @property
     def reused(self) -> int:
         return sum(r.action == REUSE for r in self._records)
+
+    def last_run(self, model: str, request: Any, context: str) -> list[Record]:
+        """The records of the latest run of one context, in order."""
+        run: list[Record] = []
+        for r in reversed(self._records):
+            if (r.model, r.request, r.context) != (model, request, context):
+                continue
+            if run and r.step >= run[-1].step:
+                break
+            run.append(r)
+        return run[::-1]
 
     def lines(self) -> list[str]:
         """The summary: totals, a strip per context, reasons."""
