@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("triton")
@@ -141,3 +142,64 @@ def test_a_compiler_error_is_a_refusal(tmp_path: Path) -> None:
     result = gate("--quick", "--workers", "1", "--only", "taylor 2", path=tmp_path)
     assert result.returncode == 1
     assert "no_such_function" in result.stdout
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+SHAPES = {
+    "one element": lambda: meta(1),
+    "one row of one element": lambda: meta(1, 1),
+    "rows of one element": lambda: meta(5, 1),
+    "a batch stride of one": lambda: meta(3, 1, 1).as_strided((3, 1, 1), (1, 1, 1)),
+    "one token of several": lambda: meta(3, 4, 1)[:, 2:3],
+    "more elements than int32 counts": lambda: meta(2**31 + 5),
+    "more elements in rows": lambda: meta(2**20 + 3, 4096),
+    "a batch stride beyond int32": lambda: meta(2, 2**20, 4096)[:, 5:],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_class_of_shapes_compiles(name: str) -> None:
+    """Triton makes a constant of an argument equal to one, and int64 of one beyond int32."""
+    from fastcache.triton_kernels import aot
+
+    from fastcache import triton_kernels as kernels
+
+    t = SHAPES[name]()
+    q = torch.empty_like(t, dtype=torch.float8_e4m3fn)
+    if not t.is_contiguous():
+        q = q.as_strided(t.shape, t.stride())
+    scale = meta(*t.shape[:-1], dtype=torch.float32)
+    with aot.compile_only(90) as compiled:
+        kernels.residual_l1(t, t, t, t)
+        kernels.residual_l1(t, t, t, t, per_sample=True)
+        kernels.residual_store(t, t, t)
+        kernels.linear_combine(t, [t] * 3, meta(3, dtype=torch.float32))
+        kernels.taylor_update([t] * 3, t, 0.5, 3)
+        if t.dim() > 1:
+            kernels.residual_magnitude(t, t, t, t)
+            kernels.guided_sums(t, [t] * 3)
+            kernels.quantize_store(q, scale, t, None)
+            kernels.quantized_combine(t, None, [q], [scale], [1.0])
+    assert len(compiled) == (13 if t.dim() > 1 else 7)
+
+
+def test_only_the_misaligned_tensor_is_accessed_narrowly() -> None:
+    from fastcache.triton_kernels import aot
+
+    from fastcache import triton_kernels as kernels
+
+    def at(offset: int) -> torch.Tensor:
+        return meta(4608 * 3072 + 8)[offset : offset + 4608 * 3072]
+
+    def wide(out: int, *terms: int) -> tuple[int, int]:
+        with aot.compile_only(90) as compiled:
+            kernels.linear_combine(at(out), [at(o) for o in terms], [0.5] * len(terms))
+        code = aot.code_of(compiled[0][1])
+        return code.loads, code.stores
+
+    loads, stores = wide(0, 0, 8, 8)
+    assert wide(1, 0, 0, 0) == (loads, 0)
+    assert wide(0, 0, 1, 0) == (loads * 2 // 3, stores)

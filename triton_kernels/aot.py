@@ -247,6 +247,13 @@ def _amd(code: str) -> Code:
     )
 
 
+def code_of(kernel: triton.compiler.CompiledKernel) -> Code:
+    """The machine code of a kernel, counted."""
+    if "cubin" in kernel.asm:
+        return _nvidia(kernel.asm["cubin"])
+    return _amd(kernel.asm["amdgcn"])
+
+
 def _reason(error: BaseException) -> str:
     """The last line of the innermost error: Triton's start with a listing."""
     while error.__cause__:
@@ -264,12 +271,8 @@ def inspect(case: str, arch: int | str, dtype: str) -> list[Report]:
         except Exception as error:  # a compiler error of any kind is the finding
             return [Report(case, "?", arch, dtype, error=_reason(error))]
     for name, kernel in compiled:
-        report = Report(case, name, arch, dtype)
-        if arch == AMD:
-            reports.append(replace(report, code=_amd(kernel.asm["amdgcn"])))
-            continue
-        report = replace(report, code=_nvidia(kernel.asm["cubin"]))
-        if name not in SCALAR:
+        report = Report(case, name, arch, dtype, code_of(kernel))
+        if name not in SCALAR and arch != AMD:
             threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
             loads, stores = (_needed(kernel.asm["ttgir"], op, threads) for op in ("load", "store"))
             report = replace(report, loads=loads, stores=stores)

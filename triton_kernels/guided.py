@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import WARPS, on_device, row_tile, widest
+from .launch import WARPS, cdiv, on_device, row_tile, widest
 from .reduction import program_count, sum_partials
 
 # Elements per tile. With the number of programs it defines the bits of the sums.
@@ -161,7 +161,7 @@ def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = Fals
         groups, rows = 1, guide.numel() // width
         s_guides, r_guides = (0,) * len(tensors), (width,) * len(tensors)
     rows_tile, cols_tile = row_tile(width, TILE)
-    each = program_count(triton.cdiv(rows, rows_tile))
+    each = program_count(cdiv(rows, rows_tile))
     count = each if per_sample else groups * each
     with on_device(guide):
         out = torch.empty((sums, 3 * order), dtype=torch.float64, device=guide.device)

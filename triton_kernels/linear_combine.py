@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import WARPS, Table, on_device, pick, samples, widest
+from .launch import WARPS, Table, cdiv, on_device, pick, samples, widest
 
 # Elements per program, by bytes times terms. Starting points, not yet tuned on a GPU.
 BLOCKS: Table[int] = ((6, 4096), (16, 2048), (None, 1024))
@@ -69,7 +69,7 @@ def _combine(
         return
     count, n, (s_out, s_copy, *s_terms) = samples([out, copy, *terms])
     block = pick(BLOCKS, widest([out, *terms]) * len(terms))
-    blocks = triton.cdiv(n, block)
+    blocks = cdiv(n, block)
     on_host = not isinstance(weights, Tensor)
     with on_device(out):
         _combine_kernel[(count * blocks,)](

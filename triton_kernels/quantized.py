@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor, uint8
 from triton.language.target_info import cuda_capability_geq
 
-from .launch import WARPS, Table, on_device, pick, row_tile, samples
+from .launch import WARPS, Table, cdiv, on_device, pick, row_tile, samples
 
 # The largest e4m3 value. A row whose largest magnitude is below TINY is stored as zeros with scale
 # 1: its own scale would not be a normal float32.
@@ -179,7 +179,7 @@ def quantize_store(q: Tensor, scale: Tensor, y: Tensor, x: Tensor | None = None)
     width = y.shape[-1]
     rows = n // width
     rows_tile, cols_tile = pick(STORE_TILES, width)
-    tiles = triton.cdiv(rows, rows_tile)
+    tiles = cdiv(rows, rows_tile)
     with on_device(y):
         _quantize_store_kernel[(count * tiles,)](
             q.view(uint8),
@@ -217,7 +217,7 @@ def quantized_combine(
     width = out.shape[-1]
     rows = n // width
     rows_tile, cols_tile = row_tile(width, TILE)
-    tiles = triton.cdiv(rows, rows_tile)
+    tiles = cdiv(rows, rows_tile)
     on_host = not isinstance(weights, Tensor)
     with on_device(out):
         _quantized_combine_kernel[(count * tiles,)](

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import WARPS, on_device, samples, widest
+from .launch import WARPS, cdiv, on_device, samples, widest
 from .reduction import program_count, sum_partials
 
 # BLOCK and the number of programs define the bits of the sums: neither depends on the GPU.
@@ -87,7 +87,7 @@ def residual_l1(
     if not y.numel():
         return torch.zeros(shape, dtype=torch.float32, device=y.device)
     groups, n, (s_y, s_x, s_prev, s_out) = samples([y, x, prev, out], per_sample)
-    each = program_count(triton.cdiv(n, BLOCK))
+    each = program_count(cdiv(n, BLOCK))
     count = each if per_sample else groups * each
     with on_device(y):
         sums = torch.empty(shape, dtype=torch.float32, device=y.device)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import WARPS, on_device, row_tile, samples
+from .launch import WARPS, cdiv, on_device, row_tile, samples
 from .reduction import program_count, sum_partials
 
 # Elements per tile. With the number of programs it defines the bits of the result.
@@ -90,7 +90,7 @@ def residual_magnitude(
     groups, n, (s_y, s_x, s_prev, s_out) = samples([y, x, prev, out], per_sample)
     rows = n // width
     rows_tile, cols_tile = row_tile(width, TILE)
-    each = program_count(triton.cdiv(rows, rows_tile))
+    each = program_count(cdiv(rows, rows_tile))
     count = each if per_sample else groups * each
     with on_device(y):
         mean = torch.empty(shape, dtype=torch.float32, device=y.device)

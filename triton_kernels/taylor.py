@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import WARPS, on_device, samples, widest
+from .launch import WARPS, cdiv, on_device, samples, widest
 
 # Bytes per program and tensor: one 16-byte load per thread, since divisions fill the registers.
 BYTES = 4096
@@ -49,7 +49,7 @@ def taylor_update(factors: Sequence[Tensor], y: Tensor, inv_delta: float, valid:
     written = factors[: min(valid, len(factors) - 1) + 1]
     count, n, (s_y, *s_factors) = samples([y, *written])
     block = BYTES // widest([y, *written])
-    blocks = triton.cdiv(n, block)
+    blocks = cdiv(n, block)
     with on_device(y):
         _taylor_kernel[(count * blocks,)](
             tuple(written),
