@@ -81,11 +81,12 @@ class Control:
     for. compiled: some of the model may be compiled, so actions hold for all modules of a rule alike.
     """
 
-    __slots__ = ("actions", "armed", "batch", "compiled", "missed", "phase", "state")
+    __slots__ = ("actions", "armed", "batch", "compiled", "missed", "phase", "seen", "state")
 
     def __init__(self, rules: int) -> None:
         self.armed = self.missed = self.compiled = False
         self.phase = WHOLE
+        self.seen: Any = None  # the timestep that the model was called with, inside a graph
         self.state: State | None = None
         self.actions: list[str] = [COMPUTE] * rules
         self.batch = "full"  # "half" while the unconditional half is skipped
@@ -264,16 +265,17 @@ class Denoiser:
     def traced(self, args: tuple, kwargs: dict) -> Any:
         """The model's forward inside a graph: a context outside it has prepared everything."""
         control = self.control
+        if self.recipe.needs_signal:
+            raise RuntimeError(
+                "fastcache: FirstBlockCache decides inside the forward, which torch.compile(model) cannot "
+                "trace; use fastcache.compile(model)"
+            )
         if not control.armed:
             raise RuntimeError(
                 "fastcache: a compiled model was called without a context, so no step was decided; open "
                 "`with cache.context(name):` around the call, or use fastcache.compile(model)"
             )
-        if self.recipe.needs_signal:
-            raise RuntimeError(
-                "fastcache: this recipe decides inside the forward, which torch.compile(model) cannot trace; "
-                "use fastcache.compile(model)"
-            )
+        control.seen = self._timestep_argument(args, kwargs)
         if call_signature(args, kwargs) != control.state.signature:
             control.armed = False  # the routing is off: this call runs uncached
             output = self.original(*args, **kwargs)
@@ -294,12 +296,13 @@ class Denoiser:
         if state is None or not all(state.units) or self.recipe.needs_signal or self.owns_graphs:
             return self.owns_graphs or self.recipe.needs_signal
         before = [run.copy() for run in state.runs]
-        index = self._index(state, call, call.timestep)
-        step = self._decide_all(state, call, index, call.timestep, call.timestep)
+        timestep = self._rule_timestep(call)
+        index = self._index(state, call, timestep)
+        step = self._decide_all(state, call, index, timestep, timestep)
         for target in self.targets:
             target.begin()
         self.prepared = (state, step, before)
-        self.control.armed, self.control.missed = True, False
+        self.control.armed, self.control.missed, self.control.seen = True, False, None
         return True
 
     def settle(self, failed: bool) -> None:
@@ -316,7 +319,24 @@ class Denoiser:
             self._release(state)
             del self.states[state.key]
         else:
+            self._check_clock(state, step)
             self._commit(state, step)
+
+    def _check_clock(self, state: State, step: Step) -> None:
+        """Notice a new run that began inside a graph, where no timestep could be looked at beforehand."""
+        clock = (
+            None if step.timestep is not None else self._readable(self.control.seen, state.total)
+        )
+        before, state.timestep = state.timestep, clock if clock is not None else state.timestep
+        if clock is None or before is None or not step.index:
+            return
+        if clock < before if self.ascending else clock > before:
+            self.abandon(state.key[0])
+            raise RuntimeError(
+                f"fastcache: a new run began in context {state.key[1]!r} inside a compiled model, unseen from "
+                "outside, and its first step may have reused the old one's; call cache.reset() between runs, "
+                "or give cache.context(step_index=...) or num_inference_steps"
+            )
 
     def _arm(self, call: Call, args: tuple, kwargs: dict) -> tuple[State, Step]:
         """Find the state, notice whether a run begins, and decide what can be decided beforehand."""
@@ -331,9 +351,10 @@ class Denoiser:
         shape = call_signature(args, kwargs)
         if state.signature != shape:
             self._adopt(state, shape)
-        clock = self._clock(call, args, kwargs)
+        timestep = self._rule_timestep(call)
+        clock = timestep if timestep is not None else self._clock(state, call, args, kwargs)
         index = self._index(state, call, clock)
-        return state, self._decide_all(state, call, index, clock, self._rule_timestep(call, clock))
+        return state, self._decide_all(state, call, index, clock, clock)
 
     def _decide_all(
         self, state: State, call: Call, index: int, clock: float | None, timestep: float | None
@@ -344,7 +365,9 @@ class Denoiser:
             state.runs = [rule.when.begin(state.total) for rule in self.recipe.rules]
         elif call.num_inference_steps is not None:
             state.total = call.num_inference_steps
-        state.armed_step, state.timestep, state.step_timestep = index, clock, timestep
+        state.armed_step, state.step_timestep = index, timestep
+        if clock is not None:
+            state.timestep = clock
         control = self.control
         control.state, control.batch, control.phase = state, "full", WHOLE
         step = Step(index, state.total, timestep, call.sigma)
@@ -529,35 +552,41 @@ class Denoiser:
             return False
         return True
 
-    def _clock(self, call: Call, args: tuple, kwargs: dict) -> float | None:
-        """The timestep by which runs are told apart: the context's, or the model's own argument.
+    def _clock(self, state: State, call: Call, args: tuple, kwargs: dict) -> float | None:
+        """The timestep by which runs are told apart, from the model's own argument.
 
-        An argument on an accelerator is read (one wait) only where nothing else tells runs apart.
+        One on an accelerator is read (one wait) only where nothing else tells runs apart.
         """
-        if call.timestep is not None:
-            return call.timestep
         if call.step_index is not None:
             return None
-        value = kwargs.get(self.timestep_name) if self.timestep_name else None
-        if value is None and 0 <= self.timestep_at < len(args):
-            value = args[self.timestep_at]
+        total = call.num_inference_steps or state.total
+        return self._readable(self._timestep_argument(args, kwargs), total)
+
+    def _timestep_argument(self, args: tuple, kwargs: dict) -> Any:
+        if self.timestep_name is None:
+            return None
+        if self.timestep_name in kwargs:
+            return kwargs[self.timestep_name]
+        return args[self.timestep_at] if len(args) > self.timestep_at else None
+
+    def _readable(self, value: Any, total: int | None) -> float | None:
         if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
             return None
         if isinstance(value, Tensor) and (
             not value.numel()
-            or (value.device.type != "cpu" and (call.num_inference_steps or self.cache.evented))
+            or (value.device.type != "cpu" and (total is not None or self.cache.evented))
         ):
             return None
         number = signal.scalar(value)
         return number if math.isfinite(number) else None
 
-    def _rule_timestep(self, call: Call, clock: float | None) -> float | None:
-        """The timestep that rules on timesteps see: the config's callback, read once per step."""
+    def _rule_timestep(self, call: Call) -> float | None:
+        """The timestep that was told: by the config's callback, read once per step, or by the context."""
         callback = self.cache.timestep_callback
         if callback is None:
-            return call.timestep if call.timestep is not None else clock
+            return call.timestep
         value = callback()
-        return None if value is None else signal.scalar(value)
+        return call.timestep if value is None else signal.scalar(value)
 
     def _planned_total(self) -> int | None:
         return next(
