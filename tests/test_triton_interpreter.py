@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -577,6 +578,18 @@ def interpreter() -> Iterator[Interpreter]:
     process.wait(30)
 
 
+def _version(package: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in metadata.version(package).split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return (0, 0)
+
+
+@pytest.mark.skipif(_version("triton") == (0, 0), reason="triton is not installed")
+@pytest.mark.skipif(
+    _version("triton") < (3, 7) and _version("numpy") >= (2, 4),
+    reason="the interpreter of this triton cannot run loops with this numpy",
+)
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(interpreter: Interpreter, name: str) -> None:
     failure = interpreter(name)
@@ -584,6 +597,7 @@ def test_interpreted(interpreter: Interpreter, name: str) -> None:
 
 
 def test_import_touches_no_device_and_refuses_another_name() -> None:
+    pytest.importorskip("triton")
     code = (
         "import sys, fastcache.triton_kernels as k, torch; assert not torch.cuda.is_initialized()"
     )
