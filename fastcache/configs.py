@@ -7,7 +7,7 @@ the object is built and again by `recipe()`, since they can be assigned in betwe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -353,9 +353,8 @@ class FasterCacheConfig(Config):
     tensor_format: str = "BCFHW"
     is_guidance_distilled: bool = False
     current_timestep_callback: Callable[[], Any] | None = None
-    _unconditional_conditional_input_kwargs_identifiers: list[str] = field(
-        default_factory=lambda: list(_GUIDANCE_INPUTS)
-    )
+    # a tuple at run time, as upstream's
+    _unconditional_conditional_input_kwargs_identifiers: Sequence[str] = _GUIDANCE_INPUTS
 
     def validate(self) -> None:
         name = self._name()
