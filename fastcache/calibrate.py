@@ -327,7 +327,7 @@ def collect(
     length = max(map(len, ratios.values()))
     if steps is not None and length != steps:
         raise CalibrationError(
-            f"calibration: num_inference_steps is {steps}, but the run made {length} denoiser calls "
+            f"calibration: num_inference_steps is {steps}, but the run made {length} model calls "
             "per context; count calls, not scheduler steps, or leave it out"
         )
     changes = {label(key): rows for key, rows in (watched or {}).items() if label(key) in ratios}
