@@ -174,7 +174,8 @@ def broken(name: str, config: Callable, calls: list[dict]) -> None:
 # thresholds at which these trajectories both compute and reuse, with no decision on the edge
 THRESHOLDS = {
     "Flux": 0.3, "Wan3D": 0.1, "CogVideoX": 0.1, "LTX": 0.06, "QwenImage": 0.48,
-    "HunyuanVideo": 0.3, "Flux2": 0.8, "SD3": 0.35, "Chroma": 0.3, "SkyReelsV2": 0.1, "Latte": 0.1, "PixArt2D": 0.05,
+    "HunyuanVideo": 0.3, "Flux2": 0.8, "SD3": 0.35, "Chroma": 0.3, "SkyReelsV2": 0.1,
+    "Latte": 0.1, "PixArt2D": 0.05,
     "DiT2D": 0.15, "Kandinsky5": 0.2, "Lumina2": 0.03,
 }  # fmt: skip
 STACK_FAULTS = {"Chroma": "F14", "SkyReelsV2": "F14", "Lumina2": "F14", "Latte": "F16"}
