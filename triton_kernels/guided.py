@@ -28,9 +28,8 @@ SINGULAR = tl.constexpr(1e-12)
 @triton.jit
 def _load(p_guides, s_guides, r_guides, i_s, o_r, o_c, m_n, INDEX: tl.constexpr):
     p_row = p_guides[INDEX] + i_s * s_guides[INDEX] + o_r * r_guides[INDEX]  # [ROWS]
-    return tl.load(p_row[:, None] + o_c[None, :], mask=m_n, other=0.0).to(
-        tl.float64
-    )  # [ROWS, COLS]
+    b_guide = tl.load(p_row[:, None] + o_c[None, :], mask=m_n, other=0.0)  # [ROWS, COLS]
+    return b_guide.to(tl.float64)
 
 
 @triton.jit
@@ -81,7 +80,7 @@ def _guided_sums_kernel(
                 b_12 += _dot(b_d1, b_d2, LANES, FOLD)
                 b_22 += _dot(b_d2, b_d2, LANES, FOLD)
                 b_2q += _dot(b_d2, b_q, LANES, FOLD)
-    p_part += i_g // count * (3 * K) * count + i_g % count
+    p_part += (i_g // count).to(tl.int64) * (3 * K * count) + i_g % count
     tl.store(p_part, tl.sum(b_11, axis=0))
     if K == 2:
         tl.store(p_part + count, tl.sum(b_12, axis=0))

@@ -67,11 +67,11 @@ def _residual_l1_kernel(
         b_change += change
         b_old += old
     if full % programs == i_p:
-        o_n = full * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+        o_n = tl.cast(full, tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
         change, old = _l1_block(p_y, p_x, p_prev, p_out, o_n, o_n < n, BLOCK, FOLD)
         b_change += change
         b_old += old
-    p_part += i_g // count * 2 * count + i_g % count
+    p_part += (i_g // count).to(tl.int64) * (2 * count) + i_g % count
     tl.store(p_part, tl.sum(b_change, axis=0))
     tl.store(p_part + count, tl.sum(b_old, axis=0))
 

@@ -66,7 +66,7 @@ def _residual_magnitude_kernel(
         b_now = tl.sqrt_rn(tl.sum(b_rr, axis=1))  # [ROWS]
         b_old = tl.sqrt_rn(tl.sum(b_pp, axis=1))  # [ROWS]
         b_ratio += tl.where(m_r, tl.div_rn(b_now, b_old + eps), 0.0)
-    p_part += i_g // count * count + i_g % count
+    p_part += (i_g // count).to(tl.int64) * count + i_g % count
     tl.store(p_part, tl.sum(b_ratio, axis=0))
 
 
