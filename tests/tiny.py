@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 ENTRIES: dict[str, dict] = json.loads((Path(__file__).parent / "tiny_models.json").read_text())
-UNIT_TIMESTEPS = ("Flux", "Flux2", "Chroma", "QwenImage", "Lumina2")  # timestep in [0, 1], others 0..1000
+UNIT_TIMESTEPS = (
+    "Flux",
+    "Flux2",
+    "Chroma",
+    "QwenImage",
+    "Lumina2",
+)  # timestep in [0, 1], others 0..1000
 # keyword that deepens a model, so that head, middle and tail blocks differ
 DEPTH = {
     "Flux": ("num_layers", "num_single_layers"),
@@ -42,13 +48,22 @@ def _make(spec: dict, g: torch.Generator) -> Any:
 
 def build(name: str, depth: int = 3, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
     """A model in eval mode and its inputs; `depth` blocks per list."""
+    return build_entry(ENTRIES[name], dict.fromkeys(DEPTH.get(name, ("num_layers",)), depth), seed)
+
+
+def build_entry(
+    entry: dict, override: dict[str, Any] | None = None, seed: int = 0
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and the inputs that an entry of the json files describes."""
     import diffusers
 
-    entry = ENTRIES[name]
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
-    init = {k: tuple(v["__tuple__"]) if isinstance(v, dict) else v for k, v in entry["init"].items()}
-    init.update(dict.fromkeys(DEPTH.get(name, ("num_layers",)), depth))
+    init = {
+        k: tuple(v["__tuple__"]) if isinstance(v, dict) and "__tuple__" in v else v
+        for k, v in entry["init"].items()
+    }
+    init.update(override or {})
     model = getattr(diffusers, entry["class"])(**init).eval().requires_grad_(False)
     for p in model.parameters():
         if p.ndim > 1:
@@ -62,7 +77,9 @@ def timesteps(name: str, steps: int) -> list[float]:
     return [scale * (1 - i / steps) for i in range(steps)]
 
 
-def trajectory(name: str, inputs: dict[str, Any], steps: int, speed: float = 0.02) -> list[dict[str, Any]]:
+def trajectory(
+    name: str, inputs: dict[str, Any], steps: int, speed: float = 0.02
+) -> list[dict[str, Any]]:
     """Inputs of a run: latents rotate slowly between two fixed noises while the timestep falls."""
     latents: Tensor = inputs["hidden_states"]
     other = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7)) * latents.std()
