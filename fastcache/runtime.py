@@ -319,8 +319,8 @@ class Denoiser:
             self._release(state)
             del self.states[state.key]
         else:
-            self._check_clock(state, step)
             self._commit(state, step)
+            self._check_clock(state, step)
 
     def _check_clock(self, state: State, step: Step) -> None:
         """Notice a new run that began inside a graph, where no timestep could be looked at beforehand."""
@@ -331,10 +331,13 @@ class Denoiser:
         if clock is None or before is None or not step.index:
             return
         if clock < before if self.ascending else clock > before:
+            reused = any(d.action == REUSE for d in self.decisions)
             self.abandon(state.key[0])
+            if not reused:
+                return
             raise RuntimeError(
                 f"fastcache: a new run began in context {state.key[1]!r} inside a compiled model, unseen from "
-                "outside, and its first step may have reused the old one's; call cache.reset() between runs, "
+                "outside, and its first step has reused the old one's; call cache.reset() between runs, "
                 "or give cache.context(step_index=...) or num_inference_steps"
             )
 

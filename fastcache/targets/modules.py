@@ -50,11 +50,12 @@ def caching_class(base: type) -> type:
 class Node:
     """One hooked module: its place in the state, and the forward that an outer library had put on it."""
 
-    __slots__ = ("forward", "key", "module", "name", "target")
+    __slots__ = ("forward", "key", "module", "name", "target", "unit")
 
     def __init__(self, target: ModulesTarget, key: int, name: str, module: nn.Module) -> None:
         self.target, self.key, self.name, self.module = target, key, name, module
         self.forward: Callable | None = None
+        self.unit: Unit | None = None  # its place in the state of the running call
 
 
 class ModulesTarget:
@@ -100,7 +101,13 @@ class ModulesTarget:
         return [node.name for node in self.nodes]
 
     def begin(self) -> None:
-        """Called by the runtime before the model's forward."""
+        """Called by the runtime before the model's forward: point every module to its unit.
+
+        A look-up by number inside traced code would compile every module for itself.
+        """
+        units = self.control.state.units[self.rule]
+        for node in self.nodes:
+            node.unit = units.get(node.key)
 
     def finish(self) -> None:
         """Called by the runtime after the model's forward."""
@@ -117,7 +124,7 @@ class ModulesTarget:
         """Run a module, or predict what it would return. Traced by torch.compile."""
         control = self.control
         state: State = control.state
-        unit = state.units[self.rule].get(node.key)
+        unit = node.unit
         traced = torch.compiler.is_compiling()
         action = control.actions[self.rule]
         if action == REUSE and unit is not None and self._usable(unit, state, traced):
@@ -128,7 +135,7 @@ class ModulesTarget:
         output = run(*args, **kwargs)
         if action == COMPUTE:
             if unit is None:
-                unit = state.units[self.rule][node.key] = self._unit(output, state)
+                unit = node.unit = state.units[self.rule][node.key] = self._unit(output, state)
             self._store(unit, output, state, traced)
         return output
 

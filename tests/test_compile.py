@@ -1,0 +1,302 @@
+"""Inside torch.compile: fullgraph, a fixed number of graphs, outputs equal to eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch._dynamo as dynamo
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import fastcache
+
+STEPS = 12
+clock = {"t": 0.0}  # what PAB's and FasterCache's callbacks read
+
+
+def scaled(name: str, lo: float, hi: float) -> tuple[float, float]:
+    return (lo / 1000, hi / 1000) if name in tiny.UNIT_TIMESTEPS else (lo, hi)
+
+
+METHODS: dict[str, tuple[Callable[[str], Any], int]] = {  # config for a model, graphs allowed
+    "mag": (
+        lambda n: fastcache.MagCacheConfig(mag_ratios=torch.ones(STEPS), num_inference_steps=STEPS),
+        2,
+    ),
+    "first_block": (lambda n: fastcache.FirstBlockCacheConfig(threshold=0.3), 3),
+    "taylorseer": (lambda n: fastcache.TaylorSeerCacheConfig(cache_interval=3), 2),
+    "pab": (
+        lambda n: fastcache.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=scaled(n, 100, 800),
+            current_timestep_callback=lambda: clock["t"],
+        ),
+        2,
+    ),
+    "faster": (
+        lambda n: fastcache.FasterCacheConfig(
+            is_guidance_distilled=True,
+            spatial_attention_timestep_skip_range=scaled(n, -1, 681),
+            current_timestep_callback=lambda: clock["t"],
+        ),
+        4,
+    ),
+}
+RECIPES = {
+    "first_block_taylor": (
+        lambda n: fastcache.Recipe(fastcache.FirstBlock(0.5, max_skips=3), fastcache.Taylor(1)),
+        3,
+    ),
+    "interval_taylor2": (
+        lambda n: fastcache.Recipe(fastcache.Interval(3), fastcache.Taylor(2)),
+        2,
+    ),
+}
+
+
+class Graphs:
+    """A backend that captures graphs, counts them and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, module: Any, example_inputs: Any) -> Callable:
+        self.count += 1
+        return module.forward
+
+
+def drive(
+    cache: fastcache.Cache, name: str, inputs: dict, call: Callable, runs: int = 2
+) -> list[Tensor]:
+    """Two contexts a step, `runs` runs; all outputs in order."""
+    outputs = []
+    for _ in range(runs):
+        for step in tiny.trajectory(name, inputs, STEPS):
+            clock["t"] = float(step["timestep"].reshape(-1)[0])
+            for context, scale in (("cond", 1.0), ("uncond", 0.5)):
+                step_inputs = {
+                    **step,
+                    "encoder_hidden_states": step["encoder_hidden_states"] * scale,
+                }
+                with cache.context(context), torch.no_grad():
+                    output = call(**step_inputs, return_dict=False)
+                outputs.append((output if isinstance(output, Tensor) else output[0]).clone())
+        cache.reset()
+    return outputs
+
+
+def fresh() -> None:
+    dynamo.reset()
+    counters.clear()
+
+
+def eager(name: str, config: Any) -> list[Tensor]:
+    model, inputs = tiny.build(name)
+    with fastcache.enable(model, config) as cache:
+        outputs = drive(cache, name, inputs, model)
+        assert cache.stats.reused and cache.stats.computed
+    return outputs
+
+
+def assert_quiet(graphs: Graphs, limit: int) -> None:
+    assert graphs.count <= limit
+    assert not counters["graph_break"]
+    assert not counters["recompiles"]
+
+
+@pytest.mark.parametrize("name", ["Flux", "Wan3D", "CogVideoX", "LTX", "QwenImage"])
+@pytest.mark.parametrize("method", [*METHODS, *RECIPES])
+def test_one_graph_per_mode_and_the_same_bits_as_eager(name: str, method: str) -> None:
+    make, limit = {**METHODS, **RECIPES}[method]
+    expected = eager(name, make(name))
+    fresh()
+    model, inputs = tiny.build(name)
+    graphs = Graphs()
+    with fastcache.enable(model, make(name)) as cache:
+        compiled = fastcache.compile(model, backend=graphs)
+        outputs = drive(cache, name, inputs, compiled)
+        count = graphs.count
+        more = drive(cache, name, inputs, compiled, runs=1)
+    assert graphs.count == count, "a later run must not add graphs"
+    assert_quiet(graphs, limit)
+    for got, want in zip([*outputs, *more], [*expected, *expected[: len(more)]], strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("method", ["mag", "taylorseer", "pab", "faster"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_the_users_own_fullgraph_compile_works(method: str, order: str) -> None:
+    name = "Wan3D"
+    make, limit = METHODS[method]
+    expected = eager(name, make(name))
+    fresh()
+    model, inputs = tiny.build(name)
+    graphs = Graphs()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True) if order == "before" else None
+    with fastcache.enable(model, make(name)) as cache:
+        if compiled is None:
+            compiled = torch.compile(model, backend=graphs, fullgraph=True)
+        outputs = drive(cache, name, inputs, compiled)
+    assert graphs.count <= limit
+    assert not counters["graph_break"]
+    for got, want in zip(outputs, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_first_block_under_the_users_fullgraph_compile_names_the_way_out() -> None:
+    fresh()
+    model, inputs = tiny.build("Wan3D")
+    with fastcache.enable(model, fastcache.FirstBlockCacheConfig(0.3)) as cache:
+        compiled = torch.compile(model, backend=Graphs(), fullgraph=True)
+        with pytest.raises(Exception, match=r"fastcache\.compile"):
+            drive(cache, "Wan3D", inputs, compiled)
+
+
+def test_an_unarmed_compiled_call_raises() -> None:
+    fresh()
+    model, inputs = tiny.build("Wan3D")
+    make, _ = METHODS["mag"]
+    with fastcache.enable(model, make("Wan3D")) as cache:
+        compiled = torch.compile(model, backend=Graphs(), fullgraph=True)
+        drive(cache, "Wan3D", inputs, compiled, runs=1)
+        with pytest.raises(Exception, match="without a context"), torch.no_grad():
+            compiled(**inputs, return_dict=False)
+
+
+def test_a_new_resolution_adds_a_bounded_number_of_graphs() -> None:
+    fresh()
+    make, _ = METHODS["mag"]
+    model, inputs = tiny.build("Wan3D")
+    larger = {**inputs, "hidden_states": torch.randn(1, 4, 2, 16, 32)}
+    graphs, counts = Graphs(), []
+    with fastcache.enable(model, make("Wan3D")) as cache:
+        compiled = fastcache.compile(model, backend=graphs)
+        for given in (inputs, larger, inputs, larger):
+            outputs = drive(cache, "Wan3D", given, compiled, runs=1)
+            assert all(o.shape == outputs[0].shape for o in outputs)
+            counts.append(graphs.count)
+    assert counts[0] == 2
+    assert counts[1] <= 4
+    assert counts[1] == counts[2] == counts[3]
+
+
+def test_a_new_resolution_in_the_users_compile_is_computed_and_then_cached() -> None:
+    fresh()
+    make, _ = METHODS["mag"]
+    model, inputs = tiny.build("Wan3D")
+    larger = {**inputs, "hidden_states": torch.randn(1, 4, 2, 16, 32)}
+    with torch.no_grad():
+        plain = model(**larger, return_dict=False)[0]
+    with fastcache.enable(model, make("Wan3D")) as cache:
+        compiled = torch.compile(model, backend=Graphs(), fullgraph=True)
+        drive(cache, "Wan3D", inputs, compiled, runs=1)
+        with cache.context("cond"), torch.no_grad():
+            first = compiled(**larger, return_dict=False)[0]
+        assert torch.allclose(first, plain, atol=1e-5)
+        drive(cache, "Wan3D", larger, compiled, runs=1)
+        assert sum(r.action == "reuse" for r in cache.stats[-24:]) > 10
+
+
+def test_disable_gives_back_an_uncached_model_under_compile() -> None:
+    fresh()
+    model, inputs = tiny.build("Wan3D")
+    with torch.no_grad():
+        plain = model(**inputs, return_dict=False)[0]
+    cache = fastcache.enable(model, METHODS["mag"][0]("Wan3D"))
+    compiled = torch.compile(model, backend=Graphs(), fullgraph=True)
+    drive(cache, "Wan3D", inputs, compiled, runs=1)
+    cache.disable()
+    with torch.no_grad():
+        assert torch.equal(compiled(**inputs, return_dict=False)[0], plain)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + 0.1 * torch.tanh(self.attn(hidden_states))
+
+
+class PlainModel(nn.Module):
+    def __init__(self, width: int = 16, depth: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PlainBlock(width) for _ in range(depth))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+@pytest.mark.parametrize("method", ["mag", "first_block", "taylorseer", "pab"])
+def test_inductor_agrees_with_eager_on_a_plain_model(method: str) -> None:
+    fresh()
+    torch.manual_seed(0)
+    model = PlainModel().eval().requires_grad_(False)
+    start, drift = torch.randn(1, 8, 16), torch.randn(1, 8, 16)
+
+    def run(cache: fastcache.Cache, call: Callable) -> list[Tensor]:
+        outputs = []
+        for i in range(STEPS):
+            clock["t"] = 1000.0 - 80 * i
+            with cache.context("cond", step_index=i), torch.no_grad():
+                outputs.append(call(start + 0.02 * i * drift).clone())
+        return outputs
+
+    make, _ = METHODS[method]
+    with fastcache.enable(model, make("plain")) as cache:
+        expected = run(cache, model)
+    with fastcache.enable(model, make("plain")) as cache:
+        compiled = fastcache.compile(model)
+        outputs = run(cache, compiled) + run(cache, compiled)
+        assert cache.stats.reused
+    for got, want in zip(outputs, expected * 2, strict=True):
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["mag", "first_block", "taylorseer", "pab"])
+def test_regional_compilation_keeps_working(method: str) -> None:
+    name = "Flux"
+    make, _ = METHODS[method]
+    expected = eager(name, make(name))
+    fresh()
+    model, inputs = tiny.build(name)
+    with fastcache.enable(model, make(name)) as cache:
+        graphs = Graphs()
+        model.compile_repeated_blocks(backend=graphs, fullgraph=True)
+        outputs = drive(cache, name, inputs, model)
+    assert graphs.count <= 9
+    assert not counters["graph_break"]
+    for got, want in zip(outputs, expected, strict=True):
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+def shift(new: Tensor, newer: Tensor, older: Tensor) -> None:
+    """What state code does: newer to older first, directly."""
+    older.copy_(newer)
+    newer.copy_(new)
+
+
+def shift_by_clone(new: Tensor, newer: Tensor, older: Tensor) -> None:
+    """Miscompiled by Inductor in torch 2.11 and 2.13 (pytorch issue 198131)."""
+    kept = newer.clone()
+    newer.copy_(new)
+    older.copy_(kept)
+
+
+@pytest.mark.parametrize(
+    "fn", [shift, pytest.param(shift_by_clone, marks=pytest.mark.xfail(strict=True))]
+)
+def test_history_shift(fn: Callable) -> None:
+    """The strict xfail says when the miscompile is gone and the rule can be relaxed."""
+    fresh()
+    new, newer, older = (torch.full((64,), v) for v in (1.0, 2.0, 3.0))
+    torch.compile(fn, fullgraph=True)(new, newer, older)
+    assert newer.eq(1).all()
+    assert older.eq(2).all()
