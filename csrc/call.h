@@ -24,8 +24,9 @@ inline Type type_of(const Tensor& tensor, const char* name) {
   return Type::bf16;
 }
 
-// Collects the tensors of one call: they share a shape, and their samples (the slices along dimension 0)
-// are dense. When all are contiguous the whole batch counts as one sample, unless `per_sample`.
+// Collects the tensors of one call: they share a shape, and their samples (the slices along
+// dimension 0) are dense. When all are contiguous the whole batch counts as one sample, unless
+// `per_sample`.
 class Call {
  public:
   explicit Call(const Tensor& first, bool per_sample = false)
@@ -72,9 +73,9 @@ class Call {
 };
 
 inline float* result_of(const Tensor& result, int64_t count, const char* name) {
-  STD_TORCH_CHECK(type_of(result, name) == Type::f32 && result.is_contiguous() &&
-                      result.numel() == count,
-                  name, " must be contiguous float32 with ", count, " elements");
+  STD_TORCH_CHECK(
+      type_of(result, name) == Type::f32 && result.is_contiguous() && result.numel() == count, name,
+      " must be contiguous float32 with ", count, " elements");
   return static_cast<float*>(result.data_ptr());
 }
 

@@ -1,8 +1,8 @@
-// Cuts tensors into chunks for the kernels. Chunk boundaries follow from the shape alone and partial
-// sums are added in chunk order, so a result does not depend on the number of threads.
+// Cuts tensors into chunks for the kernels. Chunk boundaries follow from the shape alone and
+// partial sums are added in chunk order, so a result does not depend on the number of threads.
 //
-// `parallel(begin, end, grain, f)` calls f(begin, end) on subranges: torch's in ops.cpp, a thread-free
-// one in white_box.cpp.
+// `parallel(begin, end, grain, f)` calls f(begin, end) on subranges: torch's in ops.cpp, a
+// thread-free one in white_box.cpp.
 #pragma once
 
 #include <vector>
@@ -38,8 +38,8 @@ void residual_l1(const Kernels& kernels, const Parallel& parallel, const Shape& 
   const int64_t per_sample = (shape.length + CHUNK - 1) / CHUNK;
   std::vector<double> partial(2 * shape.samples * per_sample);
   for_chunks(parallel, shape, CHUNK, [&](int64_t chunk, int64_t b, int64_t i, int64_t n) {
-    kernels.residual_l1(y.type, prev.type, at(y, b, i), at(x, b, i), at(prev, b, i), at(out, b, i), n,
-                        &partial[2 * chunk]);
+    kernels.residual_l1(y.type, prev.type, at(y, b, i), at(x, b, i), at(prev, b, i), at(out, b, i),
+                        n, &partial[2 * chunk]);
   });
   for (int64_t i = 0; i < shape.samples; ++i) {
     sums[2 * i] = sums[2 * i + 1] = 0;
@@ -50,14 +50,16 @@ void residual_l1(const Kernels& kernels, const Parallel& parallel, const Shape& 
 
 // ratios: [samples], each a sum over the rows of a sample
 template <class Parallel>
-void residual_magnitude(const Kernels& kernels, const Parallel& parallel, const Shape& shape, Operand y,
-                        Operand x, Operand prev, Operand out, double eps, double* ratios) {
+void residual_magnitude(const Kernels& kernels, const Parallel& parallel, const Shape& shape,
+                        Operand y, Operand x, Operand prev, Operand out, double eps,
+                        double* ratios) {
   const int64_t rows = shape.width < CHUNK ? CHUNK / shape.width : 1, size = rows * shape.width;
   const int64_t per_sample = (shape.length + size - 1) / size;
   std::vector<double> partial(shape.samples * per_sample);
   for_chunks(parallel, shape, size, [&](int64_t chunk, int64_t b, int64_t i, int64_t n) {
-    partial[chunk] = kernels.residual_magnitude(y.type, prev.type, at(y, b, i), at(x, b, i), at(prev, b, i),
-                                                at(out, b, i), n / shape.width, shape.width, eps);
+    partial[chunk] =
+        kernels.residual_magnitude(y.type, prev.type, at(y, b, i), at(x, b, i), at(prev, b, i),
+                                   at(out, b, i), n / shape.width, shape.width, eps);
   });
   for (int64_t i = 0; i < shape.samples; ++i) {
     ratios[i] = 0;
@@ -66,9 +68,11 @@ void residual_magnitude(const Kernels& kernels, const Parallel& parallel, const 
 }
 
 inline void combine_chunk(const Kernels& kernels, const Operand& out, const Operand* terms,
-                          const float* weights, int count, int64_t sample, int64_t offset, int64_t n) {
+                          const float* weights, int count, int64_t sample, int64_t offset,
+                          int64_t n) {
   Term here[MAX_TERMS];
-  for (int t = 0; t < count; ++t) here[t] = {at(terms[t], sample, offset), terms[t].type, weights[t]};
+  for (int t = 0; t < count; ++t)
+    here[t] = {at(terms[t], sample, offset), terms[t].type, weights[t]};
   kernels.combine(out.type, at(out, sample, offset), here, count, n);
 }
 
@@ -82,8 +86,8 @@ void combine(const Kernels& kernels, const Parallel& parallel, const Shape& shap
 
 // The weighted sum of three terms and, while it is in the cache, a copy of the first.
 template <class Parallel>
-void guidance_combine(const Kernels& kernels, const Parallel& parallel, const Shape& shape, Operand out,
-                      Operand copy, const Operand* terms, const float* weights) {
+void guidance_combine(const Kernels& kernels, const Parallel& parallel, const Shape& shape,
+                      Operand out, Operand copy, const Operand* terms, const float* weights) {
   for_chunks(parallel, shape, CHUNK, [&](int64_t, int64_t b, int64_t i, int64_t n) {
     combine_chunk(kernels, out, terms, weights, 3, b, i, n);
     combine_chunk(kernels, copy, terms, weights, 1, b, i, n);

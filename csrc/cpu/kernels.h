@@ -1,7 +1,9 @@
-// What the CPU kernels compute, one table of functions per instruction set. Free of torch and of Python.
+// What the CPU kernels compute, one table of functions per instruction set. Free of torch and of
+// Python.
 //
-// A kernel works on one dense run of elements on the calling thread. Cutting tensors into runs, threads
-// and argument checks are the caller's (driver.h, ops.cpp). Offsets and counts are elements.
+// A kernel works on one dense run of elements on the calling thread. Cutting tensors into runs,
+// threads and argument checks are the caller's (driver.h, ops.cpp). Offsets and counts are
+// elements.
 #pragma once
 
 #include "../layout.h"
@@ -23,7 +25,8 @@ struct Kernels {
                       void* out, int64_t n, double* sums);
   // The same r; returns the sum over rows of |r|_2 / (|prev|_2 + eps). out may be prev.
   double (*residual_magnitude)(Type value, Type stored, const void* y, const void* x,
-                               const void* prev, void* out, int64_t rows, int64_t width, double eps);
+                               const void* prev, void* out, int64_t rows, int64_t width,
+                               double eps);
   // out <- sum_i weight_i * term_i, added in order, each step rounded to float. out may be a term.
   void (*combine)(Type type, void* out, const Term* terms, int count, int64_t n);
   // f0 <- y, f[j+1] <- (new f[j] - old f[j]) / delta for j < count - 1.
@@ -36,8 +39,8 @@ const Kernels* kernels_default();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 
-// The name of the best table that this machine runs, or of the one FASTCACHE_CPU_CAPABILITY asks for;
-// null if that one is unknown or impossible here.
+// The name of the best table that this machine runs, or of the one FASTCACHE_CPU_CAPABILITY asks
+// for; null if that one is unknown or impossible here.
 const char* capability();
 const Kernels* kernels_for(const char* capability);
 

@@ -1,5 +1,5 @@
-// The kernels for AVX512. Standard headers come before the pragma: an inline function of theirs that
-// is compiled here must stay fit for every machine, for the linker may keep this copy.
+// The kernels for AVX-512. Standard headers come before the pragma: an inline function of theirs
+// that is compiled here must stay fit for every machine, for the linker may keep this copy.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

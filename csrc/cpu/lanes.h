@@ -10,8 +10,12 @@ typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
 typedef float HalfFloats __attribute__((vector_size(2 * WIDTH)));
 typedef double Doubles __attribute__((vector_size(4 * WIDTH)));  // WIDTH / 2 of them
 
-struct f16 { uint16_t bits; };
-struct bf16 { uint16_t bits; };
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
 
 #if defined(__x86_64__)
 #define X86 1
@@ -115,11 +119,19 @@ INLINE Floats rounded(Floats v, float) { return v; }
 
 // --- memory ----------------------------------------------------------------------------------
 
-template <class T> struct Raw { using Vector = Halves; };
-template <> struct Raw<float> { using Vector = Floats; };
+template <class T>
+struct Raw {
+  using Vector = Halves;
+};
+template <>
+struct Raw<float> {
+  using Vector = Floats;
+};
 
 template <class T>
-INLINE Floats load(const T* from) { return widen(read<typename Raw<T>::Vector>(from), T()); }
+INLINE Floats load(const T* from) {
+  return widen(read<typename Raw<T>::Vector>(from), T());
+}
 
 template <class T>
 INLINE void store(T* to, Floats v) {
@@ -130,5 +142,6 @@ INLINE void store(T* to, Floats v) {
 INLINE Floats absolute(Floats v) { return bit_cast<Floats>(bit_cast<Words>(v) & 0x7fffffff); }
 
 INLINE Doubles half(Floats v, int which) {
-  return __builtin_convertvector(read<HalfFloats>((const char*)&v + which * sizeof(HalfFloats)), Doubles);
+  return __builtin_convertvector(read<HalfFloats>((const char*)&v + which * sizeof(HalfFloats)),
+                                 Doubles);
 }

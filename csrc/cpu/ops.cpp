@@ -1,4 +1,5 @@
-// The operators fastcache_C::* for CPU tensors, on torch's stable ABI: argument checks, layout, threads.
+// The operators fastcache_C::* for CPU tensors, on torch's stable ABI: argument checks, layout,
+// threads.
 //
 // Outputs come first and are allocated by the caller. fastcache/native.py holds the Python side and
 // sends empty tensors elsewhere.
@@ -30,7 +31,7 @@ const auto parallel = [](int64_t begin, int64_t end, int64_t grain, const auto& 
 };
 
 void op_residual_l1(Tensor sums, Tensor y, Tensor x, Tensor prev, std::optional<Tensor> out,
-                 bool per_sample) {
+                    bool per_sample) {
   Call call(y, per_sample);
   const Operand at_y = call.add(y, "y"), at_x = call.add(x, "x"), at_prev = call.add(prev, "prev");
   STD_TORCH_CHECK(at_x.type == at_y.type, "x must have the dtype of y");
@@ -46,7 +47,7 @@ void op_residual_l1(Tensor sums, Tensor y, Tensor x, Tensor prev, std::optional<
 }
 
 void op_residual_magnitude(Tensor mean, Tensor y, Tensor x, Tensor prev, std::optional<Tensor> out,
-                        double eps, bool per_sample) {
+                           double eps, bool per_sample) {
   Call call(y, per_sample);
   const Operand at_y = call.add(y, "y"), at_x = call.add(x, "x"), at_prev = call.add(prev, "prev");
   STD_TORCH_CHECK(at_x.type == at_y.type, "x must have the dtype of y");
@@ -54,8 +55,7 @@ void op_residual_magnitude(Tensor mean, Tensor y, Tensor x, Tensor prev, std::op
   const Shape shape = call.shape();
   float* result = result_of(mean, per_sample ? shape.samples : 1, "mean");
   std::vector<double> totals(shape.samples);
-  residual_magnitude(kernels(), parallel, shape, at_y, at_x, at_prev, at_out, eps,
-                     totals.data());
+  residual_magnitude(kernels(), parallel, shape, at_y, at_x, at_prev, at_out, eps, totals.data());
   int64_t rows = shape.length / shape.width;
   if (!per_sample) {
     for (int64_t i = 1; i < shape.samples; ++i) totals[0] += totals[i];
@@ -88,7 +88,8 @@ void op_add_scaled(Tensor out, Tensor x, Tensor r, double weight) {
 }
 
 // out[:B] <- cond + w_low * low + w_high * high, out[B:] <- cond
-void op_guidance_combine(Tensor out, Tensor cond, Tensor low, Tensor high, double w_low, double w_high) {
+void op_guidance_combine(Tensor out, Tensor cond, Tensor low, Tensor high, double w_low,
+                         double w_high) {
   Call call(cond);
   const Operand terms[] = {call.add(cond, "cond"), call.add(low, "low"), call.add(high, "high")};
   const Operand to = call.add(out, "out", 2);
@@ -116,13 +117,19 @@ std::string op_capability() { return checked_capability(); }
 }  // namespace fastcache
 
 STABLE_TORCH_LIBRARY(fastcache_C, m) {
-  m.def("residual_l1(Tensor(a!) sums, Tensor y, Tensor x, Tensor prev, Tensor(b!)? out, bool per_sample) -> ()");
-  m.def("residual_magnitude(Tensor(a!) mean, Tensor y, Tensor x, Tensor prev, Tensor(b!)? out, float eps, "
-        "bool per_sample) -> ()");
+  m.def(
+      "residual_l1(Tensor(a!) sums, Tensor y, Tensor x, Tensor prev, Tensor(b!)? out, bool "
+      "per_sample) -> ()");
+  m.def(
+      "residual_magnitude(Tensor(a!) mean, Tensor y, Tensor x, Tensor prev, Tensor(b!)? out, float "
+      "eps, "
+      "bool per_sample) -> ()");
   m.def("linear_combine(Tensor(a!) out, Tensor[] terms, float[] weights) -> ()");
   m.def("add_scaled(Tensor(a!) out, Tensor x, Tensor r, float weight) -> ()");
-  m.def("guidance_combine(Tensor(a!) out, Tensor cond, Tensor low, Tensor high, float w_low, float w_high) "
-        "-> ()");
+  m.def(
+      "guidance_combine(Tensor(a!) out, Tensor cond, Tensor low, Tensor high, float w_low, float "
+      "w_high) "
+      "-> ()");
   m.def("taylor_update(Tensor(a!)[] factors, Tensor y, float delta) -> ()");
   m.def("capability() -> str");
 }

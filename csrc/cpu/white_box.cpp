@@ -1,4 +1,5 @@
-// The C++ internals for the tests: every instruction set by name, any order of chunks, raw pointers.
+// The C++ internals for the tests: every instruction set by name, any order of chunks, raw
+// pointers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -27,7 +28,8 @@ std::vector<std::string> available() {
   return names;
 }
 
-// Runs the chunks backwards, `grain` at a time: an order no thread pool promises, and must not matter.
+// Runs the chunks backwards, `grain` at a time: an order no thread pool promises, and must not
+// matter.
 struct Backwards {
   int64_t grain;
   template <class F>
@@ -40,8 +42,8 @@ Operand dense(Pointer data, Type type, const Shape& shape) {
   return {reinterpret_cast<char*>(data), type, shape.length};
 }
 
-std::vector<double> l1(const std::string& isa, Type value, Type stored, Pointer y, Pointer x, Pointer prev,
-                       Pointer out, int64_t samples, int64_t length, int64_t grain) {
+std::vector<double> l1(const std::string& isa, Type value, Type stored, Pointer y, Pointer x,
+                       Pointer prev, Pointer out, int64_t samples, int64_t length, int64_t grain) {
   const Shape shape{samples, length, 1};
   std::vector<double> sums(2 * samples);
   residual_l1(table(isa), Backwards{grain}, shape, dense(y, value, shape), dense(x, value, shape),
@@ -50,12 +52,13 @@ std::vector<double> l1(const std::string& isa, Type value, Type stored, Pointer 
 }
 
 std::vector<double> magnitude(const std::string& isa, Type value, Type stored, Pointer y, Pointer x,
-                              Pointer prev, Pointer out, int64_t samples, int64_t rows, int64_t width,
-                              double eps, int64_t grain) {
+                              Pointer prev, Pointer out, int64_t samples, int64_t rows,
+                              int64_t width, double eps, int64_t grain) {
   const Shape shape{samples, rows * width, width};
   std::vector<double> ratios(samples);
-  residual_magnitude(table(isa), Backwards{grain}, shape, dense(y, value, shape), dense(x, value, shape),
-                     dense(prev, stored, shape), dense(out, stored, shape), eps, ratios.data());
+  residual_magnitude(table(isa), Backwards{grain}, shape, dense(y, value, shape),
+                     dense(x, value, shape), dense(prev, stored, shape), dense(out, stored, shape),
+                     eps, ratios.data());
   return ratios;
 }
 
@@ -64,11 +67,12 @@ void weighted_sum(const std::string& isa, Type type, Pointer out,
   std::vector<Term> list;
   for (const auto& [data, kind, weight] : terms)
     list.push_back({reinterpret_cast<const void*>(data), kind, weight});
-  table(isa).combine(type, reinterpret_cast<void*>(out), list.data(), static_cast<int>(list.size()), n);
+  table(isa).combine(type, reinterpret_cast<void*>(out), list.data(), static_cast<int>(list.size()),
+                     n);
 }
 
-void differences(const std::string& isa, Type value, Type stored, const std::vector<Pointer>& factors,
-                 Pointer y, float delta, int64_t n) {
+void differences(const std::string& isa, Type value, Type stored,
+                 const std::vector<Pointer>& factors, Pointer y, float delta, int64_t n) {
   std::vector<void*> list;
   for (Pointer factor : factors) list.push_back(reinterpret_cast<void*>(factor));
   table(isa).taylor_update(value, stored, list.data(), static_cast<int>(list.size()),
@@ -76,7 +80,8 @@ void differences(const std::string& isa, Type value, Type stored, const std::vec
 }
 
 // (chunk, sample, offset, count) of every chunk, in order
-std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> chunks(int64_t samples, int64_t length) {
+std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> chunks(int64_t samples,
+                                                                   int64_t length) {
   std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> all;
   for_chunks([](int64_t begin, int64_t end, int64_t, const auto& f) { f(begin, end); },
              Shape{samples, length, 1}, CHUNK,
@@ -87,7 +92,10 @@ std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> chunks(int64_t sampl
 }  // namespace
 
 PYBIND11_MODULE(_native_test, m) {
-  py::enum_<Type>(m, "Type").value("f32", Type::f32).value("f16", Type::f16).value("bf16", Type::bf16);
+  py::enum_<Type>(m, "Type")
+      .value("f32", Type::f32)
+      .value("f16", Type::f16)
+      .value("bf16", Type::bf16);
   m.attr("CHUNK") = CHUNK;
   m.def("available", available);
   m.def("capability", [] { return capability(); });

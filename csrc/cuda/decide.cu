@@ -10,12 +10,14 @@ __global__ void kernel(const float* sums, double threshold, int32_t* flag, uint6
   // in double, as the host divides; "not <=" so that NaN computes
   const int32_t compute = !(double(sums[0]) / double(sums[1]) <= threshold);
   *flag = compute;
-  if (conditional) cudaGraphSetConditional(static_cast<cudaGraphConditionalHandle>(conditional), compute);
+  if (conditional)
+    cudaGraphSetConditional(static_cast<cudaGraphConditionalHandle>(conditional), compute);
 }
 
 }  // namespace
 
-const char* decide(const float* sums, double threshold, int32_t* flag, uint64_t conditional, void* stream) {
+const char* decide(const float* sums, double threshold, int32_t* flag, uint64_t conditional,
+                   void* stream) {
   kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(sums, threshold, flag, conditional);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

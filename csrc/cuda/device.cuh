@@ -9,22 +9,33 @@
 namespace fastcache::cuda {
 
 constexpr int THREADS = 256;
-// Blocks per launch of a reduction, fixed so that the bits do not depend on the GPU: with 256 threads
-// and at most 64 registers four blocks fit on an SM, and 512 is one wave on 132 of them.
+// Blocks per launch of a reduction, fixed so that the bits do not depend on the GPU: with 256
+// threads and at most 64 registers four blocks fit on an SM, and 512 is one wave on 132 of them.
 constexpr int64_t BLOCKS = 512;
 
 __device__ inline float widen(float v) { return v; }
 __device__ inline float widen(__half v) { return __half2float(v); }
 __device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 
-template <class T> __device__ T narrow(float v);
-template <> __device__ inline float narrow<float>(float v) { return v; }
-template <> __device__ inline __half narrow<__half>(float v) { return __float2half_rn(v); }
-template <> __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+template <class T>
+__device__ T narrow(float v);
+template <>
+__device__ inline float narrow<float>(float v) {
+  return v;
+}
+template <>
+__device__ inline __half narrow<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
 
 // Neighbours moved as one access of 16 bytes. (An aligned struct alone became scalar loads in loops
 // with a remainder; the union with uint4 is what keeps them whole.)
-template <class T> constexpr int WIDE = 16 / sizeof(T);
+template <class T>
+constexpr int WIDE = 16 / sizeof(T);
 
 template <class T>
 union Wide {
@@ -61,8 +72,8 @@ __device__ inline double block_sum(double v) {
   return sum;
 }
 
-// True in every thread of the last block of the grid to get here; all blocks' writes to global memory
-// are then visible. The counter wraps to zero, ready for the next launch.
+// True in every thread of the last block of the grid to get here; all blocks' writes to global
+// memory are then visible. The counter wraps to zero, ready for the next launch.
 __device__ inline bool last_block(unsigned* counter) {
   __shared__ bool last;
   __syncthreads();

@@ -1,5 +1,5 @@
-// Enough of CUDA to run these kernels on the host, for tests: blocks one after the other, last first,
-// the threads of a block as fibres that switch at barriers and shuffles.
+// Enough of CUDA to run these kernels on the host, for tests: blocks one after the other, last
+// first, the threads of a block as fibres that switch at barriers and shuffles.
 //
 // It checks indices, barriers, the reduction tree and the last-block logic. It says nothing about
 // memory ordering between blocks, alignment or speed. tests/test_cuda_build.py compiles it together
@@ -90,7 +90,8 @@ inline double shuffle(double v, unsigned source) {
   Barrier& warp = block->warps[block->current / 32];
   block->lanes[block->current] = v;
   wait(warp);
-  const double got = block->lanes[block->current / 32 * 32 + (source < 32 ? source : block->current % 32)];
+  const double got =
+      block->lanes[block->current / 32 * 32 + (source < 32 ? source : block->current % 32)];
   wait(warp);
   return got;
 }
@@ -165,8 +166,14 @@ inline double __shfl_down_sync(unsigned, double v, unsigned step) {
 inline double __shfl_xor_sync(unsigned, double v, unsigned mask) {
   return emulation::shuffle(v, emulation::block->current % 32 ^ mask);
 }
-template <class T> T __ldcg(const T* p) { return *p; }
-template <class T> T __ldg(const T* p) { return *p; }
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
 inline unsigned atomicInc(unsigned* counter, unsigned limit) {
   const unsigned old = *counter;
   *counter = old >= limit ? 0 : old + 1;

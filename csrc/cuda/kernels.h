@@ -28,17 +28,20 @@ struct Workspace {
 constexpr int64_t MAX_PARTIALS = 65536;
 
 // sums: float [2], or [samples, 2] if per_sample; out <- r unless absent
-const char* residual_l1(Type type, Shape shape, Operand y, Operand x, Operand prev, Operand out, bool per_sample,
-                        float* sums, Workspace workspace, void* stream);
+const char* residual_l1(Type type, Shape shape, Operand y, Operand x, Operand prev, Operand out,
+                        bool per_sample, float* sums, Workspace workspace, void* stream);
 
 // mean: float [1], or [samples, 1] if per_sample; out may be prev
-const char* residual_magnitude(Type type, Shape shape, Operand y, Operand x, Operand prev, Operand out, double eps,
-                               bool per_sample, float* mean, Workspace workspace, void* stream);
+const char* residual_magnitude(Type type, Shape shape, Operand y, Operand x, Operand prev,
+                               Operand out, double eps, bool per_sample, float* mean,
+                               Workspace workspace, void* stream);
 
 const char* linear_combine(Type type, Shape shape, Operand out, const Terms& terms, void* stream);
 
 // flag <- 0 if sums[0] / sums[1] <= threshold, else 1, also for NaN: 1 means compute.
-// `conditional`, unless 0, is the cudaGraphConditionalHandle of a node that runs while the flag is set.
-const char* decide(const float* sums, double threshold, int32_t* flag, uint64_t conditional, void* stream);
+// `conditional`, unless 0, is the cudaGraphConditionalHandle of a node that runs while the flag is
+// set.
+const char* decide(const float* sums, double threshold, int32_t* flag, uint64_t conditional,
+                   void* stream);
 
 }  // namespace fastcache::cuda

@@ -5,8 +5,8 @@
 namespace fastcache::cuda {
 namespace {
 
-// Each product and each sum is rounded by itself, in the order of the terms (-fmad=false): the bits of
-// the eager chain. All loads come before the arithmetic, to keep COUNT of them in flight.
+// Each product and each sum is rounded by itself, in the order of the terms (-fmad=false): the bits
+// of the eager chain. All loads come before the arithmetic, to keep COUNT of them in flight.
 template <class Packed, int COUNT, class T>
 __device__ void combine(T* out, const Terms& terms, int64_t b, int64_t i) {
   Packed in[COUNT];
@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <class T, int COUNT>
-void launch(bool wide, dim3 grid, int64_t length, Operand out, const Terms& terms, cudaStream_t stream) {
+void launch(bool wide, dim3 grid, int64_t length, Operand out, const Terms& terms,
+            cudaStream_t stream) {
   const auto launched = wide ? kernel<T, true, COUNT> : kernel<T, false, COUNT>;
   launched<<<grid, THREADS, 0, stream>>>(length, out, terms);
 }
@@ -57,17 +58,23 @@ const char* linear_combine(Type type, Shape shape, Operand out, const Terms& ter
   bool wide = aligned(type, shape, {out});
   for (int t = 0; t < terms.count; ++t) wide = wide && aligned(type, shape, {terms.tensor[t]});
   const int64_t pack = wide ? 16 / size_of(type) : 1, packs = shape.length / pack;
-  const int64_t work = packs > pack ? packs : pack;  // the elements behind the packs need threads too
+  const int64_t work =
+      packs > pack ? packs : pack;  // the elements behind the packs need threads too
   const dim3 grid(static_cast<unsigned>((work + THREADS - 1) / THREADS), shape.samples);
   return with_type(type, [&](auto tag) {
     using T = decltype(tag);
     const auto s = static_cast<cudaStream_t>(stream);
     switch (terms.count) {
-      case 1: return launch<T, 1>(wide, grid, shape.length, out, terms, s);
-      case 2: return launch<T, 2>(wide, grid, shape.length, out, terms, s);
-      case 3: return launch<T, 3>(wide, grid, shape.length, out, terms, s);
-      case 4: return launch<T, 4>(wide, grid, shape.length, out, terms, s);
-      case 5: return launch<T, 5>(wide, grid, shape.length, out, terms, s);
+      case 1:
+        return launch<T, 1>(wide, grid, shape.length, out, terms, s);
+      case 2:
+        return launch<T, 2>(wide, grid, shape.length, out, terms, s);
+      case 3:
+        return launch<T, 3>(wide, grid, shape.length, out, terms, s);
+      case 4:
+        return launch<T, 4>(wide, grid, shape.length, out, terms, s);
+      case 5:
+        return launch<T, 5>(wide, grid, shape.length, out, terms, s);
     }
   });
 }

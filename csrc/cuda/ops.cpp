@@ -1,5 +1,5 @@
-// The operators fastcache_cuda::* on torch's stable ABI. The only file here that knows torch, and it
-// knows no CUDA header; the workspace of the reductions comes from fastcache/native_cuda.py.
+// The operators fastcache_cuda::* on torch's stable ABI. The only file here that knows torch, and
+// it knows no CUDA header; the workspace of the reductions comes from fastcache/native_cuda.py.
 //
 // Compiled without a GPU; nothing here has run on one yet.
 #include <torch/csrc/stable/accelerator.h>
@@ -51,15 +51,15 @@ Workspace workspace_of(const Tensor& memory) {
   return {reinterpret_cast<unsigned*>(data), data + 1};
 }
 
-void op_residual_l1(Tensor sums, Tensor workspace, Tensor y, Tensor x, Tensor prev, std::optional<Tensor> out,
-                    bool per_sample) {
+void op_residual_l1(Tensor sums, Tensor workspace, Tensor y, Tensor x, Tensor prev,
+                    std::optional<Tensor> out, bool per_sample) {
   UniformCall call(y, per_sample);
   const Operand at_y = call.add(y, "y"), at_x = call.add(x, "x"), at_prev = call.add(prev, "prev");
   const Operand at_out = call.add_stored(out, at_prev);
   const Shape shape = call.shape();
   float* result = result_of(sums, per_sample ? 2 * shape.samples : 2, "sums");
-  check("residual_l1", residual_l1(call.type, shape, at_y, at_x, at_prev, at_out, per_sample, result,
-                                   workspace_of(workspace), Stream(y)));
+  check("residual_l1", residual_l1(call.type, shape, at_y, at_x, at_prev, at_out, per_sample,
+                                   result, workspace_of(workspace), Stream(y)));
 }
 
 void op_residual_magnitude(Tensor mean, Tensor workspace, Tensor y, Tensor x, Tensor prev,
@@ -69,14 +69,15 @@ void op_residual_magnitude(Tensor mean, Tensor workspace, Tensor y, Tensor x, Te
   const Operand at_out = call.add_stored(out, at_prev);
   const Shape shape = call.shape();
   float* result = result_of(mean, per_sample ? shape.samples : 1, "mean");
-  check("residual_magnitude", residual_magnitude(call.type, shape, at_y, at_x, at_prev, at_out, eps,
-                                                 per_sample, result, workspace_of(workspace), Stream(y)));
+  check("residual_magnitude",
+        residual_magnitude(call.type, shape, at_y, at_x, at_prev, at_out, eps, per_sample, result,
+                           workspace_of(workspace), Stream(y)));
 }
 
 void combine(const Tensor& out, const std::vector<Tensor>& tensors, Terms terms) {
   terms.count = static_cast<int>(tensors.size());
-  STD_TORCH_CHECK(terms.count >= 1 && terms.count <= MAX_TERMS, "1 to ", MAX_TERMS, " tensors, got ",
-                  terms.count);
+  STD_TORCH_CHECK(terms.count >= 1 && terms.count <= MAX_TERMS, "1 to ", MAX_TERMS,
+                  " tensors, got ", terms.count);
   UniformCall call(out);
   const Operand to = call.add(out, "out");
   for (int t = 0; t < terms.count; ++t) terms.tensor[t] = call.add(tensors[t], "tensors");
@@ -102,18 +103,21 @@ void op_decide(Tensor flag, Tensor sums, double threshold, int64_t conditional) 
   int32_t code;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(flag.get(), &code));
   STD_TORCH_CHECK(code == aoti_torch_dtype_int32() && flag.numel() == 1, "flag must be one int32");
-  check("decide", decide(result_of(sums, 2, "sums"), threshold, static_cast<int32_t*>(flag.data_ptr()),
-                         static_cast<uint64_t>(conditional), Stream(sums)));
+  check("decide",
+        decide(result_of(sums, 2, "sums"), threshold, static_cast<int32_t*>(flag.data_ptr()),
+               static_cast<uint64_t>(conditional), Stream(sums)));
 }
 
 }  // namespace
 }  // namespace fastcache::cuda
 
 STABLE_TORCH_LIBRARY(fastcache_cuda, m) {
-  m.def("residual_l1(Tensor(a!) sums, Tensor(b!) workspace, Tensor y, Tensor x, Tensor prev, "
-        "Tensor(c!)? out, bool per_sample) -> ()");
-  m.def("residual_magnitude(Tensor(a!) mean, Tensor(b!) workspace, Tensor y, Tensor x, Tensor prev, "
-        "Tensor(c!)? out, float eps, bool per_sample) -> ()");
+  m.def(
+      "residual_l1(Tensor(a!) sums, Tensor(b!) workspace, Tensor y, Tensor x, Tensor prev, "
+      "Tensor(c!)? out, bool per_sample) -> ()");
+  m.def(
+      "residual_magnitude(Tensor(a!) mean, Tensor(b!) workspace, Tensor y, Tensor x, Tensor prev, "
+      "Tensor(c!)? out, float eps, bool per_sample) -> ()");
   m.def("linear_combine(Tensor(a!) out, Tensor[] tensors, float[] weights) -> ()");
   m.def("linear_combine_device(Tensor(a!) out, Tensor[] tensors, Tensor weights) -> ()");
   m.def("decide(Tensor(a!) flag, Tensor sums, float threshold, int conditional) -> ()");

@@ -30,8 +30,8 @@ __device__ double warp_sum(double v) {
 // Grid: x blocks per sample, y samples.
 template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(THREADS)
-    kernel(Shape shape, Operand y, Operand x, Operand prev, Operand out, double eps, bool per_sample, float* result,
-           Workspace workspace) {
+    kernel(Shape shape, Operand y, Operand x, Operand prev, Operand out, double eps,
+           bool per_sample, float* result, Workspace workspace) {
   const int64_t b = blockIdx.y, rows = shape.length / shape.width;
   const int lane = threadIdx.x % 32;
   constexpr int W = ALIGNED ? WIDE<T> : 1;
@@ -46,8 +46,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int64_t i = lane * W; i < shape.width; i += 32 * W) {
       if constexpr (ALIGNED)
         add<Wide<T>>(squares, p_y + i, p_x + i, p_prev + i, p_out ? p_out + i : nullptr);
-      else
-        add<Single<T>>(squares, p_y + i, p_x + i, p_prev + i, p_out ? p_out + i : nullptr);
+      else add<Single<T>>(squares, p_y + i, p_x + i, p_prev + i, p_out ? p_out + i : nullptr);
     }
     const double now = warp_sum(squares.now), before = warp_sum(squares.before);
     if (lane == 0) ratios += sqrt(now) / (sqrt(before) + eps);
@@ -56,7 +55,8 @@ __global__ void __launch_bounds__(THREADS)
   const double mine = block_sum(ratios);
   if (threadIdx.x == 0) workspace.partial[b * gridDim.x + blockIdx.x] = mine;
   if (!last_block(workspace.counter)) return;
-  const int64_t groups = per_sample ? gridDim.y : 1, count = gridDim.x * int64_t(gridDim.y) / groups;
+  const int64_t groups = per_sample ? gridDim.y : 1,
+                count = gridDim.x * int64_t(gridDim.y) / groups;
   for (int64_t g = 0; g < groups; ++g) {
     const double total = sum_partials(workspace.partial + g * count, count, 1);
     if (threadIdx.x == 0) result[g] = static_cast<float>(total / (rows * (gridDim.y / groups)));
@@ -65,17 +65,19 @@ __global__ void __launch_bounds__(THREADS)
 
 }  // namespace
 
-const char* residual_magnitude(Type type, Shape shape, Operand y, Operand x, Operand prev, Operand out, double eps,
-                               bool per_sample, float* mean, Workspace workspace, void* stream) {
+const char* residual_magnitude(Type type, Shape shape, Operand y, Operand x, Operand prev,
+                               Operand out, double eps, bool per_sample, float* mean,
+                               Workspace workspace, void* stream) {
   const dim3 grid(blocks_for(shape.length / shape.width * 32, shape.samples), shape.samples);
   if (grid.x * int64_t(grid.y) > MAX_PARTIALS || shape.samples > 65535) return "too many samples";
   // a row that is not a multiple of 16 bytes moves the next one off its alignment
-  const bool wide = aligned(type, shape, {y, x, prev, out}) && shape.width * size_of(type) % 16 == 0;
+  const bool wide =
+      aligned(type, shape, {y, x, prev, out}) && shape.width * size_of(type) % 16 == 0;
   return with_type(type, [&](auto tag) {
     using T = decltype(tag);
     const auto launched = wide ? kernel<T, true> : kernel<T, false>;
-    launched<<<grid, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(shape, y, x, prev, out, eps, per_sample,
-                                                                     mean, workspace);
+    launched<<<grid, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(shape, y, x, prev, out, eps,
+                                                                      per_sample, mean, workspace);
   });
 }
 
