@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -199,10 +200,10 @@ class CudaOps(Library):
         super().check()
         if find_nvcc() is None:
             raise Unavailable("nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
-        import torch
-
-        if torch.version.cuda is None:
-            raise Unavailable(f"torch {torch.__version__} is not a CUDA build")
+        # importing torch takes seconds
+        version = runpy.run_path(str(torch_folder() / "version.py"))
+        if version["cuda"] is None:
+            raise Unavailable(f"torch {version['__version__']} is not a CUDA build")
 
     def add_to(self, ninja: Ninja, out: str) -> None:
         nvcc = [find_nvcc() or "nvcc"]
