@@ -53,7 +53,7 @@ def sdist(tmp_path_factory) -> Path:
 def test_the_sdist_holds_everything_a_build_needs(sdist):
     def files(root):
         wanted = [
-            *root.glob("csrc/**/*.*"),
+            *root.glob("csrc/**/[!.]*.*"),
             *root.glob("triton_kernels/**/*.py"),
             root / "setup.py",
         ]
