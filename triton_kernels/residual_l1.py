@@ -67,7 +67,8 @@ def _residual_l1_kernel(
         b_change += change
         b_old += old
     if full % programs == i_p:
-        o_n = tl.cast(full, tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+        # the tail ends below the next multiple of BLOCK: no overflow in the type of n
+        o_n = full * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
         change, old = _l1_block(p_y, p_x, p_prev, p_out, o_n, o_n < n, BLOCK, FOLD)
         b_change += change
         b_old += old
