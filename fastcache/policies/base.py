@@ -65,7 +65,7 @@ class Policy:
         for name in ("warmup", "max_skips"):
             value = getattr(self, name)
             if value is not None:
-                whole(type(self).__name__, name, value, 0)
+                object.__setattr__(self, name, whole(type(self).__name__, name, value, 0))
         if self.last is not None and not isinstance(self.last, bool):
             raise TypeError(
                 f"{type(self).__name__}: last is {self.last!r}, must be True, False or None"
@@ -111,7 +111,10 @@ def whole(owner: str, name: str, value: object, low: int, high: int | None = Non
     """`value` as an int in [low, high]; a TypeError or ValueError that names the field otherwise."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{owner}: {name} is {value!r}, must be a whole number")
-    number = value.__index__()
+    try:
+        number = value.__index__()
+    except (TypeError, RuntimeError) as error:  # arrays and tensors of another kind
+        raise TypeError(f"{owner}: {name} is {value!r}, must be a whole number") from error
     if number < low or (high is not None and number > high):
         bound = f">= {low}" if high is None else f"in {low}..{high}"
         raise ValueError(f"{owner}: {name} is {number}, must be {bound}")
@@ -124,14 +127,23 @@ def real(owner: str, name: str, value: object, low: float = -math.inf) -> float:
         raise TypeError(f"{owner}: {name} is {value!r}, must be a number")
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{owner}: {name} is {type(value).__name__}, must be a number") from error
+    except OverflowError as error:
+        raise ValueError(f"{owner}: {name} is too large for a float") from error
     if not math.isfinite(number) or number < low:
         raise ValueError(
             f"{owner}: {name} is {number}, must be finite"
             + (f" and >= {low:g}" if low > -math.inf else "")
         )
     return number
+
+
+def limit(owner: str, name: str, value: object) -> float:
+    """`value` as a threshold: a float >= 0, infinity included, which sets no limit."""
+    if isinstance(value, float) and value == math.inf:
+        return value
+    return real(owner, name, value, 0.0)
 
 
 def flag(owner: str, name: str, value: object) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from .base import COMPUTE, REUSE, Decision, Policy, Run, Step, real
+from .base import COMPUTE, REUSE, Decision, Policy, Run, Step, limit
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,11 @@ class FirstBlock(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "threshold", real("FirstBlock", "threshold", self.threshold, 0.0))
+        object.__setattr__(self, "threshold", limit("FirstBlock", "threshold", self.threshold))
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         if guard or signal is None:
             return Decision(COMPUTE, signal, self.threshold, guard or "no residual yet")
-        if signal <= self.threshold:  # False for NaN: not a number must compute
+        if math.isfinite(signal) and signal <= self.threshold:
             return Decision(REUSE, signal, self.threshold, "change within threshold")
         return Decision(COMPUTE, signal, self.threshold, "change above threshold")

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .base import COMPUTE, REUSE, Decision, Policy, Run, Step, real, whole
+from .base import COMPUTE, REUSE, Decision, Policy, Run, Step, limit, real, whole
 
 
 @lru_cache(maxsize=64)
@@ -24,11 +24,18 @@ def resample(ratios: tuple[float, ...], count: int) -> tuple[float, ...]:
 
 def checked_ratios(owner: str, values: object) -> tuple[float, ...]:
     """`mag_ratios` as floats; a TypeError or ValueError that names the field otherwise."""
-    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+    if isinstance(values, str | bytes | dict) or not (
+        hasattr(values, "__len__") and hasattr(values, "__getitem__")
+    ):
         raise TypeError(
             f"{owner}: mag_ratios is {type(values).__name__}, must be a sequence of numbers"
         )
-    ratios = tuple(real(owner, "mag_ratios", v) for v in values)
+    try:
+        ratios = tuple(real(owner, "mag_ratios", v) for v in values)  # type: ignore[attr-defined]
+    except TypeError as error:  # an array without dimensions has a length and refuses to give it
+        if "mag_ratios" in str(error):
+            raise
+        raise TypeError(f"{owner}: mag_ratios is {values!r}, must be a sequence") from error
     if not ratios:
         raise ValueError(f"{owner}: mag_ratios is empty, must hold one ratio per step")
     if any(r <= 0 for r in ratios):
@@ -56,7 +63,7 @@ class Magnitude(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        put("threshold", real("Magnitude", "threshold", self.threshold, 0.0))
+        put("threshold", limit("Magnitude", "threshold", self.threshold))
         put("max_skip_steps", whole("Magnitude", "max_skip_steps", self.max_skip_steps, 0))
         put("retention_ratio", real("Magnitude", "retention_ratio", self.retention_ratio, 0.0))
         if self.retention_ratio > 1:
@@ -92,7 +99,12 @@ class Magnitude(Policy):
         account.steps += 1
         account.error = number(account.error) + abs(number(1.0) - account.ratio)
         error = float(account.error)
-        if not guard and account.error <= threshold and account.steps <= self.max_skip_steps:
+        if (
+            not guard
+            and math.isfinite(error)
+            and account.error <= threshold
+            and account.steps <= self.max_skip_steps
+        ):
             return Decision(REUSE, error, self.threshold, "error within threshold")
         if math.isnan(ratio):
             reason = "past the calibrated steps"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import COMPUTE, REUSE, Decision, Policy, Run, Step, interval_of, whole
+from .base import COMPUTE, REUSE, Decision, Policy, Run, Step, interval_of, real, whole
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Interval(Policy):
         object.__setattr__(self, "n", whole("Interval", "n", self.n, 1))
         for name in ("phase", "stop"):
             if getattr(self, name) is not None:
-                whole("Interval", name, getattr(self, name), 0)
+                object.__setattr__(self, name, whole("Interval", name, getattr(self, name), 0))
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         phase = self.phase if self.phase is not None else max((self.warmup or 0) - 1, 0)
@@ -92,11 +92,10 @@ class Mask(Policy):
         marks = tuple(self.compute)
         if not marks:
             raise ValueError("Mask: compute is empty, must hold one entry per step")
-        if any(m not in (0, 1) for m in marks):
-            raise ValueError(
-                f"Mask: compute holds {next(m for m in marks if m not in (0, 1))!r}, must be 0 or 1"
-            )
-        object.__setattr__(self, "compute", tuple(bool(m) for m in marks))
+        values = [float(m) if isinstance(m, bool) else real("Mask", "compute", m) for m in marks]
+        if any(v not in (0.0, 1.0) for v in values):
+            raise ValueError(f"Mask: compute holds {marks!r}, must hold nothing but 0 and 1")
+        object.__setattr__(self, "compute", tuple(v == 1.0 for v in values))
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         if guard or step.index >= len(self.compute):
