@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .policies import Interval, Magnitude, TimestepRange
-from .policies.base import flag, interval_of, real, whole
+from .policies.base import flag, interval_of, limit, real, whole
 from .policies.first_block import FirstBlock
 from .policies.magnitude import Calibrate, checked_ratios, resample
 from .predictors import MAX_ORDER, Extrapolate, Reuse, TaylorTable, Zeros
@@ -21,6 +21,9 @@ from .recipe import Recipe, Rule
 from .targets.spec import Guidance, Modules, Stack, identifiers
 
 TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW")
+FACTOR_DTYPES = (
+    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
 # Guards that a documented method does not have; they stay off so that schedules equal diffusers'.
 BARE: dict[str, Any] = {"warmup": 0, "max_skips": 0, "last": False}
 
@@ -105,7 +108,7 @@ class FirstBlockCacheConfig(Config):
     threshold: float = 0.05
 
     def validate(self) -> None:
-        real(self._name(), "threshold", self.threshold, 0.0)
+        limit(self._name(), "threshold", self.threshold)
 
     def recipe(self) -> Recipe:
         self.validate()
@@ -132,7 +135,7 @@ class MagCacheConfig(Config):
 
     def validate(self) -> None:
         name = self._name()
-        real(name, "threshold", self.threshold, 0.0)
+        limit(name, "threshold", self.threshold)
         self._whole(0, "max_skip_steps")
         if real(name, "retention_ratio", self.retention_ratio, 0.0) > 1:
             raise ValueError(f"{name}: retention_ratio is {self.retention_ratio}, must be in 0..1")
@@ -154,7 +157,14 @@ class MagCacheConfig(Config):
             ratios = checked_ratios(name, values.tolist())
         else:
             ratios = checked_ratios(name, values)
-            values = torch.tensor(values)
+            try:
+                values = torch.tensor(values)  # dtype as upstream's
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+            ):  # numbers of a kind that torch does not know
+                values = torch.tensor(ratios)
         if not values.dtype.is_floating_point:
             values = values.float()
         if len(ratios) != self.num_inference_steps and not self.calibrate:
@@ -219,9 +229,9 @@ class TaylorSeerCacheConfig(Config):
                 raise TypeError(
                     f"{name}: taylor_factors_dtype is {dtype!r}, must be a torch dtype or None"
                 )
-            if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            if dtype not in FACTOR_DTYPES:
                 raise ValueError(
-                    f"{name}: taylor_factors_dtype is {dtype}, must be float32, float16 or bfloat16"
+                    f"{name}: taylor_factors_dtype is {dtype}, must be None or one of {FACTOR_DTYPES}"
                 )
         self._identifiers("skip_predict_identifiers", "cache_identifiers", optional=True)
         flag(name, "use_lite_mode", self.use_lite_mode)

@@ -85,7 +85,7 @@ def identifiers(owner: str, name: str, value: object) -> tuple[str, ...]:
             raise TypeError(f"{owner}: {name} holds {pattern!r}, must hold strings")
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{owner}: {name} holds {pattern!r}, not a regular expression: {error}"
             ) from error
