@@ -251,7 +251,7 @@ def calibrate(
     Raises CalibrationError, a ValueError, where nothing usable was measured. The model is as before
     afterwards, also after an error.
     """
-    from .runtime import enable
+    from .runtime import eagerly, enable
 
     jobs = [run] if callable(run) else list(run) if isinstance(run, Sequence) else []
     if not jobs or not all(map(callable, jobs)):
@@ -264,10 +264,10 @@ def calibrate(
         whole("calibrate", "num_inference_steps", expected, 1, MAX_STEPS)
     cache = enable(target, MagCacheConfig(calibrate=True), adapter=adapter, backend=backend)
     total = None if expected is None else expected * len(jobs)
-    with cache, watch_first_blocks(cache) as watched, torch.no_grad():
+    with cache, watch_first_blocks(cache) as watched, torch.no_grad(), eagerly(True):
         with cache.progress(total, desc="calibrate") if progress else nullcontext():
             for job in jobs:
-                _generate(job, cache)
+                generate_with(job, cache)
                 cache.reset()
     names = {
         "model": model or _model_name(cache),
@@ -278,7 +278,7 @@ def calibrate(
     return collect(cache, watched, contexts, expected, source=source, **names)
 
 
-def _generate(job: Callable, cache: Cache) -> None:
+def generate_with(job: Callable, cache: Cache) -> None:
     """Call a run in the way it wants to be called."""
     try:
         parameters = inspect.signature(job).parameters

@@ -1,0 +1,245 @@
+"""What a config would do to a model, without running it: hooks, plan, graphs, memory."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import BLOCKS, ENCODER, LIST_NAMES, BlockAdapter, adapter_for
+from .configs import Config
+from .policies import COMPUTE
+from .recipe import Plan, Recipe, Rule
+from .report import describe
+from .runtime import Cache, Denoiser, enable
+from .targets.bind import attention_modules
+from .targets.guidance import GuidanceTarget
+from .targets.modules import ModulesTarget
+from .targets.spec import Modules
+from .targets.stack import StackTarget
+
+SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of the hidden states that a model will be run with.
+
+    tokens, text_tokens: length of the image and the text sequence. width: features of a token; None
+    reads it off the first block. contexts: branches with a history of their own, 2 for guidance.
+    """
+
+    tokens: int = 4096
+    text_tokens: int = 512
+    width: int | None = None
+    batch: int = 1
+    dtype: str = "bfloat16"
+    contexts: int = 1
+
+    @property
+    def itemsize(self) -> int:
+        return getattr(torch, self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found; `text()` for people, `record()` for JSON."""
+
+    model: str
+    parameters: int
+    rules: tuple[str, ...]
+    hooked: tuple[tuple[str, ...], ...]  # per rule
+    close_by: tuple[str, ...]  # not hooked, but of a similar name or kind
+    steps: int
+    plan: str | None  # None: decided while running
+    graphs: int
+    graphs_note: str
+    memory: dict[str, int]  # bytes of one context, per rule
+    shapes: Shapes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes for all contexts."""
+        return sum(self.memory.values()) * self.shapes.contexts
+
+    def record(self) -> dict[str, Any]:
+        return {**asdict(self), "bytes": self.nbytes}
+
+    def text(self) -> str:
+        s = self.shapes
+        lines = [("model", f"{self.model}, {self.parameters / 1e6:,.2f} M parameters")]
+        for rule, hooked in zip(self.rules, self.hooked, strict=True):
+            lines += [("rule", rule), ("  hooks", _shortened(hooked))]
+        lines.append(("close by", _shortened(self.close_by) or "nothing"))
+        plan = self.plan or (
+            f"{self.steps} steps, each decided while running, from what the first block returns"
+        )
+        lines.append(("plan", plan.replace("\n", "\n" + " " * 12)))
+        lines.append(("graphs", f"{self.graphs} expected under compile: {self.graphs_note}"))
+        lines.append(
+            (
+                "memory",
+                f"about {self.nbytes / 2**20:,.1f} MiB at batch {s.batch}, {s.tokens} + "
+                f"{s.text_tokens} tokens of {s.width}, {s.dtype}, {s.contexts} context(s)",
+            )
+        )
+        return "\n".join(f"{label:<10}  {value}" for label, value in lines)
+
+
+def inspect_model(
+    model: nn.Module,
+    config: Config | Recipe,
+    *,
+    adapter: BlockAdapter | None = None,
+    steps: int = 28,
+    shapes: Shapes | None = None,
+) -> Inspection:
+    """Attach `config` to `model`, look, and take it off again; the meta device will do.
+
+    Raises what `fastcache.enable` raises where nothing can be hooked.
+    """
+    if getattr(config, "current_timestep_callback", callable) is None:
+        config = replace(config, current_timestep_callback=lambda: 0.0)  # type: ignore[type-var]
+    with enable(model, config, adapter=adapter) as cache:
+        denoiser = cache.denoisers[0]
+        known = shapes or Shapes()
+        known = replace(known, width=known.width or _width(denoiser))
+        plan = _plan(cache, steps)
+        graphs, note = _graphs(denoiser, plan)
+        rules = denoiser.recipe.rules
+        return Inspection(
+            type(denoiser.model).__name__,
+            sum(p.numel() for p in denoiser.model.parameters()),
+            tuple(map(describe, rules)),
+            tuple(tuple(target.hooked()) for target in denoiser.targets),
+            _close_by(denoiser),
+            steps,
+            None if plan is None else str(plan),
+            graphs,
+            note,
+            {
+                f"{i + 1}: {describe(rule)}": _bytes(denoiser, rule, target, known)
+                for i, (rule, target) in enumerate(zip(rules, denoiser.targets, strict=True))
+            },
+            known,
+        )
+
+
+def _shortened(names: Sequence[str]) -> str:
+    """Names that differ in numbers only are written once, with how many there are."""
+
+    shapes = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
+    shown = [f"{name} ({n})" if n > 1 else name for name, n in shapes.items()]
+    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return ", ".join(shown[:SHOWN]) + more
+
+
+def _plan(cache: Cache, steps: int) -> Plan | None:
+    return None if cache.recipe.needs_signal else cache.recipe.plan(steps)
+
+
+def _graphs(denoiser: Denoiser, plan: Plan | None) -> tuple[int, str]:
+    """Graphs that a compiled model will have: one per combination of actions that occurs."""
+    if plan is None:
+        return 3, "first block, rest, reuse, through fastcache.compile(model)"
+    modes = dict.fromkeys(zip(*plan.rows, strict=True))
+    named = ["compute" if set(m) == {COMPUTE} else "/".join(m) for m in modes]
+    return len(modes), ", ".join(named)
+
+
+def _close_by(denoiser: Denoiser) -> tuple[str, ...]:
+    """Modules that a user might have expected to be hooked."""
+    model, rules = denoiser.model, denoiser.recipe.rules
+    hooked = [name for target in denoiser.targets for name in target.hooked()]
+    found: list[str] = []
+    for rule in rules:
+        if isinstance(rule.where, Modules):
+            row = denoiser.cache.adapter or adapter_for(model)
+            found += [name for name, _ in attention_modules(model, row, everywhere=True)]
+        else:
+            found += [
+                name
+                for name, m in model.named_modules()
+                if isinstance(m, nn.ModuleList) and name.rsplit(".", 1)[-1] in LIST_NAMES
+            ]
+    inside = [name.split(" ", 1)[0] for name in hooked]
+    return tuple(
+        name
+        for name in dict.fromkeys(found)
+        if not any(name == h or name.startswith(f"{h}.") for h in inside)
+    )
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def _width(denoiser: Denoiser) -> int:
+    """Features of a token: the commonest input width of the linear layers."""
+    widths = Counter(m.in_features for m in denoiser.model.modules() if isinstance(m, nn.Linear))
+    return widths.most_common(1)[0][0] if widths else 1
+
+
+def _bytes(denoiser: Denoiser, rule: Rule, target: Any, shapes: Shapes) -> int:
+    """Bytes that one rule holds for one context."""
+    if isinstance(target, StackTarget):
+        return _stack_bytes(denoiser, rule, target, shapes)
+    if isinstance(target, ModulesTarget):
+        dtype = getattr(rule.what, "dtype", None)
+        itemsize = dtype.itemsize if dtype is not None else shapes.itemsize
+        elements = sum(
+            _elements(node.module, shapes, _joined(denoiser.model, node.name))
+            for node in target.nodes
+        )
+        return rule.what.depth * elements * itemsize
+    assert isinstance(target, GuidanceTarget)
+    output = next((m for n, m in denoiser.model.named_children() if n == "proj_out"), None)
+    channels = getattr(output, "out_features", 0) or shapes.width or 1
+    return 2 * 4 * shapes.batch // 2 * shapes.tokens * channels
+
+
+def _stack_bytes(denoiser: Denoiser, rule: Rule, target: StackTarget, shapes: Shapes) -> int:
+    row = shapes.batch * (shapes.width or 1) * shapes.itemsize
+    image, text = row * shapes.tokens, row * shapes.text_tokens
+    last = target.gates[-1].last_io
+    returned = last.returns is not None and ENCODER in last.returns
+    texted = target.encoder_read is not False and last.encoder_at is not None and returned
+    held = rule.what.depth * (image + texted * text)
+    if target.start:  # two residuals of the first block, and what it returned
+        first = target.gates[0].first_io
+        streams = first.returns is not None and ENCODER in first.returns
+        held += 3 * image + streams * text
+    return held
+
+
+def _elements(module: nn.Module, shapes: Shapes, joined: bool) -> int:
+    """Elements of what a module returns."""
+    width = _out_features(module) or shapes.width or 1
+    tokens = shapes.tokens + joined * shapes.text_tokens
+    return shapes.batch * tokens * width
+
+
+def _joined(model: nn.Module, name: str) -> bool:
+    """Whether a module returns the text stream too: by itself, or since its block does."""
+    module = model.get_submodule(name)
+    if isinstance(module, nn.Linear):
+        return False
+    if getattr(module, "to_add_out", None) is not None:
+        return True
+    parents = name.split(".")
+    blocks = [model.get_submodule(".".join(parents[:i])) for i in range(1, len(parents) + 1)]
+    rows = [BLOCKS[c.__name__] for b in blocks for c in type(b).__mro__ if c.__name__ in BLOCKS]
+    return any(ENCODER in (row.returns or ()) for row in rows)
+
+
+def _out_features(module: nn.Module) -> int | None:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    out = getattr(module, "to_out", None)
+    if isinstance(out, nn.ModuleList | nn.Sequential):
+        out = next((m for m in out if isinstance(m, nn.Linear)), None)
+    return getattr(out, "out_features", None)
