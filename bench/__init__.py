@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench` lists them, each takes --quick and --json PATH."""

@@ -1,0 +1,300 @@
+"""What every benchmark shares: environment, timing, traffic counts, JSON lines, tables.
+
+Contenders are timed in interleaved rounds, all of them warmed up first, and compared by medians:
+on a shared machine ratios within one process mean something, absolute times do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+Row = dict[str, Any]
+
+
+# --- where a number comes from ------------------------------------------------------------------------
+
+
+def commit() -> str:
+    """The checked-out commit, with "+" where tracked files differ from it."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
+    except OSError:  # no git on this machine
+        head, changed = "", ""
+    return (head or os.environ.get("FASTCACHE_COMMIT", "unknown")) + "+" * bool(head and changed)
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment(device: str = "cpu") -> Row:
+    """Device, versions, commit and threads: part of every JSON line."""
+    from fastcache import native
+
+    row: Row = {
+        "device": _processor() if device == "cpu" else torch.cuda.get_device_name(),
+        "kind": device,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "commit": commit(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
+    }
+    if device == "cpu":
+        row["isa"] = native.capability() if native.available() is True else None
+        row["load"] = round(os.getloadavg()[0], 2)
+    else:
+        row["cuda"] = torch.version.cuda
+        row["driver"] = _driver()
+    for package in ("diffusers", "cache-dit"):
+        row[package] = version(package)
+    return row
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+# --- time ---------------------------------------------------------------------------------------------
+
+
+def quantiles(samples: Sequence[float]) -> Row:
+    """Median and the 20th and 80th percentile, by nearest rank."""
+    ordered = sorted(samples)
+
+    def at(p: float) -> float:
+        return ordered[min(len(ordered) - 1, max(0, math.ceil(p * len(ordered)) - 1))]
+
+    return {"p20": at(0.2), "p50": statistics.median(ordered), "p80": at(0.8)}
+
+
+def seconds(run: Callable[[], object], device: str = "cpu", repeat: int = 1) -> float:
+    """Seconds per call of `run`: wall time, or device events on a GPU."""
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(repeat):
+            run()
+        return (time.perf_counter() - start) / repeat
+    start_event, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start_event.record()
+    for _ in range(repeat):
+        run()
+    end.record()
+    end.synchronize()
+    return start_event.elapsed_time(end) / 1e3 / repeat
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: str = "cpu",
+    repeat: int = 1,
+    warmup: int = 2,
+    tick: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds per call of each contender, one sample per round, the order turning every round."""
+    for run in contenders.values():
+        for _ in range(warmup):
+            run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            samples[name].append(seconds(contenders[name], device, repeat))
+        if tick is not None:
+            tick()
+    return samples
+
+
+def last_cache_bytes(device: str = "cpu") -> int:
+    """Size of the largest cache, which a working set must exceed several times over."""
+    if device != "cpu":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        factor = {"K": 2**10, "M": 2**20}.get(text[-1:], 1)
+        sizes.append(int(text.rstrip("KM")) * factor)
+    return max(sizes) or 32 * 2**20
+
+
+class Rotation:
+    """Hands out one of several buffer sets, the next one with every call."""
+
+    def __init__(self, sets: Sequence[Any]) -> None:
+        self.sets, self.at = sets, 0
+
+    def __call__(self) -> Any:
+        self.at = (self.at + 1) % len(self.sets)
+        return self.sets[self.at]
+
+
+# --- traffic ------------------------------------------------------------------------------------------
+
+
+class Traffic(TorchDispatchMode):
+    """Counts launches, bytes and device reads of eager code; tensors up to `small` bytes are free.
+
+    A schema cannot say that an op overwrites an output without reading it, so for our own ops take the
+    bytes from `passes`, not from here.
+    """
+
+    def __init__(self, small: int = 4096) -> None:
+        super().__init__()
+        self.small, self.launches, self.bytes, self.reads = small, 0, 0, 0
+        self.temporaries = 0  # bytes of new large tensors
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        schema = func._schema
+        name = schema.name.split("::")[1]
+        self.reads += name == "_local_scalar_dense"
+        given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+        moved: list[Tensor] = []
+        for a in schema.arguments:
+            written = a.alias_info is not None and a.alias_info.is_write
+            overwritten = written and (a.kwarg_only or name in ("copy_", "fill_", "zero_"))
+            times = written + (not overwritten and not name.endswith("_like"))
+            moved += [t for t in tree_leaves(given.get(a.name)) if isinstance(t, Tensor)] * times
+        if not func.is_view:
+            results = out if isinstance(out, tuple) else (out,)
+            fresh = [
+                t
+                for t, r in zip(results, schema.returns, strict=False)
+                if r.alias_info is None and isinstance(t, Tensor)
+            ]
+            allocated = sum(t.nbytes for t in fresh if t.nbytes > self.small)
+            self.temporaries += allocated
+            if name.startswith("empty"):  # reserved, not written
+                return out
+            size = allocated + sum(t.nbytes for t in moved if t.nbytes > self.small)
+            self.launches += size > 0
+            self.bytes += size
+        return out
+
+
+# --- results ------------------------------------------------------------------------------------------
+
+
+def write_lines(path: Path, rows: Iterable[Row], append: bool = False) -> None:
+    """One JSON object per line; infinities and NaN become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a" if append else "w") as file:
+        for row in rows:
+            file.write(json.dumps(_finite(row), sort_keys=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def read_lines(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table on the terminal; an empty row separates sections."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        if row:
+            table.add_row(*("" if v is None else str(v) for v in row))
+        else:
+            table.add_section()
+    console = Console()
+    console.width = max(console.width, 150)
+    console.print(table)
+
+
+def bar(total: int, what: str) -> Any:
+    """A progress bar on stderr."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, file=sys.stderr, mininterval=0.5)
+
+
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The options all benchmarks share."""
+    p = argparse.ArgumentParser(
+        prog=f"python -m bench {name}", description=(doc or "").split("\n\n")[0]
+    )
+    p.add_argument("--quick", action="store_true", help="tiny sizes: checks that it runs")
+    p.add_argument("--json", type=Path, help="write JSON lines to this file")
+    p.add_argument("--plot", type=Path, help="write a picture to this file")
+    p.add_argument("--threads", type=int, default=1, help="torch threads")
+    return p
+
+
+def spread(row: Row, scale: float = 1e3, digits: int = 2) -> str:
+    """p20/p50/p80 of a row of seconds, in milliseconds by default."""
+    return " / ".join(f"{row[p] * scale:.{digits}f}" for p in ("p20", "p50", "p80"))
+
+
+def load_file(name: str, path: Path) -> Any:
+    """A module from a path outside every package, such as a helper of the tests."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
