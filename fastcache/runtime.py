@@ -8,7 +8,7 @@ import math
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import dispatch, signal
 from .adapters import BlockAdapter, adapter_for, parameter_names
+from .branches import MOST, Branches
 from .configs import Config, resolve
 from .policies import COMPUTE, REUSE, Decision, Step
 from .policies.base import real
@@ -36,6 +37,7 @@ PENDING = "pending"  # the action of a rule that decides after the first block h
 DENOISERS = ("transformer", "transformer_2", "transformer_3")
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time")
 MARK = "_fastcache"
+RISES = 3  # runs of a single step in a row, each at a later timestep: time runs the other way
 POOL = 8  # storages of finished requests kept for the next ones
 _UNSET = object()
 
@@ -53,6 +55,7 @@ class Call:
 
 
 IMPLICIT = Call()
+IMPLICIT_BRANCHES = tuple(Call(f"default#{i + 1}") for i in range(MOST + 1))
 
 
 def eagerly(wanted: bool) -> contextlib.AbstractContextManager:
@@ -108,7 +111,8 @@ class Denoiser:
         self.timestep_name = next((n for n in TIMESTEP_NAMES if n in names), None)
         self.timestep_at = names.index(self.timestep_name) if self.timestep_name else -1
         self.ascending = False  # the model's timesteps grow during a run
-        self.rises = 0
+        self.rises: dict[Any, int] = {}  # per state: runs of one step, each later than the one before
+        self.branches = Branches()
         self.inside = False  # the model's forward is running
         self.owns_graphs = False  # fastcache.compile drives this model
         self.prepared: tuple[State, Step, list] | None = None
@@ -238,9 +242,11 @@ class Denoiser:
             if self.inside:  # the model calls itself inside its own forward
                 return self.original(*args, **kwargs)
             call = self.cache._call()
-            state, step = self._arm(call, args, kwargs)
-            self.inside = self.control.armed = True
+            if call is IMPLICIT:
+                call = self._branch(args, kwargs)
             try:
+                state, step = self._arm(call, args, kwargs)
+                self.inside = self.control.armed = True
                 for target in self.targets:
                     target.begin()
                 recording = not all(state.units)
@@ -253,12 +259,30 @@ class Denoiser:
                     for target in self.targets:
                         target.finish()
             except BaseException:
-                self.abandon(call.request)
+                for denoiser in self.cache.denoisers:
+                    denoiser.abandon(call.request)
                 raise
             finally:
                 self.inside = self.control.armed = False
             self._commit(state, step)
             return output
+
+    def _branch(self, args: tuple, kwargs: dict) -> Call:
+        """The call that no context describes: the first branch of guidance, or another one."""
+        timestep = self._timestep_argument(args, kwargs)
+        named = {k: v for k, v in kwargs.items() if k != self.timestep_name}
+        latents = named.pop("hidden_states", args[0] if args else None)
+        rest = [v for v in (*args, *named.values()) if v is not latents and v is not timestep]
+        number = self.branches.of(latents, timestep, rest)
+        if not number:
+            return IMPLICIT
+        if self.guidance is not None:
+            raise ValueError(
+                "target: the same latents came twice at one timestep, so guidance runs sequentially, and "
+                "FasterCache's guidance half needs both halves in one batch; open cache.context('cond') "
+                "and cache.context('uncond') around the calls, or set is_guidance_distilled=True"
+            )
+        return IMPLICIT_BRANCHES[number]
 
     # --- calls inside the user's own torch.compile -------------------------------------------------------
 
@@ -545,13 +569,12 @@ class Denoiser:
             return complete
         turned = clock < state.timestep if self.ascending else clock > state.timestep
         if not turned:
-            self.rises = 0
+            self.rises.pop(state.key, None)
             return False
-        self.rises = self.rises + 1 if state.index == 1 else 0
-        if (
-            self.rises >= 2
-        ):  # twice in a row right after a first step: time runs upwards in this model
-            self.ascending, self.rises = not self.ascending, 0
+        rises = self.rises[state.key] = self.rises.get(state.key, 0) + 1 if state.index == 1 else 0
+        if rises >= RISES:
+            self.ascending = not self.ascending
+            self.rises.clear()
             return False
         return True
 
@@ -589,7 +612,15 @@ class Denoiser:
         if callback is None:
             return call.timestep
         value = callback()
-        return call.timestep if value is None else signal.scalar(value)
+        if value is None:
+            return call.timestep
+        try:
+            number = signal.scalar(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"current_timestep_callback returned {value!r}, must return a number or a tensor of one"
+            ) from error
+        return number if math.isfinite(number) else None  # not a number: no rule may reuse
 
     def _planned_total(self) -> int | None:
         return next(
@@ -601,8 +632,8 @@ class Denoiser:
         if not (torch.is_grad_enabled() and self.model.training):
             return
         if any(p.requires_grad for p in self.model.parameters()):
-            raise RuntimeError(
-                "fastcache: the model is in training mode with gradients on; a cached step has no gradient. "
+            raise ValueError(
+                "target: the model is in training mode with gradients on; a cached step has no gradient. "
                 "Call model.eval(), run under torch.no_grad(), or cache.disable() first"
             )
 
@@ -619,7 +650,9 @@ class Denoiser:
             self.cache._run_ended(self, state)
             self._release(state)
         if request is _UNSET:
-            self.ascending, self.rises = False, 0
+            self.ascending = False
+            self.rises.clear()
+            self.branches.clear()
 
     def nbytes(self) -> int:
         return sum(s.nbytes() for s in (*self.states.values(), *self.pool))
@@ -667,6 +700,10 @@ class Cache:
             for name, model in self._models
         ]
         try:
+        if process_group is not None and not isinstance(process_group, _process_groups()):
+            raise TypeError(
+                f"process_group is {process_group!r}, must be a torch.distributed.ProcessGroup or None"
+            )
             for denoiser in denoisers:
                 denoiser.install()
         except BaseException:
@@ -773,6 +810,8 @@ class Cache:
     @property
     def enabled(self) -> bool:
         return bool(self.denoisers)
+        if not before:
+            raise ValueError("config: this cache is disabled; call fastcache.enable again")
 
     def __enter__(self) -> Cache:
         return self
@@ -934,6 +973,22 @@ def checked_call(
 
 def call_signature(args: tuple, kwargs: dict) -> tuple:
     """Shapes, dtypes and devices of the tensors of a call: what storage must fit."""
-    return tuple(
-        (v.shape, v.dtype, v.device) for v in (*args, *kwargs.values()) if isinstance(v, Tensor)
-    )
+    return tuple(_facts((*args, *kwargs.values())))
+
+
+def _facts(values: Iterable[Any]) -> list[tuple]:
+    found: list[tuple] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append((value.shape, value.dtype, value.device))
+        elif isinstance(value, list | tuple):
+            found.extend(_facts(value))
+        elif isinstance(value, dict):
+            found.extend(_facts(value.values()))
+    return found
+
+
+def _process_groups() -> tuple[type, ...]:
+    """The class of process groups, where this torch has one."""
+    group = getattr(torch.distributed, "ProcessGroup", None)
+    return () if group is None else (group,)
