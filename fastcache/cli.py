@@ -62,70 +62,12 @@ def _bench(args: list[str]) -> int:
     """Hand over to the benchmarks of the checkout, in a process of their own."""
     if not (ROOT / "bench" / "__main__.py").is_file():
         raise FileNotFoundError(
-            f"bench: {ROOT / 'bench'} does not exist; benchmarks are part of the repository, not of "
-            "the installed package: clone it and run `make bench` there"
+            f"bench: {ROOT / 'bench'} does not exist; benchmarks are part of the repository, not "
+            "of the installed package: clone it and run `make bench` there"
         )
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.call([sys.executable, "-m", "bench", *args], env=environment)
-
-
-PASSED_ON:  # they have arguments of their own
-            return PASSED_ON[args[0]](args[1:])
-        options = _parser().parse_args(args)
-        return options.run(options)
-    except (ValueError, ImportError, OSError) as error:
-        if traceback:
-            raise
-        print(f"fastcache: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fastcache: interrupted", file=sys.stderr)
-        return 130
-
-
-def _demo(args: list[str]) -> int:
-    from .demo.run import main as demo
-
-    return demo(args)
-
-
-def _info(args: list[str]) -> int:
-    from .info import main as info
-
-    if args:
-        print("usage: fastcache info\n\nwhat runs here, and why the rest does not")
-        return 0 if args[0] in ("-h", "--help") else 2
-    return info()
-
-
-def _bench(args: list[str]) -> int:
-    """Run a benchmark of the checkout, or all of them, each in a process of its own."""
-    folder = ROOT / "bench"
-    if args and args[0] in ("-h", "--help"):
-        print(f"usage: fastcache bench [{'|'.join(BENCHES)}] [its arguments]")
-        print("\nwithout a name all of them run; `fastcache bench ops --help` has its arguments")
-        return 0
-    if args and args[0] not in BENCHES:
-        raise ValueError(f"bench: {args[0]!r} is not one of {', '.join(BENCHES)}")
-    names = args[:1] or [name for name in BENCHES if (folder / f"{name}.py").is_file()]
-    if not names or not (folder / f"{names[0]}.py").is_file():
-        raise FileNotFoundError(
-            f"bench: {folder / f'{(names or BENCHES)[0]}.py'} does not exist; benchmarks are part of "
-            "the repository, not of the installed package: clone it and run `make bench` there"
-        )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_search_path())}
-    for name in names:
-        script = folder / f"{name}.py"
-        called = ["-m", f"bench.{name}"] if (folder / "__init__.py").is_file() else [str(script)]
-        status = subprocess.call([sys.executable, *called, *args[1:]], env=environment)
-        if status:
-            return status
-    return 0
-
-
-def _search_path() -> list[str]:
-    return [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
 
 
 PASSED_ON: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "bench": _bench, "info": _info}
