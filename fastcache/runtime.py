@@ -681,6 +681,10 @@ class Cache:
                     f"target: {name} is already enabled; call cache.update(config) to change its settings or "
                     "cache.disable() first"
                 )
+        if process_group is not None and not isinstance(process_group, _process_groups()):
+            raise TypeError(
+                f"process_group is {process_group!r}, must be a torch.distributed.ProcessGroup or None"
+            )
         self.target, self.backend, self.process_group = target, backend, process_group
         self.adapter = adapter
         self.evented = not isinstance(target, nn.Module)  # a pipeline announces the end of its runs
@@ -700,10 +704,6 @@ class Cache:
             for name, model in self._models
         ]
         try:
-        if process_group is not None and not isinstance(process_group, _process_groups()):
-            raise TypeError(
-                f"process_group is {process_group!r}, must be a torch.distributed.ProcessGroup or None"
-            )
             for denoiser in denoisers:
                 denoiser.install()
         except BaseException:
@@ -791,6 +791,8 @@ class Cache:
     def update(self, config: Any) -> Cache:
         """Change the settings. Runs begin anew; where the new ones do not fit, the old ones stay."""
         before = self.denoisers
+        if not before:
+            raise ValueError("config: this cache is disabled; call fastcache.enable again")
         for denoiser in before:
             denoiser.remove()
         try:
@@ -810,8 +812,6 @@ class Cache:
     @property
     def enabled(self) -> bool:
         return bool(self.denoisers)
-        if not before:
-            raise ValueError("config: this cache is disabled; call fastcache.enable again")
 
     def __enter__(self) -> Cache:
         return self
