@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import signal
 from .adapters import BlockAdapter, BlockIO, adapter_for
 from .configs import MagCacheConfig
-from .policies import REUSE, FirstBlock, Magnitude, Step
+from .policies import COMPUTE, REUSE, FirstBlock, Magnitude, Step
 from .policies.base import real, whole
 from .targets.bind import block_lists
 
@@ -205,7 +205,7 @@ class Calibration:
         policy = Magnitude(threshold, **values).guarded(warmup=0, max_skips=0, last=False)
         run = policy.begin(self.steps)
         steps = [policy.decide(run, Step(i, self.steps)).action for i in range(self.steps)]
-        return 1 - steps.count(REUSE) / self.steps
+        return steps.count(COMPUTE) / self.steps
 
     def plot(self, path: str | Path) -> Path:
         """Draw the ratios, the first-block changes and what a threshold buys into a picture."""
