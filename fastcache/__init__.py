@@ -18,7 +18,7 @@ from .configs import (
 )
 from .dispatch import backend, backends
 from .policies import FirstBlock, Interval, Magnitude, Mask, TimestepRange
-from .predictors import Extrapolate, Reuse, Taylor, TaylorTable, Zeros
+from .predictors import Extrapolate, Guided, Reuse, Taylor, TaylorTable, Zeros
 from .recipe import Plan, Recipe
 from .report import progress
 from .runtime import Cache, enable
@@ -37,6 +37,7 @@ __all__ = [
     "FirstBlock",
     "FirstBlockCacheConfig",
     "Guidance",
+    "Guided",
     "Interval",
     "MagCacheConfig",
     "Magnitude",

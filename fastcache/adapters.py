@@ -39,11 +39,14 @@ class Block:
 
     hidden, encoder: argument names of the image and the text stream (encoder None: it has none).
     returns: order of the streams in the returned tuple; None finds it from shapes at the first call.
+    modulation: the first normalisation with the timestep in it, as (attribute of the block, its keyword for
+    the conditioning, argument of the block that holds that); None: not known.
     """
 
     hidden: str | None = None
     encoder: str | None = "encoder_hidden_states"
     returns: tuple[str, ...] | None = None
+    modulation: tuple[str, str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,17 @@ MODELS: dict[str, BlockAdapter] = {
         "Kandinsky5Transformer3DModel",
     )
 }
+# The first normalisation with the timestep in it, where it is a module: (attribute, keyword, argument).
+MODULATIONS: dict[str, tuple[str, str, str]] = dict.fromkeys(
+    (
+        "FluxTransformerBlock",
+        "BriaTransformerBlock",
+        "HunyuanVideoTransformerBlock",
+        "HunyuanImageTransformerBlock",
+        "JointTransformerBlock",
+    ),
+    ("norm1", "emb", "temb"),
+)
 _registered: dict[str, BlockAdapter] = {}
 
 
@@ -187,6 +201,11 @@ class BlockIO:
         self.hidden_at = names.index(self.hidden) if self.hidden in names else 0
         self.encoder_at = names.index(self.encoder) if self.encoder in names else None
         self.returns = known.returns
+        self.modulation = known.modulation or next(
+            (MODULATIONS[b.__name__] for b in type(block).__mro__ if b.__name__ in MODULATIONS),
+            None,
+        )
+        self.names = names
 
     def read(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
         """(hidden, encoder) of a call; encoder is None where the block takes none."""
@@ -203,6 +222,13 @@ class BlockIO:
             return hidden, kwargs[self.encoder]
         at = self.encoder_at
         return hidden, args[at] if at is not None and len(args) > at else None
+
+    def modulated(self, block: Any, args: tuple, kwargs: dict) -> Any:
+        """The block's normalised, timestep-modulated input, for this call."""
+        attribute, keyword, argument = self.modulation or ("", "", "")
+        given = kwargs[argument] if argument in kwargs else args[self.names.index(argument)]
+        value = getattr(block, attribute)(self.read(args, kwargs)[0], **{keyword: given})
+        return value[0] if isinstance(value, tuple) else value
 
     def positions(self, output: Any, hidden: Any, encoder: Any) -> tuple[int | None, int | None]:
         """Where the image and the text stream are in a returned tuple; (None, None) for a bare tensor."""

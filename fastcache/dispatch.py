@@ -117,8 +117,10 @@ def active(device: str = "cpu") -> str:
 
 
 @cache
-def _function(backend_name: str, op: str) -> Callable:
-    return getattr(importlib.import_module(MODULES[backend_name]), op)
+def function(backend_name: str, op: str) -> Callable:
+    """An op of a backend; ops that a backend does not have run on the reference."""
+    module = importlib.import_module(MODULES[backend_name])
+    return getattr(module, op, None) or getattr(importlib.import_module(MODULES[REFERENCE]), op)
 
 
 def dense_rows(t: Tensor) -> bool:
@@ -140,7 +142,7 @@ def kernel(op: str, tensors: list[Tensor]) -> Callable:
             plain &= dense_rows(t) and t.dtype == dtype
         if not plain and not _takes(name, op, tensors):
             name = REFERENCE
-    return _function(name, op)
+    return function(name, op)
 
 
 def _takes(name: str, op: str, tensors: list[Tensor]) -> bool:

@@ -31,6 +31,10 @@ for schema in (
     "linear_combine_device_(Tensor(a!) out, Tensor[] tensors, Tensor weights) -> ()",
     "taylor_update_(Tensor(a!)[] factors, Tensor y, float inv_delta, int valid) -> ()",
     "guidance_combine_(Tensor(a!) out, Tensor cond, Tensor low, Tensor high, float w_low, float w_high) -> ()",
+    "guided_weights(Tensor guide, Tensor[] guides, Tensor prior, float ridge, bool per_sample=False) "
+    "-> (Tensor, Tensor)",
+    "quantize_store_(Tensor(a!) q, Tensor(b!) scale, Tensor y, Tensor? x=None) -> ()",
+    "quantized_combine_(Tensor(a!) out, Tensor? base, Tensor[] qs, Tensor[] scales, float[] weights) -> ()",
 ):
     lib.define(schema)
 
@@ -88,6 +92,30 @@ def _guidance_combine_(
     dispatch.kernel("guidance_combine", [cond, low, high])(out, cond, low, high, w_low, w_high)
 
 
+def _guided_weights(
+    guide: Tensor, guides: Sequence[Tensor], prior: Tensor, ridge: float, per_sample: bool = False
+) -> tuple[Tensor, Tensor]:
+    name = dispatch.active(guide.device.type)
+    sums = dispatch.function(name, "guided_sums")(guide, guides, per_sample)
+    return dispatch.function(name, "guided_solve")(sums, prior, ridge, True)
+
+
+def _quantize_store_(q: Tensor, scale: Tensor, y: Tensor, x: Tensor | None = None) -> None:
+    name = dispatch.active(y.device.type)
+    dispatch.function(name, "quantize_store")(q, scale, y, x)
+
+
+def _quantized_combine_(
+    out: Tensor,
+    base: Tensor | None,
+    qs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    weights: Sequence[float],
+) -> None:
+    name = dispatch.active(out.device.type)
+    dispatch.function(name, "quantized_combine")(out, base, qs, scales, weights)
+
+
 for name, body in (
     ("residual_l1", _residual_l1),
     ("residual_l1_", _residual_l1_),
@@ -99,6 +127,9 @@ for name, body in (
     ("linear_combine_device_", _linear_combine_device_),
     ("taylor_update_", _taylor_update_),
     ("guidance_combine_", _guidance_combine_),
+    ("guided_weights", _guided_weights),
+    ("quantize_store_", _quantize_store_),
+    ("quantized_combine_", _quantized_combine_),
 ):
     lib.impl(name, body, "CompositeExplicitAutograd")
 
@@ -180,6 +211,30 @@ def _(out, cond, low, high, w_low, w_high):
     torch._check(
         out.shape[0] == 2 * cond.shape[0],
         lambda: f"out {tuple(out.shape)}, cond {tuple(cond.shape)}",
+    )
+
+
+@register_fake("fastcache::guided_weights", lib=lib)
+def _(guide, guides, prior, ridge, per_sample=False):
+    _same("guided_weights", guide, *guides)
+    samples = guide.shape[0] if per_sample else 1
+    weights = guide.new_empty((samples, prior.numel() + 2), dtype=torch.float32)
+    return weights, guide.new_empty((samples,), dtype=torch.float32)
+
+
+@register_fake("fastcache::quantize_store_", lib=lib)
+def _(q, scale, y, x=None):
+    _same("quantize_store_", y, q)
+    torch._check(
+        scale.shape == y.shape[:-1], lambda: f"scale {tuple(scale.shape)}, y {tuple(y.shape)}"
+    )
+
+
+@register_fake("fastcache::quantized_combine_", lib=lib)
+def _(out, base, qs, scales, weights):
+    _same("quantized_combine_", out, *qs)
+    torch._check(
+        len(qs) == len(scales) == len(weights), lambda: f"{len(qs)} tensors, {len(weights)} weights"
     )
 
 
@@ -419,3 +474,43 @@ def _check_samples(op: str, y: Tensor, per_sample: bool) -> None:
         raise ValueError(
             f"{op}: per_sample needs a batch dimension before the tokens, y is {tuple(y.shape)}"
         )
+
+
+def guided_weights(
+    guide: Tensor,
+    guides: Sequence[Tensor],
+    prior: Tensor,
+    ridge: float = 0.003,
+    *,
+    per_sample: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Weights of cached values, read off the guide of the current step; nothing goes to the host.
+
+    guide: of this step; guides: of the last K + 1 computed steps, newest first, K = 1 or 2, of the same
+    shape, dtype and device, any strides. prior: float32 [K], what the ridge pulls the weights of the
+    differences toward. Returns float32 (weights [S, K + 2], misfit [S]): a leading 1 for the base, then
+    one weight per cached value; misfit is the relative norm of what the guides could not explain.
+    Raises TypeError or ValueError that names the argument.
+    """
+    if isinstance(guides, Tensor) or not isinstance(guides, Sequence):
+        raise TypeError(
+            f"guided_weights: guides is {type(guides).__name__}, must be a list of tensors"
+        )
+    if len(guides) not in (2, 3):
+        raise ValueError(f"guided_weights: guides has {len(guides)} entries, must have 2 or 3")
+    _check("guided_weights", guide=guide, **{f"guides[{i}]": t for i, t in enumerate(guides)})
+    if not isinstance(prior, Tensor) or prior.dtype != torch.float32:
+        raise TypeError("guided_weights: prior must be a float32 tensor")
+    if prior.shape != (len(guides) - 1,) or prior.device != guide.device:
+        raise ValueError(
+            f"guided_weights: prior must be [{len(guides) - 1}] on {guide.device}, got {tuple(prior.shape)}"
+        )
+    if (
+        isinstance(ridge, bool)
+        or not isinstance(ridge, int | float)
+        or not 0 <= ridge < float("inf")
+    ):
+        raise ValueError(f"guided_weights: ridge is {ridge!r}, must be a finite number >= 0")
+    return torch.ops.fastcache.guided_weights.default(
+        guide, list(guides), prior, float(ridge), per_sample
+    )

@@ -134,7 +134,7 @@ class Denoiser:
         bound: list[tuple[Rule, Any]] = []
         missing: list[NothingToHook] = []
         for rule in self.recipe.rules:
-            start = int(rule.when.needs_signal)
+            start = int(rule.when.needs_signal or getattr(rule.what, "guide", "") == "residual")
             try:
                 target = bind(
                     self.model,
@@ -430,13 +430,26 @@ class Denoiser:
         if not target.ready(state):
             rule.when.computed(state.runs[i], step)
             return decision._replace(action=COMPUTE, reason="nothing valid to reuse")
+        guide = getattr(target, "guide", None)
+        if guide is not None and self._misfitting(i, rule, state):
+            rule.when.computed(state.runs[i], step)
+            return decision._replace(action=COMPUTE, reason="misfit of the last step")
         if (
             rule.what.depth
             and not getattr(target, "per_module", False)
             and target is not self.guidance
         ):
             target.weights = rule.what.weights(state.timelines[i].steps, step.index)
+            if guide is not None:
+                guide.stage(state, target.weights)
         return decision
+
+    def _misfitting(self, i: int, rule: Rule, state: State) -> bool:
+        """Whether the step before was reused and its guide explained too badly; reads one number then."""
+        bound = getattr(rule.what, "max_misfit", None)
+        if bound is None or state.runs[i].in_a_row < 2:
+            return False
+        return not signal.scalar(state.head["misfit"]) <= bound
 
     def _judge(self, i: int, rule: Rule, target: StackTarget, hidden: Tensor, x: Tensor) -> None:
         """The decision of a rule that looks at the first block, taken inside the model's forward."""
@@ -487,6 +500,11 @@ class Denoiser:
                 "such steps are computed. Give the run's length with cache.context(num_inference_steps=...)"
             )
         actions = tuple(d.action for d in self.decisions)
+        late = None
+        if decision.action == REUSE and decision.signal is None:
+            target = self.targets[self.decisions.index(decision)]
+            if getattr(target, "guide", None) is not None:
+                late = state.head["misfit"].clone()
         self.cache.stats.add(
             Record(
                 state.key[0],
@@ -499,7 +517,8 @@ class Denoiser:
                 step.timestep,
                 actions,
                 self.name,
-            )
+            ),
+            late,
         )
 
     @staticmethod

@@ -19,6 +19,7 @@ from .predictors import Predictor
 _store = torch.ops.fastcache.residual_store_.default
 _apply = torch.ops.fastcache.residual_apply_.default
 _combine = torch.ops.fastcache.linear_combine_.default
+_combine_device = torch.ops.fastcache.linear_combine_device_.default
 _update = torch.ops.fastcache.taylor_update_.default
 KERNEL_TERMS = 5
 
@@ -123,14 +124,43 @@ class Ring:
         else:
             _store(view, y, x)
 
-    def predict(self, base: Tensor | None, weights: Sequence[float]) -> Tensor:
+    def predict(self, base: Tensor | None, weights: Sequence[float] | Tensor) -> Tensor:
         """base + sum of weights * rows, newest first, as a new tensor."""
+        if isinstance(weights, Tensor):
+            return self.predict_weighted(base, weights)
         if torch.compiler.is_compiling():
             return self._predict_compiled(base)
         if base is None and weights == (1.0,) and self.timeline.depth == 1:
             return self.views[0].clone() if self.copies else self.views[0].detach()
         rows = [self.views[r] for r in self.timeline.rows[: len(weights)]]
         return weighted(rows, weights, base, self.dtype)
+
+    def newest_first(self) -> list[Tensor]:
+        """All rows of a full history, newest first."""
+        if torch.compiler.is_compiling():
+            order = self.timeline.staged.order
+            return [
+                self.buffer.index_select(0, order[i : i + 1])[0] for i in range(self.timeline.depth)
+            ]
+        return [self.views[r] for r in self.timeline.rows]
+
+    def predict_weighted(self, base: Tensor | None, weights: Tensor) -> Tensor:
+        """weights[0] * base + weights[1:] * rows, newest first, weights on the device."""
+        rows = self.newest_first()
+        if torch.compiler.is_compiling():
+            terms = rows if base is None else [base, *rows]
+            first = 1 if base is None else 0
+            total = terms[0].float() * weights[first]
+            for i, term in enumerate(terms[1:], first + 1):
+                total = total + term.float() * weights[i]
+            return total.to(self.dtype if base is None else base.dtype)
+        like = rows[0] if base is None else base
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        if base is None:
+            _combine_device(out, rows, weights[1:].contiguous())
+        else:
+            _combine_device(out, [base, *rows], weights)
+        return out
 
     def mark(self) -> None:
         """Note the state of the buffer after a store."""
@@ -334,6 +364,8 @@ class State:
         self.measured: list[Tensor] = []  # magnitude ratios of a calibration, on the device
         self.head.pop("base", None)
         self.head.pop("guided", None)
+        for t in self._head_tensors():
+            t.zero_()
         for timeline in self.timelines:
             timeline.clear()
         for units in self.units:
@@ -351,4 +383,8 @@ class State:
             for unit in units.values()
             for stream in unit.streams
             for t in stream.tensors()
-        ) + sum(t.numel() * t.element_size() for t in self.head.values() if isinstance(t, Tensor))
+        ) + sum(t.numel() * t.element_size() for t in self._head_tensors())
+
+    def _head_tensors(self) -> list[Tensor]:
+        held = (v.buffer if isinstance(v, Ring) else v for v in self.head.values())
+        return [v for v in held if isinstance(v, Tensor)]

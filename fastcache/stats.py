@@ -6,6 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from . import signal
 from .policies import COMPUTE, REUSE
 
 KEEP = 100_000  # records kept, so that a server that never resets does not grow
@@ -30,16 +31,30 @@ class Stats:
     """Records in order of calls. Iterable, indexable; `computed` and `reused` count."""
 
     def __init__(self) -> None:
-        self._records: deque[Record] = deque(maxlen=KEEP)
+        self._all: deque[Record] = deque(maxlen=KEEP)
+        self._pending = False  # some signals are still on the device
         self.watch: Callable[[Record], object] | None = None  # told of every record, while set
 
-    def add(self, record: Record) -> None:
-        self._records.append(record)
+    def add(self, record: Record, late: Any = None) -> None:
+        """Append a record. late: a device scalar that becomes its signal when somebody looks."""
+        if late is not None:
+            record, self._pending = record._replace(signal=late), True
+        self._all.append(record)
         if self.watch is not None:
             self.watch(record)
 
+    @property
+    def _records(self) -> deque[Record]:
+        """The records, late signals read."""
+        if self._pending:
+            self._pending = False
+            for i, record in enumerate(self._all):
+                if record.signal is not None and not isinstance(record.signal, float):
+                    self._all[i] = record._replace(signal=signal.scalar(record.signal))
+        return self._all
+
     def clear(self) -> None:
-        self._records.clear()
+        self._all.clear()
 
     def __iter__(self) -> Iterator[Record]:
         return iter(tuple(self._records))

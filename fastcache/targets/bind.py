@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..adapters import LIST_NAMES, BlockAdapter
-from ..predictors import Predictor
+from ..predictors import Guided, Predictor
 from ..state import make_store
 from .guidance import GuidanceTarget
+from .guide import Guide
 from .modules import ModulesTarget
 from .spec import Guidance, Modules, Stack, Target
 from .stack import StackTarget
@@ -129,7 +130,7 @@ def _stack(
             f"target: {type(model).__name__} has {count} block in {[n for n, _ in lists]}; a rule that looks at "
             "the first block needs at least two"
         )
-    return StackTarget(
+    target = StackTarget(
         rule,
         lists,
         start,
@@ -138,6 +139,15 @@ def _stack(
         adapter.encoder_read,
         lambda value, timeline: make_store(predictor, value, timeline),
     )
+    if isinstance(predictor, Guided):
+        if predictor.guide == "modulated" and target.gates[0].first_io.modulation is None:
+            raise ValueError(
+                f"what: Guided(guide='modulated') needs the normalisation with the timestep in it of "
+                f"{type(lists[0][1][0]).__name__}, and none is known; use guide='residual' or 'input', or name "
+                "it with fastcache.Block(modulation=(attribute, keyword, argument))"
+            )
+        target.guide = Guide(predictor)
+    return target
 
 
 # --- modules ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ first and the last one wrapped; on a reused step one callable in place of all of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from .. import signal
 from ..adapters import Block, BlockIO
 from ..policies import COMPUTE, REUSE
 from ..state import Ring, State, Table, Unit, allocate
+from .guide import Guide
 
 ROUTER = "_fastcache_router"
 # Phases of a step: all of it in one pass, or (compiled) its first block and then what follows.
@@ -80,8 +82,6 @@ class Form:
 class Port:
     """What a list hands out in place of a block: called like it, and with its attributes."""
 
-    __slots__ = ("block", "run")
-
     def __init__(self, run: Callable, block: nn.Module) -> None:
         self.run, self.block = run, block
 
@@ -92,6 +92,20 @@ class Port:
         return getattr(self.block, name)
 
 
+# What may stand in a block's place, by the name of the Gate's method that is called.
+ROLES = (
+    "first",
+    "last",
+    "only",
+    "probe",
+    "resume",
+    "replay",
+    "through",
+    "arrive",
+    "depart",
+)
+
+
 class Gate:
     """The wrapped places of one block list: where its segment is entered, left or replayed."""
 
@@ -99,18 +113,26 @@ class Gate:
         self, owner: StackTarget, name: str, modules: nn.ModuleList, row: Block | None
     ) -> None:
         self.owner, self.name, self.modules = owner, name, modules
+        self.row = row
         self.first_io, self.last_io = (
             BlockIO(modules[0], row),
             BlockIO(modules[len(modules) - 1], row),
         )
         self.next_io = BlockIO(modules[1], row) if len(modules) > 1 else self.first_io
         self.replay_io = self.first_io
+        # made beforehand, since traced code cannot make them
+        self.ports = {
+            role: [Port(getattr(self, role), block) for block in modules._modules.values()]
+            for role in ROLES
+        }
         self.segment = -1  # which segment this list belongs to
         self.opens = self.closes = True  # first and last list of its segment
+        self.woven = False  # its segment is of lists that take turns
         self.form = Form()
         self.entry: tuple[Any, Any] = (None, None)
         self.exit: tuple[Any, Any, dict[int, Any]] = (None, None, {})
         self.clone: Tensor | None = None
+        self.passed: Tensor | None = None  # what the block before returned, while recording
 
     # --- compute -----------------------------------------------------------------------------------
 
@@ -126,14 +148,43 @@ class Gate:
     def first(self, *args: Any, **kwargs: Any) -> Any:
         """The first block of a list."""
         hidden, encoder = self.first_io.read(args, kwargs)
+        self.look(args, kwargs)
         self.enter(hidden, encoder)
         output = self.block(0)(*args, **kwargs)
         if self.owner.recording:
             self.note_form(self.first_io, output, hidden, encoder)
+            self.note_passed(self.first_io, output, hidden, encoder)
         return output
+
+    def middle(self, index: int) -> Port:
+        """A block in between on a recording call: looks whether it gets what the one before returned."""
+        block = self.block(index)
+        io = BlockIO(block, self.row)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            hidden, encoder = io.read(args, kwargs)
+            self.note_arrival(hidden)
+            output = block(*args, **kwargs)
+            self.note_passed(io, output, hidden, encoder)
+            return output
+
+        return Port(run, block)
+
+    def note_passed(self, io: BlockIO, output: Any, hidden: Any, encoder: Any) -> None:
+        hidden_at, _ = io.positions(output, hidden, encoder)
+        self.passed = output if hidden_at is None else output[hidden_at]
+
+    def note_arrival(self, hidden: Any) -> None:
+        """Whether the model's loop does something of its own between two blocks."""
+        before, self.passed = self.passed, None
+        if before is not None and before is not hidden:
+            same = before.shape == hidden.shape and signal.same(before, hidden)
+            self.owner.threaded = self.owner.threaded or not same
 
     def last(self, *args: Any, **kwargs: Any) -> Any:
         """The last block of a list."""
+        if self.owner.recording:
+            self.note_arrival(self.last_io.read(args, kwargs)[0])
         output = self.block(len(self.modules) - 1)(*args, **kwargs)
         self.leave(args, kwargs, output)
         return output
@@ -183,14 +234,19 @@ class Gate:
         encoder = encoder if encoder_at is None else output[encoder_at]
         if owner.recording:
             self.note_form(self.first_io, output, x, encoder)
+            self.note_passed(self.first_io, output, x, encoder)
             owner.copies = owner.copies or not signal.same(x, kept)
         if owner.copies:
             x = kept
         owner.judge(hidden, x)
         if owner.control.phase == HEAD:
             owner.keep_head(hidden, encoder)
+            if owner.guide is not None:
+                owner.state.head["now"].copy_(owner.guide.of(hidden, x))
             raise Stop
-        if owner.action != REUSE and self.opens and len(self.modules) > 1:
+        if owner.guide is not None:
+            owner.guide.see(owner.state, owner.rule, owner.action, owner.guide.of(hidden, x))
+        if (owner.action != REUSE or owner.threaded) and self.opens and len(self.modules) > 1:
             self.enter(hidden, encoder)
         return output
 
@@ -200,7 +256,10 @@ class Gate:
         hidden, encoder = head["hidden"], head.get("encoder")
         if encoder is None:
             encoder = self.first_io.read(args, kwargs)[1]
-        if self.owner.action != REUSE and self.opens and len(self.modules) > 1:
+        owner = self.owner
+        if owner.guide is not None:
+            owner.guide.see(owner.state, owner.rule, owner.action, head["now"])
+        if (owner.action != REUSE or owner.threaded) and self.opens and len(self.modules) > 1:
             self.enter(hidden, encoder)
         return self.form.build(hidden, encoder, {})
 
@@ -208,12 +267,29 @@ class Gate:
 
     def replay(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for all blocks of the segment: its input plus the predicted residual."""
-        hidden, encoder = self.replay_io.read(args, kwargs)
+        self.look(args, kwargs)
+        return self.predicted(*self.replay_io.read(args, kwargs))
+
+    def look(self, args: tuple, kwargs: dict) -> None:
+        """Show the guide what enters the stack, where that is what it looks at."""
+        owner = self.owner
+        if owner.guide is None or owner.start or self is not owner.gates[0]:
+            return
+        value = self.first_io.read(args, kwargs)[0]
+        if owner.guide.predictor.guide == "modulated":
+            value = self.first_io.modulated(self.block(0), args, kwargs)
+        owner.guide.see(owner.state, owner.rule, owner.action, owner.guide.of(value))
+
+    def predicted(self, hidden: Any, encoder: Any) -> Any:
+        """What the last block of the segment would return, from what its first one got."""
         unit: Unit = self.owner.state.units[self.owner.rule][self.segment]
-        weights = () if torch.compiler.is_compiling() else self.owner.weights
+        weights: Any = () if torch.compiler.is_compiling() else self.owner.weights
+        if self.owner.guide is not None:  # they lie on the device
+            weights = self.owner.state.head["weights"]
         based, texted, extras = unit.template
         streams = unit.streams
-        predicted = streams[0].predict(hidden if based else None, weights)
+        base = turned(hidden, based) if isinstance(based, torch.Size) else hidden
+        predicted = streams[0].predict(base if based else None, weights)
         if texted:
             encoder = streams[1].predict(encoder, weights)
         extra = dict(unit.extra) if unit.extra else {}
@@ -222,9 +298,21 @@ class Gate:
         return self.form.build(predicted, encoder, extra)
 
     def through(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for a block that a model asks for by index on a reused step: gives back its input."""
+        """Stands in for a block that the model's loop still calls on a reused step: gives back its input."""
         hidden, encoder = self.first_io.read(args, kwargs)
         return self.form.build(hidden, encoder, {})
+
+    def arrive(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the first block of a threaded segment: notes its input and gives it back."""
+        self.look(args, kwargs)
+        self.enter(*self.first_io.read(args, kwargs))
+        return self.through(*args, **kwargs)
+
+    def depart(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the last block of a threaded segment: what the loop did on the way is cached too."""
+        head = self.owner.segments[self.segment][0]
+        (hidden, encoder), head.entry = head.entry, (None, None)
+        return self.predicted(hidden, encoder)
 
     def block(self, index: int) -> nn.Module:
         return list(self.modules._modules.values())[index]
@@ -251,7 +339,11 @@ class StackTarget:
         self.segments: list[list[Gate]] = []
         self.measure = False  # calibration: also measure the magnitude ratio of every residual
         self.copies = False  # some block writes into its input: keep a copy of what went in
+        self.threaded = False  # the model's loop does more than call one block after the other
         self.order: list[tuple[Gate, str]] = []
+        self.guide: Guide | None = (
+            None  # a predictor whose weights come from this step's own blocks
+        )
         self.recording = False
         self.judge: Callable[[Tensor, Tensor], None] = lambda hidden, x: None
         self.weights: tuple[float, ...] = ()
@@ -287,42 +379,69 @@ class StackTarget:
 
     def begin(self) -> None:
         """Called by the runtime before the model's forward."""
-        self.recording = not self.segments or not self.state.units[self.rule]
+        units = self.state.units[self.rule]
+        if units and not units.keys() & {g.segment for g in self.gates}:
+            units.clear()  # from before the stack was cut anew
+        self.recording = not self.segments or not units
         self.order = []
 
     def ready(self, state: State) -> bool:
         """Whether a step can be reused from this state."""
-        units = state.units[self.rule]
-        return bool(units) and all(u.ready(state.timelines[self.rule]) for u in units.values())
+        units, timeline = state.units[self.rule], state.timelines[self.rule]
+        if self.guide is not None and len(timeline.steps) < timeline.depth:
+            return False
+        return bool(units) and all(u.ready(timeline) for u in units.values())
 
     def route(self, modules: nn.ModuleList) -> Iterator:
         """What the model's loop gets. Traced by torch.compile: reads `control` and nothing that counts."""
         gate = next(g for g in self.gates if g.modules is modules)
         if self.control.phase == WHOLE and self.action not in (COMPUTE, REUSE):
             return self._route_probed(gate)
-        return iter(self._listed(gate))
+        return iter(self._ported(gate, self._listed(gate)))
 
-    def _head(self, gate: Gate) -> Callable:
-        return gate.resume if self.control.phase == REST else gate.probe
+    def _ported(self, gate: Gate, handed: list) -> list:
+        """The same items, roles replaced by what plays them in the place of each block."""
+        return [gate.ports[h][i] if isinstance(h, str) else h for i, h in enumerate(handed)]
+
+    def _head(self) -> str:
+        return "resume" if self.control.phase == REST else "probe"
 
     def _listed(self, gate: Gate) -> list:
-        """All that a list hands out when the action is known beforehand."""
+        """What a list hands out when the action is known beforehand: blocks, and roles in their places."""
         head = self.start if gate is self.gates[0] else 0
         if self.action == REUSE:
-            probe = [self._head(gate)] if head else []
-            return [*probe, gate.replay] if gate.opens else probe
+            if self.threaded:
+                return self._threaded(gate, head)
+            probe = [self._head()] if head else []
+            return [*probe, "replay"] if gate.opens else probe
         return self._computed(gate, head)
+
+    def _threaded(self, gate: Gate, head: int) -> list:
+        """On a reused step, one item for every block, since the model's loop does more than call them."""
+        count = len(gate.modules)
+        if gate.opens and gate.closes and count == 1:
+            return ["replay"]
+        items: list[Any] = ["through"] * count
+        if gate.opens:
+            items[0] = "arrive"
+        if head:
+            items[0] = self._head()
+        if gate.closes:
+            items[-1] = "depart"
+        return items
 
     def _route_probed(self, gate: Gate) -> Iterator:
         """Where the decision falls after the first block of the first list has run (eager only)."""
-        if gate is not self.gates[0]:
-            yield from self._listed(gate)
+        if gate is not self.gates[0]:  # taking turns with the first list: not yet decided
+            for i, block in enumerate(gate.modules._modules.values()):
+                yield Port(functools.partial(self._late, gate, i), block)
             return
-        yield gate.probe
-        if self.action == REUSE:
-            yield from [gate.replay] * gate.opens
-        else:
-            yield from self._computed(gate, 1)[1:]
+        yield gate.ports["probe"][0]
+        handed = self._listed(gate) if self.action == REUSE else self._computed(gate, 1)
+        yield from self._ported(gate, handed)[1:]
+
+    def _late(self, gate: Gate, index: int, *args: Any, **kwargs: Any) -> Any:
+        return self._ported(gate, self._listed(gate))[index](*args, **kwargs)
 
     def keep_head(self, hidden: Tensor, encoder: Any) -> None:
         """Keep what the first block returned, for the rest of this step to start from."""
@@ -337,13 +456,15 @@ class StackTarget:
         wraps_last = self.recording or gate.closes
         if len(blocks) == 1:
             if head:
-                return [self._head(gate)]
+                return [self._head()]
             if wraps_first:
-                return [gate.only if wraps_last else gate.first]
-            return [gate.last if wraps_last else blocks[0]]
-        blocks[0] = self._head(gate) if head else gate.first if wraps_first else blocks[0]
+                return ["only" if wraps_last else "first"]
+            return ["last" if wraps_last else blocks[0]]
+        blocks[0] = self._head() if head else "first" if wraps_first else blocks[0]
         if wraps_last:
-            blocks[-1] = gate.last
+            blocks[-1] = "last"
+        if self.recording:
+            blocks[1:-1] = [gate.middle(i) for i in range(1, len(blocks) - 1)]
         return blocks
 
     def pick(self, modules: nn.ModuleList, index: Any) -> Any:
@@ -352,12 +473,11 @@ class StackTarget:
         blocks = list(modules._modules.values())
         head = self.start if gate is self.gates[0] else 0
         if self.action == REUSE:
-            handed: list[Any] = [self._head(gate)] * head + [gate.replay] * gate.opens
-            handed += [gate.through] * (len(blocks) - len(handed))
+            handed = self._listed(gate)
+            handed += ["through"] * (len(blocks) - len(handed))
         else:
             handed = self._computed(gate, head)
-        ports = [h if h is b else Port(h, b) for h, b in zip(handed, blocks, strict=True)]
-        return ports[index]
+        return self._ported(gate, handed)[index]
 
     # --- storing ----------------------------------------------------------------------------------------
 
@@ -373,7 +493,9 @@ class StackTarget:
         based, texted, extras = unit.template
         with torch.no_grad():
             y = out.detach()
-            if based and y.shape != hidden.shape:
+            if isinstance(based, torch.Size):
+                hidden = turned(hidden, based)
+            elif based and y.shape != hidden.shape:
                 y = y[:, -hidden.shape[1] :]
             step = 0 if torch.compiler.is_compiling() else state.armed_step
             if self.measure and based:
@@ -394,6 +516,9 @@ class StackTarget:
             head["hidden"] = allocate(residual.shape[1:], residual.dtype, residual.device)
             if self.gates[0].form.encoder is not None and isinstance(encoder, Tensor):
                 head["encoder"] = allocate(encoder.shape, encoder.dtype, encoder.device)
+            if self.guide is not None:
+                now = head["guides"].views[0]
+                head["now"] = allocate(now.shape, now.dtype, now.device)
 
     def _measure(self, unit: Unit, y: Tensor, x: Tensor) -> None:
         """MagCache's ratio of this residual to the last one, left on the device; 1 at the first step."""
@@ -414,7 +539,9 @@ class StackTarget:
             and out.shape[2] == hidden.shape[2]
             and out.shape[1] > hidden.shape[1]
         )
-        based = out.shape == hidden.shape or fused
+        based: Any = out.shape == hidden.shape or fused
+        if not based and turns(hidden.shape, out.shape):
+            based = out.shape
         texted = (
             self.encoder_read is not False
             and isinstance(text, Tensor)
@@ -426,7 +553,7 @@ class StackTarget:
         extras = [at for at, value in extra.items() if isinstance(value, Tensor)]
         unit.extra = {at: value for at, value in extra.items() if not isinstance(value, Tensor)}
         values = [
-            hidden if based else out,
+            hidden if based is True else out,
             *([text] if texted else []),
             *(extra[at] for at in extras),
         ]
@@ -439,17 +566,23 @@ class StackTarget:
         if not self.recording or self.action == REUSE:
             return
         self.recording = False
-        if not self.segments:
+        if not self.segments or (self.threaded and not self._apart()):
             self._settle_segments()
-        for gates in self.segments:
+        for gates in filter(None, self.segments):
             head = gates[0]
             if head.clone is not None and not signal.same(head.entry[0], head.clone):
                 self.copies = True
                 head.entry = (head.clone, head.entry[1])
         for number, gates in enumerate(self.segments):
-            self.store(number, gates[-1].exit)
+            if gates:
+                self.store(number, gates[-1].exit)
         for gate in self.gates:
             gate.clone, gate.entry, gate.exit = None, (None, None), (None, None, {})
+            gate.passed = None
+
+    def _apart(self) -> bool:
+        """Whether the stack is cut as a threaded one is."""
+        return all(len(gates) == 1 or gates[-1].woven for gates in filter(None, self.segments))
 
     def _settle_segments(self) -> None:
         """Join lists whose blocks follow each other directly; the others get a residual of their own."""
@@ -463,32 +596,50 @@ class StackTarget:
                 f"target: the model did not iterate over {missing}, so its blocks cannot be skipped; name the "
                 "lists it does use with fastcache.BlockAdapter(blocks=...)"
             )
-        kinds = [(g, kind) for g, kind in self.order]
-        expected = [(g, kind) for g in dict.fromkeys(events) for kind in ("enter", "leave")]
-        if kinds != expected:
+        ordered = list(dict.fromkeys(events))
+        if len(set(self.order)) != len(self.order):
             raise ValueError(
-                f"target: the lists {[g.name for g in self.gates]} take turns or run more than once, so they "
-                "have no common residual; use a module target, or name one list with "
+                f"target: the model runs the lists {[g.name for g in self.gates]} more than once in a call, so "
+                "they have no residual; use a module target, or name another list with "
                 "fastcache.BlockAdapter(blocks=...)"
             )
-        ordered = list(dict.fromkeys(events))
+        woven = self.order != [(g, kind) for g in ordered for kind in ("enter", "leave")]
         if self.start and not alone and ordered[0] is not self.gates[0]:
             raise ValueError(
                 f"target: the model runs {ordered[0].name} before {self.gates[0].name}; name the lists in the "
                 "order they run with fastcache.BlockAdapter(blocks=...)"
             )
         segments = [[ordered[0]]]
+        self.threaded = self.threaded or woven
         for before, after in zip(ordered, ordered[1:], strict=False):
-            if _chained(before, after):
+            if woven or (not self.threaded and _chained(before, after)):
                 segments[-1].append(after)
             else:
                 segments.append([after])
+        # a cut is never numbered like an earlier one, so that what was stored for that is not taken for it
+        segments = [*[[]] * len(self.segments), *segments]
         for number, gates in enumerate(segments):
             for gate in gates:
-                gate.segment, gate.opens, gate.closes = number, gate is gates[0], gate is gates[-1]
+                gate.segment, gate.woven = number, woven
+                gate.opens, gate.closes = gate is gates[0], gate is gates[-1]
         if alone:
             self.gates[0].opens = self.gates[0].closes = False
         self.segments = segments
+
+
+def turns(entered: torch.Size, left: torch.Size) -> bool:
+    """Whether [batch x frames, tokens, C] went in and [batch x tokens, frames, C] came out."""
+    return (
+        len(entered) == len(left) == 3
+        and entered[2] == left[2]
+        and entered[0] * entered[1] == left[0] * left[1]
+        and entered[0] % left[1] == 0
+    )
+
+
+def turned(x: Tensor, shape: torch.Size) -> Tensor:
+    """[batch x frames, tokens, C] in the layout `shape` of blocks that attend over frames."""
+    return x.unflatten(0, (-1, shape[1])).transpose(1, 2).reshape(shape)
 
 
 def _chained(before: Gate, after: Gate) -> bool:
