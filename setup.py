@@ -126,6 +126,10 @@ def cuda_architectures() -> list[str]:
     return flags
 
 
+def give_up(names: list[str], reason: object) -> None:
+    print(f"fastcache: continuing without {', '.join(names)}: {reason}", file=sys.stderr)
+
+
 class Library(Extension):
     """A shared object: `check` says whether it can be built, `add_to` adds its edges."""
 
@@ -139,10 +143,10 @@ class Library(Extension):
         if self.wish not in ("auto", "0", "1"):
             raise SystemExit(f"{switch} is {self.wish!r}, must be auto, 0 or 1")
 
-    def give_up(self, reason: object) -> None:
+    def must(self, reason: object) -> None:
+        """An error if the library was asked for."""
         if self.wish == "1":
             raise SystemExit(f"fastcache: {self.name} cannot be built: {reason}")
-        print(f"fastcache: continuing without {self.name}: {reason}", file=sys.stderr)
 
     def check(self) -> None:
         if os.name != "posix":
@@ -225,7 +229,8 @@ class NativeBuild(build_ext):
                 library.add_to(ninja, str(out))
                 ninja.run(str(out))
             except (Unavailable, subprocess.CalledProcessError) as error:
-                library.give_up(error)
+                library.must(error)
+                give_up([library.name], error)
 
     def get_ext_filename(self, fullname: str) -> str:
         suffix = next(e.suffix for e in self.extensions if e.name.endswith(fullname))
@@ -243,14 +248,17 @@ def libraries() -> list[Library]:
     wanted: list[Library] = [CpuOps(), CudaOps()] if BUILDING else []
     if "editable_wheel" in sys.argv:
         wanted.append(WhiteBox())
-    possible = []
-    for library in wanted:
+    possible: list[Library] = []
+    skipped: dict[str, list[str]] = {}
+    for library in (w for w in wanted if w.wish != "0"):
         try:
-            if library.wish != "0":
-                library.check()
-                possible.append(library)
+            library.check()
+            possible.append(library)
         except Unavailable as reason:
-            library.give_up(reason)
+            library.must(reason)
+            skipped.setdefault(str(reason), []).append(library.name)
+    for reason, names in skipped.items():  # one line for what one cause took away
+        give_up(names, reason)
     return possible
 
 
