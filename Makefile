@@ -15,7 +15,7 @@ demo: venv
 	$(RUN)fastcache demo
 
 test: venv
-	$(RUN)python -m pytest -n 2 -q $(PYTEST_FLAGS)
+	$(RUN)python -m pytest -n 2 --dist worksteal -q $(PYTEST_FLAGS)
 
 lint: venv
 	$(BIN)/ruff check .
