@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import signal
 from ..adapters import Block, BlockIO
 from ..policies import COMPUTE, REUSE
-from ..state import Ring, State, Table, Unit, allocate
+from ..state import Ring, State, Table, Unit, allocate, tail
 from .guide import Guide
 
 ROUTER = "_fastcache_router"
@@ -242,7 +242,8 @@ class Gate:
         if owner.control.phase == HEAD:
             owner.keep_head(hidden, encoder)
             if owner.guide is not None:
-                owner.state.head["now"].copy_(owner.guide.of(hidden, x))
+                now = owner.guide.of(hidden, x)
+                tail(owner.state.head["now"], now).copy_(now)
             raise Stop
         if owner.guide is not None:
             owner.guide.see(owner.state, owner.rule, owner.action, owner.guide.of(hidden, x))
@@ -253,12 +254,13 @@ class Gate:
     def resume(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the first block where it has run already, in the head region of this step."""
         head = self.owner.state.head
-        hidden, encoder = head["hidden"], head.get("encoder")
-        if encoder is None:
-            encoder = self.first_io.read(args, kwargs)[1]
+        x, encoder = self.first_io.read(args, kwargs)
+        hidden = tail(head["hidden"], x)
+        if "encoder" in head:
+            encoder = tail(head["encoder"], x)
         owner = self.owner
         if owner.guide is not None:
-            owner.guide.see(owner.state, owner.rule, owner.action, head["now"])
+            owner.guide.see(owner.state, owner.rule, owner.action, tail(head["now"], x))
         if (owner.action != REUSE or owner.threaded) and self.opens and len(self.modules) > 1:
             self.enter(hidden, encoder)
         return self.form.build(hidden, encoder, {})
@@ -385,9 +387,15 @@ class StackTarget:
         self.recording = not self.segments or not units
         self.order = []
 
+    def recorded(self, state: State) -> bool:
+        """Whether storage exists."""
+        return bool(state.units[self.rule])
+
     def ready(self, state: State) -> bool:
         """Whether a step can be reused from this state."""
         units, timeline = state.units[self.rule], state.timelines[self.rule]
+        if self.control.batch == "full" and state.halved:
+            return False  # steps of the conditional half alone have left the other half behind
         if self.guide is not None and len(timeline.steps) < timeline.depth:
             return False
         return bool(units) and all(u.ready(timeline) for u in units.values())
@@ -437,18 +445,28 @@ class StackTarget:
                 yield Port(functools.partial(self._late, gate, i), block)
             return
         yield gate.ports["probe"][0]
+        if self.action not in (
+            COMPUTE,
+            REUSE,
+        ):  # all blocks are asked for before the first one runs
+            for i, block in enumerate(gate.modules._modules.values()):
+                if i:
+                    yield Port(functools.partial(self._late, gate, i), block)
+            return
         handed = self._listed(gate) if self.action == REUSE else self._computed(gate, 1)
         yield from self._ported(gate, handed)[1:]
 
     def _late(self, gate: Gate, index: int, *args: Any, **kwargs: Any) -> Any:
-        return self._ported(gate, self._listed(gate))[index](*args, **kwargs)
+        handed = self._listed(gate)
+        handed += ["through"] * (len(gate.modules) - len(handed))
+        return self._ported(gate, handed)[index](*args, **kwargs)
 
     def keep_head(self, hidden: Tensor, encoder: Any) -> None:
         """Keep what the first block returned, for the rest of this step to start from."""
         head = self.state.head
-        head["hidden"].copy_(hidden)
+        tail(head["hidden"], hidden).copy_(hidden)
         if "encoder" in head:
-            head["encoder"].copy_(encoder)
+            tail(head["encoder"], encoder).copy_(encoder)
 
     def _computed(self, gate: Gate, head: int) -> list:
         blocks: list[Any] = list(gate.modules._modules.values())
@@ -659,11 +677,11 @@ def first_residual(state: State, hidden: Tensor, x: Tensor) -> Tensor | None:
     head = state.head
     if not torch.compiler.is_compiling():
         buffer = head.get("residual")
-        if buffer is None or buffer.shape[1:] != x.shape or buffer.dtype != x.dtype:
+        if buffer is None or buffer.shape[2:] != x.shape[1:] or buffer.shape[1] < x.shape[0]:
             head["residual"] = allocate((2, *x.shape), x.dtype, x.device)
             head["base"] = None
     base = head.get("base")
-    rows = head["residual"].unbind(0)
+    rows = [tail(row, x) for row in head["residual"].unbind(0)]
     spare = rows[0 if base is None else 1 - base]
     with torch.no_grad():
         if base is None:
