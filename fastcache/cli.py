@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -65,9 +64,12 @@ def _bench(args: list[str]) -> int:
             f"bench: {ROOT / 'bench'} does not exist; benchmarks are part of the repository, not "
             "of the installed package: clone it and run `make bench` there"
         )
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.call([sys.executable, "-m", "bench", *args], env=environment)
+    # not `-m bench`: that would take a package of this name in the current directory
+    code = (
+        f"import runpy, sys; sys.path[0] = {str(ROOT)!r}; "
+        "runpy.run_module('bench', run_name='__main__', alter_sys=True)"
+    )
+    return subprocess.call([sys.executable, "-c", code, *args])
 
 
 PASSED_ON: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "bench": _bench, "info": _info}
@@ -187,7 +189,7 @@ def _own_run(name: str) -> tuple[Any, Callable[..., Any]]:
         )
     made = object_from(name)()
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
-        raise TypeError(f"calibrate: {name} must return (target, run), run(cache) one generation")
+        raise ValueError(f"calibrate: {name} must return (target, run), run(cache) one generation")
     return made
 
 
