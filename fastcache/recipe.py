@@ -127,6 +127,8 @@ class Recipe:
             )
         if sum(isinstance(r.where, Guidance) for r in rules) > 1:
             raise ValueError("Recipe: where: only one Guidance target makes sense")
+        # the guidance rule decides first: the others see only the conditional half where it skips
+        rules = sorted(rules, key=lambda rule: not isinstance(rule.where, Guidance))
         recipe = object.__new__(cls)
         object.__setattr__(recipe, "rules", tuple(rules))
         object.__setattr__(recipe, "name", name)

@@ -111,7 +111,9 @@ class Denoiser:
         self.timestep_name = next((n for n in TIMESTEP_NAMES if n in names), None)
         self.timestep_at = names.index(self.timestep_name) if self.timestep_name else -1
         self.ascending = False  # the model's timesteps grow during a run
-        self.rises: dict[Any, int] = {}  # per state: runs of one step, each later than the one before
+        self.rises: dict[
+            Any, int
+        ] = {}  # per state: runs of one step, each later than the one before
         self.branches = Branches()
         self.inside = False  # the model's forward is running
         self.owns_graphs = False  # fastcache.compile drives this model
@@ -245,11 +247,13 @@ class Denoiser:
             if call is IMPLICIT:
                 call = self._branch(args, kwargs)
             try:
+                if self.guidance is not None:
+                    self.guidance.refuse(call.name)
                 state, step = self._arm(call, args, kwargs)
                 self.inside = self.control.armed = True
                 for target in self.targets:
                     target.begin()
-                recording = not all(state.units)
+                recording = not self._recorded(state)
                 with self.cache._backend(), eagerly(recording and self.control.compiled):
                     forward = self.original if run is None or recording else run
                     if self.guidance is not None:
@@ -317,7 +321,12 @@ class Denoiser:
         self.prepared = None
         self.control.compiled = True
         state = self.states.get((call.request, call.name))
-        if state is None or not all(state.units) or self.recipe.needs_signal or self.owns_graphs:
+        if (
+            state is None
+            or not self._recorded(state)
+            or self.recipe.needs_signal
+            or self.owns_graphs
+        ):
             return self.owns_graphs or self.recipe.needs_signal
         before = [run.copy() for run in state.runs]
         timestep = self._rule_timestep(call)
@@ -328,6 +337,10 @@ class Denoiser:
         self.prepared = (state, step, before)
         self.control.armed, self.control.missed, self.control.seen = True, False, None
         return True
+
+    def _recorded(self, state: State) -> bool:
+        """Whether all storage exists, so that a call may run inside a graph."""
+        return all(target.recorded(state) for target in self.targets)
 
     def settle(self, failed: bool) -> None:
         """Account for what happened inside the context that `prepare` was called for."""
@@ -490,6 +503,12 @@ class Denoiser:
                     if unit.touched:
                         unit.stored(timeline.pushes)
                 timeline.push(step.index)
+            target = self.targets[i]
+            if isinstance(target, GuidanceTarget):
+                target.commit(state, self.decisions[i].action)
+            elif isinstance(target, StackTarget) and computed:
+                half = self.control.batch == "half"
+                state.halved = rule.what.depth if half else max(state.halved - 1, 0)
             if computed and rule.when.needs_signal:
                 keep_residual(state)
         state.index = step.index + 1

@@ -98,6 +98,13 @@ def stage(timeline: Timeline, weights: Sequence[float], step: int, device: torch
     )
 
 
+def tail(row: Tensor, like: Tensor | None) -> Tensor:
+    """The row, or the end of its batch where only that is asked for: a conditional half comes last."""
+    if like is None or row.dim() != like.dim() or row.shape[0] == like.shape[0]:
+        return row
+    return row[row.shape[0] - like.shape[0] :]
+
+
 class Ring:
     """The last `depth` raw values of one tensor, stacked in one buffer."""
 
@@ -110,15 +117,16 @@ class Ring:
         self.views = list(self.buffer.unbind(0))
 
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
-        """Keep y, or y - x, in the oldest row."""
+        """Keep y, or y - x, in the oldest row. A conditional half goes to the second half of the row."""
         if torch.compiler.is_compiling():
             value = y if x is None else (y.float() - x.float()).to(self.dtype)
+            buffer = self._buffer(value)
             if self.timeline.depth == 1:
-                self.buffer.copy_(value[None])
+                buffer.copy_(value[None])
             else:
-                self.buffer.index_copy_(0, self.timeline.staged.row, value[None])
+                buffer.index_copy_(0, self.timeline.staged.row, value[None])
             return
-        view = self.views[self.timeline.next_row]
+        view = tail(self.views[self.timeline.next_row], y)
         if x is None:
             view.copy_(y)
         else:
@@ -132,21 +140,30 @@ class Ring:
             return self._predict_compiled(base)
         if base is None and weights == (1.0,) and self.timeline.depth == 1:
             return self.views[0].clone() if self.copies else self.views[0].detach()
-        rows = [self.views[r] for r in self.timeline.rows[: len(weights)]]
+        rows = [tail(self.views[r], base) for r in self.timeline.rows[: len(weights)]]
         return weighted(rows, weights, base, self.dtype)
 
-    def newest_first(self) -> list[Tensor]:
-        """All rows of a full history, newest first."""
+    def _buffer(self, like: Tensor | None) -> Tensor:
+        """The buffer, or the part of its batch that `like` holds."""
+        if like is None or like.shape[0] == self.buffer.shape[1]:
+            return self.buffer
+        return self.buffer[:, self.buffer.shape[1] - like.shape[0] :]
+
+    def newest_first(self, like: Tensor | None) -> list[Tensor]:
+        """All rows of a full history, newest first, for the batch of `like`."""
         if torch.compiler.is_compiling():
+            if self.timeline.depth == 1:
+                return [self._buffer(like)[0]]
             order = self.timeline.staged.order
             return [
-                self.buffer.index_select(0, order[i : i + 1])[0] for i in range(self.timeline.depth)
+                self._buffer(like).index_select(0, order[i : i + 1])[0]
+                for i in range(self.timeline.depth)
             ]
-        return [self.views[r] for r in self.timeline.rows]
+        return [tail(self.views[r], like) for r in self.timeline.rows]
 
     def predict_weighted(self, base: Tensor | None, weights: Tensor) -> Tensor:
         """weights[0] * base + weights[1:] * rows, newest first, weights on the device."""
-        rows = self.newest_first()
+        rows = self.newest_first(base)
         if torch.compiler.is_compiling():
             terms = rows if base is None else [base, *rows]
             first = 1 if base is None else 0
@@ -174,16 +191,13 @@ class Ring:
         return False
 
     def _predict_compiled(self, base: Tensor | None) -> Tensor:
-        if self.timeline.depth == 1:
-            return (
-                self.buffer[0].clone()
-                if base is None
-                else (base.float() + self.buffer[0].float()).to(base.dtype)
-            )
-        s = self.timeline.staged
+        rows = self.newest_first(base)
+        if len(rows) == 1:
+            row = rows[0]
+            return row.clone() if base is None else (base.float() + row.float()).to(base.dtype)
         total = None if base is None else base.float()
-        for i in range(self.timeline.depth):
-            term = self.buffer.index_select(0, s.order[i : i + 1])[0].float() * s.weights[i]
+        for i, row in enumerate(rows):
+            term = row.float() * self.timeline.staged.weights[i]
             total = term if total is None else total + term
         return total.to(self.dtype if base is None else base.dtype)
 
@@ -331,7 +345,7 @@ class State:
 
     __slots__ = (
         "armed_step",
-        "ended",
+        "halved",
         "head",
         "index",
         "key",
@@ -360,6 +374,9 @@ class State:
         self.timestep: float | None = None  # of the last step, as the run's clock reads it
         self.step_timestep: float | None = None  # of the running step, as the rules read it
         self.armed_step: int | None = None  # index of the running step
+        self.halved = (
+            0  # computed steps until a stack's history holds both halves of a guidance batch again
+        )
         self.runs: list[Run] = []  # what each policy remembers
         self.measured: list[Tensor] = []  # magnitude ratios of a calibration, on the device
         self.head.pop("base", None)

@@ -28,6 +28,7 @@ class GuidanceTarget:
     def __init__(self, rule: int, model: nn.Module, where: Guidance, control: Any) -> None:
         self.rule, self.model, self.where, self.control = rule, model, where, control
         self.weights: tuple[float, ...] = ()
+        self.bands = (1.0, 1.0)  # weights of the low and the high part in the running step
         self.names = parameter_names(type(model).forward)
         self.split: list[str] = []  # inputs cut in half at the last skipped call
 
@@ -41,17 +42,46 @@ class GuidanceTarget:
         return ["unconditional half of the guidance batch"]
 
     def begin(self) -> None:
-        """Called by the runtime before the model's forward."""
+        """Called by the runtime before the model's forward: the weights of this step, on the host."""
+        control = self.control
+        state: State = control.state
+        if control.actions[self.rule] != REUSE:
+            return
+        self.bands = (self._band(self.where.low, state), self._band(self.where.high, state))
+        if self.where.compounding:
+            before = state.head["products"]
+            self.bands = (before[0] * self.bands[0], before[1] * self.bands[1])
+        if control.compiled:
+            state.head["bands"].copy_(torch.tensor(self.bands))
 
     def finish(self) -> None:
         """Called by the runtime after the model's forward."""
 
+    def commit(self, state: State, action: str) -> None:
+        """Called by the runtime after a step that went well."""
+        state.head["guided"] = True
+        state.head["products"] = self.bands if action == REUSE else (1.0, 1.0)
+
+    def recorded(self, state: State) -> bool:
+        """Whether storage exists."""
+        return "low" in state.head
+
     def ready(self, state: State) -> bool:
-        return "low" in state.head and state.head.get("guided", False)
+        """Whether a difference to rebuild from is held."""
+        return state.head.get("guided", False)
+
+    def refuse(self, name: str) -> None:
+        """Raise where the context's name says that the two halves come in calls of their own."""
+        if name == "cond" or name.startswith("uncond"):
+            raise ValueError(
+                f"target: context {name!r} says that guidance runs one call per branch, and the guidance half "
+                "of FasterCache needs both in one batch [unconditional; conditional]; batch them, or use "
+                "FasterCacheConfig(is_guidance_distilled=True) for its attention part alone"
+            )
 
     def around(self, run: Callable, args: tuple, kwargs: dict) -> Any:
         """The model's forward on the full batch, or on its conditional half with the other one rebuilt."""
-        state: State = self.control.state
+        head = self.control.state.head
         if self.control.actions[self.rule] != REUSE:
             output = run(*args, **kwargs)
             value = first_tensor(output)
@@ -61,17 +91,22 @@ class GuidanceTarget:
                     f"has batch {value.shape[0]}; run guidance batched, or leave the Guidance target out"
                 )
             with torch.no_grad():
-                self._refresh(state, value.detach())
+                self._refresh(head, value.detach())
             return output
-        batch = self._batch(args, kwargs)
-        args, kwargs = self._halved(args, kwargs, batch)
+        args, kwargs = self._halved(args, kwargs, self._batch(args, kwargs))
         output = run(*args, **kwargs)
-        cond = first_tensor(output)
-        low, high = self._weights(state)
-        both = cond.new_empty((2 * cond.shape[0], *cond.shape[1:]))
         with torch.no_grad():
-            _rebuild(both, cond.detach(), state.head["low"], state.head["high"], low, high)
-        return replace_first(output, both)
+            return replace_first(output, self._rebuilt(head, first_tensor(output).detach()))
+
+    def _rebuilt(self, head: dict[str, Any], cond: Tensor) -> Tensor:
+        """[unconditional; conditional] from the conditional half."""
+        if torch.compiler.is_compiling():
+            low, high = head["bands"].unbind(0)
+            uncond = cond.float() + low * head["low"] + high * head["high"]
+            return torch.cat([uncond.to(cond.dtype), cond])
+        both = cond.new_empty((2 * cond.shape[0], *cond.shape[1:]))
+        _rebuild(both, cond, head["low"], head["high"], *self.bands)
+        return both
 
     # --- inputs -------------------------------------------------------------------------------------------
 
@@ -113,31 +148,19 @@ class GuidanceTarget:
 
     # --- the difference -----------------------------------------------------------------------------------
 
-    def _refresh(self, state: State, value: Tensor) -> None:
+    def _refresh(self, head: dict[str, Any], value: Tensor) -> None:
         """Keep the low and the high frequency part of unconditional - conditional."""
         uncond, cond = value.chunk(2)
-        head = state.head
-        if (
-            "low" not in head
-            or head["low"].shape != cond.shape
-            or head["low"].device != cond.device
+        if not torch.compiler.is_compiling() and (
+            "low" not in head or head["low"].shape != cond.shape
         ):
             head["low"] = allocate(cond.shape, torch.float32, cond.device)
             head["high"] = allocate(cond.shape, torch.float32, cond.device)
+            head["bands"] = allocate((2,), torch.float32, cond.device)
         difference = uncond.float() - cond.float()
         low = low_pass(difference, self.where)
         head["low"].copy_(low)
         head["high"].copy_(difference - low)
-        head["products"] = (1.0, 1.0)
-        head["guided"] = True
-
-    def _weights(self, state: State) -> tuple[float, float]:
-        now = (self._band(self.where.low, state), self._band(self.where.high, state))
-        if self.where.compounding:
-            before = state.head["products"]
-            now = (before[0] * now[0], before[1] * now[1])
-            state.head["products"] = now
-        return now
 
     def _band(self, weight: Any, state: State) -> float:
         if weight is None:

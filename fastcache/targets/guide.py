@@ -33,7 +33,7 @@ class Guide:
                 head["misfit"] = allocate((1,), torch.float32, guide.device)
                 head["prior"] = allocate((self.predictor.order,), torch.float32, guide.device)
             if action == REUSE:
-                rows = head["guides"].newest_first()
+                rows = head["guides"].newest_first(guide)
                 weights, misfit = _weights(guide, rows, head["prior"], self.predictor.ridge)
                 head["weights"].copy_(weights[0])
                 head["misfit"].copy_(misfit)

@@ -112,6 +112,10 @@ class ModulesTarget:
     def finish(self) -> None:
         """Called by the runtime after the model's forward."""
 
+    def recorded(self, state: State) -> bool:
+        """Whether storage exists."""
+        return bool(state.units[self.rule])
+
     def ready(self, state: State) -> bool:
         """Whether a step can be reused from this state; in eager each module is asked again."""
         units = state.units[self.rule].values()
