@@ -1,0 +1,210 @@
+"""Guided prediction: weights read off this step's first block, without asking the host."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastcache
+from fastcache import FirstBlock, Guided, Interval, Recipe, Reuse, Taylor, ops
+
+demo = pytest.importorskip("fastcache.demo.sample")
+
+
+def truth(
+    guide: Tensor, guides: list[Tensor], prior: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Weights of the cached values and misfit by a float64 solve of the ridge system."""
+    g = [t.double().flatten() for t in (guide, *guides)]
+    q, d = g[0] - g[1], torch.stack([a - b for a, b in pairwise(g[1:])])
+    gram = d @ d.T
+    pull = ridge * gram.diagonal().mean()
+    w = torch.linalg.solve(gram + pull * torch.eye(len(d)), d @ q + pull * prior.double())
+    weights = torch.nn.functional.pad(w, (0, 1)) - torch.nn.functional.pad(w, (1, 0))
+    weights[0] += 1
+    return weights, (q - w @ d).norm() / q.norm()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_and_misfit_equal_a_float64_solve(
+    order: int, dtype: torch.dtype, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(2, 37, 24, generator=g).to(dtype) for _ in range(order + 2)]
+    prior = torch.tensor([1.5, 0.0][:order])
+    weights, misfit = ops.guided_weights(tensors[0], tensors[1:], prior, 0.003)
+    want, want_misfit = truth(tensors[0], tensors[1:], prior, 0.003)
+    assert weights[0, 0] == 1
+    assert torch.allclose(weights[0, 1:].double(), want, atol=1e-5)
+    assert torch.allclose(misfit.double(), want_misfit, atol=1e-5)
+
+
+def test_a_guide_that_moves_on_a_line_is_explained_exactly() -> None:
+    start, slope = torch.randn(3, 8, 4), torch.randn(3, 8, 4)
+    guide, *guides = (start + t * slope for t in (5.0, 3.0, 2.0))
+    weights, misfit = ops.guided_weights(guide, guides, torch.zeros(1), 0.0)
+    assert torch.allclose(weights, torch.tensor([[1.0, 3.0, -2.0]]), atol=1e-4)
+    assert misfit.item() < 1e-3
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_degenerate_history_falls_back_to_the_prior(value: float) -> None:
+    guides = [torch.full((1, 4, 4), value) for _ in range(3)]
+    weights, _ = ops.guided_weights(torch.randn(1, 4, 4), guides, torch.tensor([2.0, 0.0]))
+    assert torch.equal(weights, torch.tensor([[1.0, 3.0, -2.0, 0.0]]))
+
+
+def test_per_sample_weights_equal_those_of_each_sample_alone() -> None:
+    tensors = [torch.randn(3, 9, 8) for _ in range(4)]
+    prior = torch.tensor([1.0, 0.0])
+    together, misfit = ops.guided_weights(tensors[0], tensors[1:], prior, per_sample=True)
+    for i in range(3):
+        one, its = ops.guided_weights(
+            tensors[0][i : i + 1], [t[i : i + 1] for t in tensors[1:]], prior
+        )
+        assert torch.equal(one[0], together[i])
+        assert torch.equal(its[0], misfit[i])
+
+
+@pytest.mark.parametrize(
+    ("guides", "match"), [([torch.ones(2, 2)] * 1, "guides"), ([torch.ones(2, 2)] * 4, "guides")]
+)
+def test_the_op_names_what_is_wrong(guides: list[Tensor], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        ops.guided_weights(torch.ones(2, 2), guides, torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("order", 3),
+        ("guide", "output"),
+        ("ridge", -1.0),
+        ("tokens", 0),
+        ("max_misfit", float("nan")),
+    ],
+)
+def test_bad_fields_are_named(field: str, value: object) -> None:
+    with pytest.raises((TypeError, ValueError), match=field):
+        Guided(**{field: value})
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple:
+    from fastcache.demo import model as demo_model
+
+    torch.set_num_threads(1)
+    model, labels = demo_model.load_model(), torch.arange(12) % 10
+    return model, labels
+
+
+def psnr_of(shipped: tuple, recipe: Recipe, steps: int) -> tuple[float, int]:
+    from fastcache.demo import metrics, sample
+
+    model, labels = shipped
+    reference = sample.generate(model, labels, steps=steps, seed=3)
+    with fastcache.enable(model, recipe) as cache:
+        images = sample.generate(model, labels, steps=steps, seed=3, cache=cache)
+        return float(metrics.psnr(images, reference)), cache.stats.computed
+
+
+@pytest.mark.parametrize(
+    ("steps", "n", "gain"), [(28, 3, 2.0), (28, 4, 2.0), (28, 5, 2.0), (50, 5, 3.0)]
+)
+def test_guided_beats_taylor_at_the_same_computed_steps(
+    shipped: tuple, steps: int, n: int, gain: float
+) -> None:
+    rule = Interval(n, warmup=3, last=True)
+    taylor, computed = psnr_of(shipped, Recipe(rule, Taylor(1)), steps)
+    guided, same = psnr_of(shipped, Recipe(rule, Guided(2, tokens=1)), steps)
+    thinned, _ = psnr_of(shipped, Recipe(rule, Guided(2)), steps)
+    assert computed == same
+    assert guided >= taylor + gain
+    assert thinned >= guided - 0.6
+
+
+def test_max_misfit_computes_more_and_shows_the_misfit(shipped: tuple) -> None:
+    from fastcache.demo import sample
+
+    model, labels = shipped
+    reused = []
+    for bound in (None, 0.05):
+        recipe = Recipe(Interval(6, warmup=3, last=True), Guided(2, max_misfit=bound))
+        with fastcache.enable(model, recipe) as cache:
+            sample.generate(model, labels, steps=28, seed=3, cache=cache)
+            records = [r for r in cache.stats if r.action == "reuse"]
+            assert all(isinstance(r.signal, float) and r.signal >= 0 for r in records)
+            reused.append(len(records))
+    assert reused[1] < reused[0]
+
+
+def test_the_modulated_guide_runs_no_block_on_a_reused_step(shipped: tuple) -> None:
+    from fastcache.demo import sample
+
+    model, labels = shipped
+    calls = []
+    hook = model.transformer_blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    recipe = Recipe(Interval(4, warmup=3, last=True), Guided(1, guide="modulated"))
+    with fastcache.enable(model, recipe) as cache:
+        sample.generate(model, labels, steps=28, seed=3, cache=cache)
+        assert len(calls) == cache.stats.computed < 28
+    hook.remove()
+
+
+def test_a_model_without_a_known_modulation_is_refused() -> None:
+    model, _ = tiny.build("Wan3D")
+    with pytest.raises(ValueError, match="modulated"):
+        fastcache.enable(model, Recipe(Interval(3), Guided(1, guide="modulated")))
+
+
+class Ops(TorchDispatchMode):
+    """Counts our ops, device reads and allocations of hidden-state size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.ours, self.reads, self.large = size, [], 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        self.reads += name.endswith("_local_scalar_dense")
+        if name.startswith("fastcache::"):
+            self.ours.append(name.split("::")[1])
+        out = func(*args, **(kwargs or {}))
+        if name == "aten::empty_like" and out.numel() >= self.size:
+            self.large += 1
+        return out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "limit"),
+    [
+        (Recipe(Interval(3), Guided(2)), ["guided_weights", "linear_combine_device_"]),
+        (Recipe(Interval(3), Taylor(1)), ["linear_combine_"]),
+        (Recipe(Interval(3), Reuse()), ["residual_apply_"]),
+        (Recipe(FirstBlock(100.0), Reuse()), ["residual_l1_", "residual_apply_"]),
+    ],
+)
+def test_ops_of_a_reused_step(recipe: Recipe, limit: list[str]) -> None:
+    model, inputs = tiny.build("Wan3D")
+    calls = tiny.trajectory("Wan3D", inputs, 12)
+    hidden = 1 * 2 * 8 * 8 * 24
+    shallow, _ = tiny.build("Wan3D", depth=1)
+    with Ops(hidden) as block:  # what the block that always runs allocates by itself
+        tiny.output(shallow, calls[0])
+    looks = isinstance(recipe.when, FirstBlock) or isinstance(recipe.what, Guided)
+    with fastcache.enable(model, recipe) as cache:
+        for i, call in enumerate(calls):
+            with cache.context("cond", step_index=i), Ops(hidden) as seen:
+                tiny.output(model, call)
+            if cache.stats[-1].action == "reuse":
+                assert seen.ours == limit
+                assert seen.large == 1 + looks * block.large
+                assert not seen.reads
+        assert cache.stats.reused
