@@ -187,7 +187,7 @@ class Traffic(TorchDispatchMode):
         self.small, self.launches, self.bytes, self.reads = small, 0, 0, 0
         self.temporaries = 0  # bytes of new large tensors
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         schema = func._schema

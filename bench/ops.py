@@ -184,9 +184,17 @@ def show(rows: list[Row]) -> None:
         seen = key
         base = speedup(rows, row, "diffusers")
         table.append(
-            [title, row["contender"], common.spread(row, 1e3, 2), f"{row['gbps']:.1f}"]
-            + [f"{row['of_copy']:.0%}", f"{base:.1f}x" if base else "", row.get("launches")]
-            + [row.get("passes"), row["min_passes"]]
+            [
+                title,
+                row["contender"],
+                common.spread(row, 1e3, 2),
+                f"{row['gbps']:.1f}",
+                f"{row['of_copy']:.0%}",
+                f"{base:.1f}x" if base else "",
+                row.get("launches"),
+                row.get("passes"),
+                row["min_passes"],
+            ]
         )
     columns = ["op", "contender", "ms p20 / p50 / p80", "GB/s", "of copy", "vs diffusers"]
     common.print_table("cache ops", [*columns, "launches", "passes", "at least"], table)

@@ -1,0 +1,259 @@
+"""Speed and quality on the shipped trained model: every method's sweep, peers, and fewer steps.
+
+    python -m bench quality --json out.jsonl
+
+The same noise for all. Compute is floating-point operations of the transformer, as a share of the
+uncached run. A file that exists is continued: points that it holds are not measured again.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from . import common, systems
+from .common import Row
+from .sweeps import Point, points
+
+SOLUTION = 100  # steps of the run that stands for the exact solution
+BUDGETS = tuple(b / 100 for b in range(25, 61, 5))
+MODES = ("none", "sequential", "batched")
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# the CPU's attention, which the counter does not know
+ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+class Announced:
+    """What the sampler sees of a cache: sets the clock, then opens the system's own context."""
+
+    def __init__(self, attached: systems.Attached) -> None:
+        self.attached = attached
+
+    @contextmanager
+    def context(
+        self, name: str, step_index: int, num_inference_steps: int, timestep: float, sigma: float
+    ) -> Any:
+        systems.CLOCK["t"] = timestep
+        with self.attached.context(name, step_index, num_inference_steps, timestep):
+            yield
+
+
+class Bench:
+    """The model, its judge, the noise and the reference images of one steps and guidance."""
+
+    def __init__(self, seeds: int, steps: int, guidance: str) -> None:
+        from fastcache.demo.data import load_digits
+        from fastcache.demo.model import load_judge, load_model
+        from fastcache.demo.sample import GUIDANCE
+
+        self.model, self.judge = load_model(), load_judge()
+        self.labels = torch.arange(seeds) % 10
+        self.steps, self.guidance = steps, guidance
+        self.scale = None if guidance == "none" else GUIDANCE
+        self.real = load_digits()[0].images
+        self.reference, self.flops = self.generate(self.model, steps)
+
+    def generate(
+        self, model: nn.Module, steps: int, attached: systems.Attached | None = None
+    ) -> tuple[Tensor, int]:
+        """Images and the operations that they took."""
+        from fastcache.demo.sample import generate
+
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+            images = generate(
+                model,
+                self.labels,
+                steps=steps,
+                guidance=self.scale,
+                batched_guidance=self.guidance == "batched",
+                cache=None if attached is None else Announced(attached),  # type: ignore[arg-type]
+            )
+        return images, counter.get_total_flops()
+
+    def solve(self) -> Tensor:
+        return self.generate(self.model, SOLUTION)[0]
+
+    def row(self, point: Point, solution: Tensor) -> Row:
+        """Quality of one point; upstream that cannot run is a row with an error."""
+        from fastcache.demo import metrics
+
+        head = {"steps": self.steps, "guidance": self.guidance, "seeds": len(self.labels)}
+        row: Row = {**head, **dict(zip(KEY, point.key, strict=True))}
+        model = copy.deepcopy(self.model)
+        attached = None
+        try:
+            with systems.quietly():
+                if point.attach is not None:
+                    attached = point.attach(model)
+                images, flops = self.generate(model, point.steps or self.steps, attached)
+                row["cache_bytes"] = attached.nbytes() if attached else 0
+                if attached is not None:
+                    attached.detach()
+        except Exception as error:
+            return row | {"error": f"{type(error).__name__}: {error}"[:160], "psnr": None}
+        quality = metrics.psnr(images, self.reference)
+        return row | {
+            "compute": flops / self.flops,
+            "psnr": None if math.isinf(quality) else quality,
+            "relative_l2": metrics.relative_l2(images, self.reference),
+            "ssim": metrics.ssim(images, self.reference),
+            "accuracy": metrics.accuracy(self.judge, images, self.labels),
+            "frechet": metrics.frechet(self.judge, images, self.real),
+            "psnr_solution": metrics.psnr(images, solution),
+        }
+
+
+KEY = ("system", "method", "predictor", "setting")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    for package in ("diffusers", "cache-dit"):
+        if reason := systems.missing(package):
+            print(reason)
+    if systems.missing("diffusers"):
+        print("the trained model is diffusers' own class: nothing can be measured")
+        return 0
+    if args.quick:
+        args.steps, args.guidance, args.seeds = [8], ["none"], 4
+    rows = [] if args.fresh or not args.json else common.read_lines(args.json)
+    environment = common.environment()
+    for steps in args.steps:
+        for guidance in args.guidance:
+            _sweep(args, rows, steps, guidance, environment)
+    if args.json:
+        common.write_lines(args.json, rows)
+    show(rows)
+    if args.plot:
+        from .figures import quality_figure, save
+
+        save(quality_figure(rows), args.plot)
+    return 0
+
+
+def _sweep(args: Any, rows: list[Row], steps: int, guidance: str, environment: Row) -> None:
+    """Measure what `rows` does not hold yet; every finished point is written at once."""
+    ratios = calibrate(steps)
+    work = list(points(steps, guidance, ratios))
+    if args.quick:
+        kinds = {p.key[:2]: p for p in work}
+        work = list(kinds.values())
+    if args.method:
+        work = [p for p in work if p.method in args.method or p.system in args.method]
+    have = {
+        tuple(r[k] for k in KEY)
+        for r in rows
+        if (r["steps"], r["guidance"], r["seeds"]) == (steps, guidance, args.seeds)
+    }
+    work = [p for p in work if p.key not in have]
+    if not work:
+        return
+    bench = Bench(args.seeds, steps, guidance)
+    solution = bench.solve() if not args.quick else bench.reference
+    if ("uncached", "uncached", "", f"{steps} steps") not in have:
+        whole = Point("uncached", "uncached", "", f"{steps} steps", None, steps)
+        rows.append({"bench": "quality", **bench.row(whole, solution), **environment})
+    with common.bar(len(work), f"{steps} steps, guidance {guidance}") as progress:
+        for point in work:
+            progress.set_postfix_str(" ".join(point.key))
+            row = {"bench": "quality", **bench.row(point, solution), **environment}
+            rows.append(row)
+            if args.json:
+                common.write_lines(args.json, [row], append=len(rows) > 2)
+                if len(rows) <= 2:
+                    common.write_lines(args.json, rows)
+            progress.update()
+
+
+def calibrate(steps: int) -> list[float]:
+    from fastcache.demo.model import load_model
+    from fastcache.demo.run import calibrate as measure
+
+    return measure(load_model(), steps)
+
+
+# --- reading the rows --------------------------------------------------------------------------------
+
+
+def best(rows: Sequence[Row], budget: float) -> Row | None:
+    """The row of highest PSNR among those that cost at most `budget`."""
+    within = [r for r in rows if r.get("psnr") is not None and r["compute"] <= budget + 1e-9]
+    return max(within, key=lambda r: r["psnr"], default=None)
+
+
+def frontier(rows: Sequence[Row]) -> list[Row]:
+    """Per budget: the best of every system, and how far ours is ahead."""
+    found = []
+    for budget in BUDGETS:
+        line: Row = {"budget": budget}
+        for system in ("fastcache", "diffusers", "cache-dit", "uncached"):
+            row = best([r for r in rows if r["system"] == system], budget)
+            line[system] = row["psnr"] if row else None
+            line[f"{system} setting"] = " ".join(row[k] for k in KEY[1:]) if row else ""
+        reuse = [r for r in rows if r["system"] == "fastcache" and r["predictor"] == "reuse"]
+        row = best(reuse, budget)
+        line["reuse"] = row["psnr"] if row else None
+        found.append(line)
+    return found
+
+
+def show(rows: list[Row]) -> None:
+    groups = list(dict.fromkeys((r["steps"], r["guidance"]) for r in rows))
+    for steps, guidance in groups:
+        here = [r for r in rows if (r["steps"], r["guidance"]) == (steps, guidance)]
+        table: list[list[object]] = []
+        for row in here:
+            name = " ".join(str(row[k]) for k in KEY[1:] if row[k])
+            if row.get("error"):
+                table.append([row["system"], name, "", row["error"][:60]])
+                continue
+            cells = [f"{row['compute']:.1%}", _number(row["psnr"]), f"{row['relative_l2']:.4f}"]
+            cells += [f"{row['ssim']:.4f}", f"{row['accuracy']:.1%}", f"{row['frechet']:.2f}"]
+            bytes_ = row["cache_bytes"]
+            cells += [_number(row["psnr_solution"]), f"{bytes_ / 2**20:.2f}" if bytes_ else ""]
+            table.append([row["system"], name, *cells])
+        columns = ["system", "method", "compute", "PSNR", "rel. L2", "SSIM", "judge", "Fréchet"]
+        title = f"{steps} steps, guidance {guidance}, {here[0]['seeds']} seeds"
+        common.print_table(title, [*columns, "PSNR to exact", "cache MiB"], table)
+        lines = [
+            [
+                f"{f['budget']:.0%}",
+                *(_number(f[k]) for k in ("fastcache", "diffusers", "cache-dit", "uncached")),
+                _number(f["reuse"]),
+                f["fastcache setting"],
+            ]
+            for f in frontier(here)
+        ]
+        columns = ["compute at most", "fastcache", "diffusers", "cache-dit", "fewer steps"]
+        common.print_table("best PSNR in dB", [*columns, "our reuse", "our best"], lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _parser() -> Any:
+    p = common.parser("quality", __doc__)
+    p.add_argument("--steps", type=int, nargs="+", default=[28, 50])
+    p.add_argument("--guidance", nargs="+", choices=MODES, default=["none", "sequential"])
+    p.add_argument("--seeds", type=int, default=64, help="images, each with its own noise")
+    p.add_argument("--method", nargs="+", help="only these methods or systems")
+    p.add_argument("--fresh", action="store_true", help="measure everything again")
+    return p
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

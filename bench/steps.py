@@ -1,0 +1,466 @@
+"""Latency and memory of computed and reused steps: fastcache, diffusers' hooks and cache-dit.
+
+    python -m bench steps --json out.jsonl
+
+All systems follow one schedule: the first 4 of 28 steps computed, then every third. Only cost is
+compared; weights may be random. "own" is a reused step less the modules that must still run, timed as
+the same model without its skipped blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastcache
+from fastcache import FirstBlock, Mask, Recipe, Reuse, Stack, Taylor
+
+from . import common, systems
+from .common import Row
+from .systems import Attached
+
+STEPS, WARMUP, EVERY = 28, 4, 3
+BATCHES = (1, 8, 64)
+
+
+def schedule(steps: int) -> list[bool]:
+    """True for computed steps."""
+    return [i < WARMUP or (i - WARMUP + 1) % EVERY == 0 for i in range(steps)]
+
+
+# --- models ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Subject:
+    """A model, the inputs of one run, and which block lists a stack cache skips."""
+
+    name: str
+    batch: int
+    model: nn.Module
+    calls: list[dict[str, Any]]
+    lists: tuple[str, ...]
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Size of one hidden state."""
+        first = self.calls[0]
+        tokens = first["hidden_states"].shape[1] + first["encoder_hidden_states"].shape[1]
+        width = self.model.config.num_attention_heads * self.model.config.attention_head_dim
+        return self.batch * tokens * width * first["hidden_states"].element_size()
+
+    def twin(self) -> nn.Module:
+        """The same weights in modules of its own, so that hooks do not meet."""
+        shared: dict[int, Any] = {id(t): t for t in self.model.parameters()}
+        shared |= {id(t): t for t in self.model.buffers()}
+        return copy.deepcopy(self.model, shared)
+
+    def without_blocks(self, kept: int) -> nn.Module:
+        """The modules that must still run on a reused step: all but the blocks past the first `kept`."""
+        model = self.twin()
+        for i, name in enumerate(self.lists):
+            blocks = list(getattr(model, name))[: kept if i == 0 else 0]
+            setattr(model, name, nn.ModuleList(blocks))
+        return model
+
+
+def trained(batch: int, steps: int, **_: Any) -> Subject:
+    """The shipped model on its own noise; latents drift as in a real run."""
+    from fastcache.demo.data import encode_labels, position_ids
+    from fastcache.demo.model import load_model
+    from fastcache.demo.sample import initial_noise, sigmas
+
+    text, pooled = encode_labels(torch.arange(batch) % 10)
+    image_ids, text_ids = position_ids()
+    noise, levels = initial_noise(batch, 0), sigmas(steps)
+    fixed = {"encoder_hidden_states": text, "pooled_projections": pooled}
+    fixed |= {"img_ids": image_ids, "txt_ids": text_ids, "return_dict": False}
+    calls = [
+        {**fixed, "hidden_states": noise * s, "timestep": torch.full((batch,), s)}
+        for s in levels[:-1]
+    ]
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    return Subject("digits", batch, load_model(), calls, lists)
+
+
+def flux(
+    batch: int, steps: int, depth: tuple[int, int], tokens: int, device: str, dtype: torch.dtype
+) -> Subject:
+    """FluxTransformer2DModel at FLUX.1's width with random weights; (19, 38) blocks are full size."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device(device):
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            model: Any = FluxTransformer2DModel(num_layers=depth[0], num_single_layers=depth[1])
+        finally:
+            torch.set_default_dtype(default)
+    model.eval().requires_grad_(False)
+    g = torch.Generator(device).manual_seed(0)
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.normal_(0, 0.6 / p.shape[-1] ** 0.5, generator=g)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, device=device, dtype=dtype)
+
+    side = int(tokens**0.5)
+    ids = torch.zeros(side * side, 3, device=device, dtype=dtype)
+    ids[:, 1] = torch.arange(side * side, device=device) // side
+    ids[:, 2] = torch.arange(side * side, device=device) % side
+    text = 512 if tokens >= 1024 else 64
+    fixed = {
+        "encoder_hidden_states": draw(batch, text, 4096),
+        "pooled_projections": draw(batch, 768),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(text, 3, device=device, dtype=dtype),
+        "return_dict": False,
+    }
+    latents = draw(batch, side * side, 64)
+    calls = [
+        {**fixed, "hidden_states": latents, "timestep": torch.full((batch,), t, device=device, dtype=dtype)}
+        for t in torch.linspace(1, 1 / steps, steps).tolist()
+    ]  # fmt: skip
+    name = "FLUX.1 random" if depth == (19, 38) else f"FLUX width, {depth[0]}+{depth[1]} blocks"
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    return Subject(name, batch, model, calls, lists)
+
+
+# --- contenders -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Contender:
+    """One way to make a run. force: told before every step whether it must compute."""
+
+    system: str
+    method: str
+    compiled: str
+    call: Callable[..., Any]
+    attached: Attached | None = None
+    force: Callable[[bool], object] | None = None
+    kept: int | None = None  # blocks that a reused step still runs; None: not a stack cache
+    times: list[list[float]] = field(default_factory=list)
+
+    def run(self, subject: Subject, sync: Callable[[], object]) -> None:
+        """One whole run, timed step by step."""
+        steps, plan, times = len(subject.calls), schedule(len(subject.calls)), []
+        for i, inputs in enumerate(subject.calls):
+            t = 1000.0 * (1 - i / steps)
+            systems.CLOCK["t"] = t
+            if self.force is not None:
+                self.force(plan[i])
+            sync()
+            start = time.perf_counter()
+            with self._context(i, steps, t):
+                self.call(**inputs)
+            sync()
+            times.append(time.perf_counter() - start)
+        if self.attached is not None:
+            self.attached.reset()
+        self.times.append(times)
+
+    def _context(self, step: int, steps: int, timestep: float) -> AbstractContextManager[Any]:
+        if self.attached is None:
+            return nullcontext()
+        return self.attached.context("cond", step, steps, timestep)
+
+
+def contenders(subject: Subject, compiled: bool) -> Iterator[Contender]:
+    """Everything that is compared on one model, each with modules of its own."""
+    plan = schedule(len(subject.calls))
+    yield Contender("uncached", "uncached", "", subject.twin())
+    for kept, name in ((0, "no blocks"), (1, "first block only")):
+        yield Contender("uncached", name, "", subject.without_blocks(kept))
+    for method, config in _our_configs(plan).items():
+        model = subject.twin()
+        attached = systems.attach_fastcache(model, config)
+        kept = {"FirstBlock": 1, "MagCache": 0, "Taylor on the stack": 0}.get(method)
+        yield Contender("fastcache", method, "", model, attached, kept=kept)
+    if not systems.missing("diffusers"):
+        yield from _diffusers(subject, plan)
+    if not systems.missing("cache-dit"):
+        yield from _cache_dit(subject, plan)
+    if compiled:
+        yield from _compiled(subject, plan)
+
+
+def _our_configs(plan: list[bool]) -> dict[str, Any]:
+    steps = len(plan)
+    mask = Mask(plan, warmup=0, last=False)
+    forced = FirstBlock(1e9, warmup=WARMUP, max_skips=EVERY - 1)
+    return {
+        "MagCache": fastcache.MagCacheConfig(**_magnitude(steps), mag_ratios=[1.0] * steps),
+        "FirstBlock": Recipe(forced, Reuse(), Stack()),
+        "Taylor on the stack": Recipe(mask, Taylor(1), Stack()),
+        **_module_configs(fastcache),
+    }
+
+
+def _magnitude(steps: int) -> dict[str, Any]:
+    """MagCache's fields that give the common schedule with ratios of one."""
+    retention = WARMUP / steps
+    return {"threshold": 1e9, "max_skip_steps": EVERY - 1, "retention_ratio": retention} | {
+        "num_inference_steps": steps
+    }
+
+
+def _module_configs(library: Any) -> dict[str, Any]:
+    """Methods on modules, as documented; the last third of their schedules falls differently."""
+    return {
+        "TaylorSeer": library.TaylorSeerCacheConfig(
+            cache_interval=EVERY,
+            disable_cache_before_step=WARMUP,
+            taylor_factors_dtype=torch.float32,
+        ),
+        "PAB": library.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=EVERY,
+            spatial_attention_timestep_skip_range=(-1, 900),
+            current_timestep_callback=systems.now,
+        ),
+        "FasterCache": library.FasterCacheConfig(
+            spatial_attention_block_skip_range=EVERY,
+            spatial_attention_timestep_skip_range=(-1, 900),
+            is_guidance_distilled=True,
+            current_timestep_callback=systems.now,
+        ),
+    }
+
+
+def _diffusers(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
+    from diffusers import hooks
+
+    steps = len(plan)
+    configs = {
+        "MagCache": hooks.MagCacheConfig(**_magnitude(steps), mag_ratios=torch.ones(steps)),
+        "FirstBlock": hooks.FirstBlockCacheConfig(threshold=0.0),
+        **_module_configs(hooks),
+    }
+    for method, config in configs.items():
+        model = subject.twin()
+        attached = systems.attach_diffusers(model, config)
+        force = _threshold_switch(model) if method == "FirstBlock" else None
+        kept = {"FirstBlock": 1, "MagCache": 0}.get(method)
+        yield Contender("diffusers", method, "", model, attached, force, kept)
+
+
+def _threshold_switch(model: nn.Module) -> Callable[[bool], object]:
+    """diffusers' FirstBlockCache knows no schedule: move its threshold before every step."""
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()
+        if hasattr(hook, "threshold")
+    ]
+
+    def force(compute: bool) -> None:
+        for hook in hooks:
+            hook.threshold = -1.0 if compute else 1e9
+
+    return force
+
+
+def _cache_dit(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
+    for method, order in (("FirstBlock", 0), ("Taylor on the stack", 1)):
+        model = subject.twin()
+        mask = [int(c) for c in plan]
+        attached = systems.attach_cache_dit(
+            model, order=order, steps=len(plan), warmup=WARMUP, mask=mask
+        )
+        yield Contender("cache-dit", method, "", model, attached, kept=1)
+
+
+def _compiled(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
+    """The same under Inductor; peers as they compose best with it."""
+    model = subject.twin()
+    yield Contender("uncached", "uncached", "torch.compile", torch.compile(model))
+    for method, config in _our_configs(plan).items():
+        if method in ("MagCache", "FirstBlock", "Taylor on the stack"):
+            model = subject.twin()
+            attached = systems.attach_fastcache(model, config)
+            call = fastcache.compile(model)
+            yield Contender("fastcache", method, "fastcache.compile", call, attached)
+    if not systems.missing("diffusers"):
+        for other in _diffusers(subject, plan):
+            if other.method in ("MagCache", "FirstBlock"):
+                other.compiled, other.call = "torch.compile", torch.compile(other.call)
+                yield other
+    if not systems.missing("cache-dit"):
+        for other in _cache_dit(subject, plan):
+            model: Any = other.call
+            model.compile_repeated_blocks()
+            other.compiled = "repeated blocks"
+            yield other
+
+
+# --- measuring ------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    for package in ("diffusers", "cache-dit"):
+        if reason := systems.missing(package):
+            print(reason)
+    if systems.missing("diffusers"):
+        print("the models are diffusers' own classes: nothing can be measured")
+        return 0
+    if args.quick:
+        args.batch, args.rounds = [1], 1
+    environment = common.environment(args.device)
+    rows: list[Row] = []
+    for subject in _subjects(args):
+        rows += [{**row, **environment} for row in measure(subject, args)]
+        if args.json:
+            common.write_lines(args.json, rows)
+    show(rows)
+    if args.plot:
+        from .figures import save, steps_figure
+
+        save(steps_figure(rows), args.plot)
+    return 0
+
+
+def _subjects(args: Any) -> Iterator[Subject]:
+    steps = 10 if args.quick else STEPS
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    for batch in args.batch:
+        if args.model == "digits":
+            yield trained(batch, steps)
+        else:
+            depth = (19, 38) if args.model == "flux" else (1, 3)
+            yield flux(batch, steps, depth, args.tokens, args.device, dtype)
+
+
+def measure(subject: Subject, args: Any) -> list[Row]:
+    """Interleaved runs of every contender; per-step medians."""
+    sync = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    found: list[Contender] = []
+    with systems.quietly(), torch.no_grad():
+        for contender in contenders(subject, args.compiled):
+            try:
+                contender.run(subject, sync)  # warm-up, also where compilation happens
+                contender.run(subject, sync)
+            except Exception as error:
+                print(f"{contender.system} {contender.method} {contender.compiled}: {error}"[:300])
+                continue
+            contender.times.clear()
+            found.append(contender)
+        with common.bar(args.rounds * len(found), f"{subject.name}, batch {subject.batch}") as bar:
+            for _ in range(args.rounds):
+                for contender in found:
+                    bar.set_postfix_str(f"{contender.system} {contender.method}")
+                    contender.run(subject, sync)
+                    bar.update()
+        rows = [_row(contender, subject, args) for contender in found]
+    _own_cost(rows, found)
+    return rows
+
+
+def _row(contender: Contender, subject: Subject, args: Any) -> Row:
+    plan = schedule(len(subject.calls))
+    cached = contender.attached is not None
+    by_kind: dict[bool, list[float]] = {True: [], False: []}
+    for times in contender.times:
+        for compute, t in zip(plan, times, strict=True):
+            by_kind[compute or not cached].append(t)
+    row: Row = {"bench": "steps", "model": subject.name, "batch": subject.batch}
+    row |= {"system": contender.system, "method": contender.method}
+    row |= {"compiled": contender.compiled, "steps": len(plan), "computed": sum(plan)}
+    whole = common.quantiles([sum(times) for times in contender.times])
+    row |= {f"run_{k}": v for k, v in whole.items()} | {"rounds": len(contender.times)}
+    row["computed_ms"] = 1e3 * common.quantiles(by_kind[True])["p50"]
+    row["reused_ms"] = 1e3 * common.quantiles(by_kind[False])["p50"] if cached else None
+    if cached and not contender.compiled:
+        row |= _traffic(contender, subject)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contender.run(subject, torch.cuda.synchronize)
+        contender.times.pop()
+        row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    return row
+
+
+def _traffic(contender: Contender, subject: Subject) -> Row:
+    """Launches, device reads, new tensors and cache bytes, of the first reused step past the warm-up."""
+    plan, attached = schedule(len(subject.calls)), contender.attached
+    assert attached is not None
+    row: Row = {}
+    for i, inputs in enumerate(subject.calls):
+        systems.CLOCK["t"] = t = 1000.0 * (1 - i / len(plan))
+        if contender.force is not None:
+            contender.force(plan[i])
+        watched = i > WARMUP and not plan[i]
+        with (
+            attached.context("cond", i, len(plan), t),
+            common.Traffic(subject.hidden_bytes // 2) if watched else nullcontext() as traffic,
+        ):
+            contender.call(**inputs)
+        if watched:
+            # reading two sums with `tolist` is no op that a dispatch mode could see
+            hidden = int(contender.system == "fastcache" and contender.method == "FirstBlock")
+            row = {"launches": traffic.launches, "reads": traffic.reads + hidden}
+            row |= {"temporaries": traffic.temporaries, "cache_bytes": attached.nbytes()}
+            break
+    attached.reset()
+    return row
+
+
+def _own_cost(rows: list[Row], found: Sequence[Contender]) -> None:
+    """The reused step less what the model needs for it without a cache."""
+    floors = {
+        kept: next((r["computed_ms"] for r in rows if r["method"] == name), None)
+        for kept, name in ((0, "no blocks"), (1, "first block only"))
+    }
+    for row, contender in zip(rows, found, strict=True):
+        floor = floors.get(contender.kept) if contender.kept is not None else None
+        if floor is not None and row["reused_ms"] is not None:
+            row["own_ms"] = row["reused_ms"] - floor
+
+
+def show(rows: list[Row]) -> None:
+    for model, batch in dict.fromkeys((r["model"], r["batch"]) for r in rows):
+        here = [r for r in rows if (r["model"], r["batch"]) == (model, batch)]
+        table = [
+            [r["method"], r["system"], r["compiled"]]
+            + [_ms(r.get(k)) for k in ("computed_ms", "reused_ms", "own_ms")]
+            + [common.spread({p: r[f"run_{p}"] for p in ("p20", "p50", "p80")}, 1e3, 1)]
+            + [r.get("launches"), r.get("reads"), _kib(r.get("temporaries"))]
+            + [_kib(r.get("cache_bytes"))]
+            for r in sorted(here, key=lambda r: (r["compiled"], r["method"]))
+        ]
+        columns = ["method", "system", "compiled", "computed ms", "reused ms", "own ms"]
+        columns += ["run ms p20/p50/p80", "launches", "reads", "new KiB", "cache KiB"]
+        common.print_table(f"{model}, batch {batch}", columns, table)
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _kib(value: int | None) -> str:
+    return "" if value is None else f"{value / 1024:.0f}"
+
+
+def _parser() -> Any:
+    p = common.parser("steps", __doc__)
+    p.add_argument("--model", choices=("digits", "flux-slice", "flux"), default="digits")
+    p.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
+    p.add_argument("--tokens", type=int, default=1024, help="image tokens of the random models")
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--compiled", action="store_true", help="also under Inductor (minutes)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return p
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

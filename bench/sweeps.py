@@ -1,0 +1,170 @@
+"""The settings that `bench/quality.py` sweeps, one row each: who, which method, how strong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastcache
+from fastcache import FirstBlock, Interval, Magnitude, Mask, Recipe, Reuse, Stack, Taylor
+
+from . import systems
+from .systems import Attached
+
+FIRST_BLOCK = (0.06, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30)
+MAGNITUDE = (0.06, 0.12, 0.18, 0.24, 0.36, 0.50)
+INTERVALS = (2, 3, 4, 5, 6, 8, 12)
+SEER_INTERVALS = (2, 3, 4, 5, 6)
+BROADCAST = (2, 3, 4)
+DB_CACHE = (0.06, 0.08, 0.12, 0.16, 0.20, 0.30)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured setting. `attach` is None for the uncached model at `steps` steps."""
+
+    system: str
+    method: str
+    predictor: str  # "", "reuse", "order 1", ...
+    setting: str
+    attach: Callable[[nn.Module], Attached] | None = None
+    steps: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.system, self.method, self.predictor, self.setting
+
+
+def ours(method: str, predictor: str, setting: str, config: Any) -> Point:
+    def attach(model: nn.Module) -> Attached:
+        return systems.attach_fastcache(model, config)
+
+    return Point("fastcache", method, predictor, setting, attach)
+
+
+def theirs(method: str, predictor: str, setting: str, name: str, **fields: Any) -> Point:
+    def attach(model: nn.Module) -> Attached:
+        from diffusers import hooks
+
+        return systems.attach_diffusers(model, getattr(hooks, name)(**fields))
+
+    return Point("diffusers", method, predictor, setting, attach)
+
+
+def fewer(steps: int) -> Iterator[Point]:
+    """The uncached model at fewer steps: what one would do without a cache."""
+    counts = sorted(
+        {round(steps * share / 28) for share in (5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 21)}
+    )
+    for n in counts:
+        yield Point("uncached", "fewer steps", "", f"{n} steps", None, n)
+
+
+def points(steps: int, guidance: str, ratios: Sequence[float]) -> Iterator[Point]:
+    """Every setting for runs of `steps` steps; guidance is "none", "sequential" or "batched"."""
+    yield from fewer(steps)
+    yield from stack_points(steps, ratios)
+    yield from module_points(guidance)
+    if not systems.missing("diffusers"):
+        yield from diffusers_points(steps, guidance, ratios)
+    if not systems.missing("cache-dit") and guidance != "batched":
+        yield from cache_dit_points(steps, guidance == "sequential")
+
+
+def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
+    """Rules on the whole stack; both predictors of a rule compute the same steps."""
+    predictors = {"reuse": Reuse(), "order 1": Taylor(1)}
+    for label, what in predictors.items():
+        for t in FIRST_BLOCK:
+            when = FirstBlock(t, warmup=4, last=True)
+            yield ours("FirstBlock", label, f"{t:g}", Recipe(when, what, Stack()))
+        for t in MAGNITUDE:
+            rule = Magnitude(
+                t, num_inference_steps=steps, mag_ratios=tuple(ratios), warmup=4, last=True
+            )
+            yield ours("MagCache", label, f"{t:g}", Recipe(rule, what, Stack()))
+    for label, what in (predictors | {"order 2": Taylor(2, skip_first=True)}).items():
+        for n in INTERVALS:
+            every = Interval(n, warmup=4, last=True)
+            yield ours("Interval", label, f"every {n}", Recipe(every, what, Stack()))
+    guided = getattr(fastcache, "Guided", None)
+    if guided is not None:
+        for n in INTERVALS:
+            every = Interval(n, warmup=4, last=True)
+            yield ours("Guided", "guided", f"every {n}", Recipe(every, guided(), Stack()))
+    for n in SEER_INTERVALS:
+        mask = Mask(seer_schedule(steps, n))
+        recipe = Recipe(mask, Taylor(1), Stack())
+        yield ours("TaylorSeer", "order 1", f"stack, every {n}", recipe)
+
+
+def seer_schedule(steps: int, interval: int, before: int = 3) -> tuple[int, ...]:
+    """1 for every step that TaylorSeerCacheConfig(cache_interval=interval) computes."""
+    return tuple(int(i < before or (i - before - 1) % interval == 0) for i in range(steps))
+
+
+def module_points(guidance: str) -> Iterator[Point]:
+    """Rules on modules, from the documented configs."""
+    yield from _module_points(
+        guidance, lambda method, predictor, setting, name, **fields: ours(
+            method, predictor, setting, getattr(fastcache, name)(**fields)
+        )
+    )  # fmt: skip
+
+
+def diffusers_points(steps: int, guidance: str, ratios: Sequence[float]) -> Iterator[Point]:
+    for t in FIRST_BLOCK:
+        yield theirs("FirstBlock", "reuse", f"{t:g}", "FirstBlockCacheConfig", threshold=t)
+    for t in MAGNITUDE:
+        fields = {"num_inference_steps": steps, "mag_ratios": torch.tensor(ratios)}
+        yield theirs("MagCache", "reuse", f"{t:g}", "MagCacheConfig", threshold=t, **fields)
+    yield from _module_points(guidance, theirs)
+
+
+def _module_points(guidance: str, make: Callable[..., Point]) -> Iterator[Point]:
+    """TaylorSeer, Pyramid Attention Broadcast and FasterCache, the same fields on either side."""
+    fp32 = {"taylor_factors_dtype": torch.float32}
+    for n in SEER_INTERVALS:
+        for kind, fields in (("modules", {}), ("lite", {"use_lite_mode": True})):
+            setting = f"{kind}, every {n}"
+            name = "TaylorSeerCacheConfig"
+            yield make("TaylorSeer", "order 1", setting, name, cache_interval=n, **fp32, **fields)
+    for n in BROADCAST:
+        yield make(
+            "PAB",
+            "reuse",
+            f"range {n}",
+            "PyramidAttentionBroadcastConfig",
+            spatial_attention_block_skip_range=n,
+            current_timestep_callback=systems.now,
+        )
+    for n in BROADCAST:
+        yield make(
+            "FasterCache",
+            "order 1",
+            f"range {n}",
+            "FasterCacheConfig",
+            spatial_attention_block_skip_range=n,
+            is_guidance_distilled=True,  # the attention half, on every kind of guidance
+            current_timestep_callback=systems.now,
+        )
+
+
+def cache_dit_points(steps: int, separate_cfg: bool) -> Iterator[Point]:
+    for order, label in ((0, "reuse"), (1, "order 1")):
+        for t in DB_CACHE:
+            yield _dbcache(steps, separate_cfg, label, f"{t:g}", order=order, threshold=t)
+        for n in (3, 4, 5, 6):
+            mask = [int(i < 4 or (i - 3) % n == 0 or i == steps - 1) for i in range(steps)]
+            yield _dbcache(steps, separate_cfg, label, f"every {n}", order=order, mask=mask)
+
+
+def _dbcache(steps: int, separate_cfg: bool, predictor: str, setting: str, **fields: Any) -> Point:
+    def attach(model: nn.Module) -> Attached:
+        return systems.attach_cache_dit(model, steps=steps, separate_cfg=separate_cfg, **fields)
+
+    return Point("cache-dit", "DBCache", predictor, setting, attach)
