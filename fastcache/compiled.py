@@ -28,7 +28,8 @@ ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters  
 def compile_alone(function: Callable, options: dict[str, Any]) -> Callable:
     """torch.compile whose graphs do not count against those of other callables of the same code."""
     if ISOLATES:
-        return torch.compile(function, isolate_recompiles=True, **options)
+        options = {"isolate_recompiles": True, **options}
+        return torch.compile(function, **options)
     code = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,

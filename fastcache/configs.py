@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .policies import Interval, Magnitude, TimestepRange
+from .policies import Interval, Magnitude, Policy, TimestepRange
 from .policies.base import flag, interval_of, limit, real, whole
 from .policies.first_block import FirstBlock
 from .policies.magnitude import Calibrate, checked_ratios, resample
@@ -176,7 +176,7 @@ class MagCacheConfig(Config):
     def recipe(self) -> Recipe:
         self.validate()
         if self.calibrate:
-            policy = Calibrate(**BARE)
+            policy: Policy = Calibrate(**BARE)
         else:
             ratios: Any = self.mag_ratios
             policy = Magnitude(
@@ -474,6 +474,10 @@ def resolve(config: object) -> tuple[Recipe, Config | None]:
             f"config is {config!r}, must be one of {', '.join(CONFIGS)} (fastcache's or diffusers' own) or a "
             "fastcache.Recipe"
         )
-    values = {f.name: getattr(config, f.name) for f in fields(kind) if hasattr(config, f.name)}
+    values = {
+        f.name: getattr(config, f.name)
+        for f in fields(kind)  # type: ignore[arg-type]
+        if hasattr(config, f.name)
+    }
     copy = kind(**values)
     return copy.recipe(), copy

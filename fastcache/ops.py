@@ -8,6 +8,7 @@ themselves: its tensors are known to fit, and a stored tensor may there have a l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -241,7 +242,7 @@ def _(out, base, qs, scales, weights):
 # --- public wrappers -------------------------------------------------------------------------------------
 
 
-def _check(op: str, **tensors: object) -> None:
+def _check(op: str, **tensors: Any) -> None:
     """Raise a TypeError or ValueError that names the argument unless all agree with the first."""
     first_name, first = next(iter(tensors.items()))
     for name, t in tensors.items():
@@ -404,7 +405,8 @@ def linear_combine(
     else:
         _check_out("linear_combine", out)
     if device_weights:
-        torch.ops.fastcache.linear_combine_device_.default(out, list(tensors), weights.contiguous())
+        device: Any = weights
+        torch.ops.fastcache.linear_combine_device_.default(out, list(tensors), device.contiguous())
     else:
         torch.ops.fastcache.linear_combine_.default(out, list(tensors), [float(w) for w in weights])
     return out

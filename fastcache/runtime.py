@@ -90,7 +90,7 @@ class Control:
         self.armed = self.missed = self.compiled = False
         self.phase = WHOLE
         self.seen: Any = None  # the timestep that the model was called with, inside a graph
-        self.state: State | None = None
+        self.state: Any = None  # the State of the running call
         self.actions: list[str] = [COMPUTE] * rules
         self.batch = "full"  # "half" while the unconditional half is skipped
 
@@ -155,8 +155,8 @@ class Denoiser:
                 missing.append(error)
         if missing and all(isinstance(target, GuidanceTarget) for _, target in bound):
             raise missing[0]
-        for error in missing:
-            warnings.warn(f"fastcache: {error}", stacklevel=6)
+        for nothing in missing:
+            warnings.warn(f"fastcache: {nothing}", stacklevel=6)
         self.recipe = Recipe.of([rule for rule, _ in bound], self.recipe.name)
         self.control.actions = [COMPUTE] * len(bound)
         return [target for _, target in bound]
@@ -207,7 +207,7 @@ class Denoiser:
 
         return forward
 
-    def _cache_context(self, original: Callable) -> Callable:
+    def _cache_context(self, original: Any) -> Callable:
         """The model's own cache_context, which also opens ours: pipelines drive the cache through it."""
 
         @functools.wraps(original)
@@ -226,7 +226,7 @@ class Denoiser:
 
         return cache_context
 
-    def _reset_event(self, original: Callable) -> Callable:
+    def _reset_event(self, original: Any) -> Callable:
         """The model's own reset, which pipelines call at the end of a run."""
 
         @functools.wraps(original)
@@ -382,12 +382,12 @@ class Denoiser:
         """Find the state, notice whether a run begins, and decide what can be decided beforehand."""
         self._refuse_training()
         if self.prepared is not None:  # a context prepared for a graph, but the call runs eagerly
-            state, _, state.runs = self.prepared
-            self.prepared = None
+            unused, _, runs = self.prepared
+            unused.runs, self.prepared = runs, None
         key = (call.request, call.name)
-        state = self.states.get(key)
-        if state is None:
-            state = self.states[key] = self._new_state(key)
+        if key not in self.states:
+            self.states[key] = self._new_state(key)
+        state = self.states[key]
         shape = call_signature(args, kwargs)
         if state.signature != shape:
             self._adopt(state, shape)
@@ -959,7 +959,7 @@ def denoisers_of(target: Any) -> list[tuple[str, nn.Module]]:
     if isinstance(target, nn.Module):
         model = getattr(target, "_orig_mod", target)
         return [(type(model).__name__, model)]
-    found = []
+    found: list[tuple[str, nn.Module]] = []
     for name in DENOISERS:
         model = getattr(target, name, None)
         model = getattr(model, "_orig_mod", model)

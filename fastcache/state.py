@@ -40,7 +40,7 @@ class Timeline:
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
-        self.staged: Staged | None = None
+        self.staged: Any = None  # a Staged, once compiled code asks for it
         self.clear()
 
     def clear(self) -> None:
@@ -195,7 +195,7 @@ class Ring:
         if len(rows) == 1:
             row = rows[0]
             return row.clone() if base is None else (base.float() + row.float()).to(base.dtype)
-        total = None if base is None else base.float()
+        total: Any = None if base is None else base.float()
         for i, row in enumerate(rows):
             term = row.float() * self.timeline.staged.weights[i]
             total = term if total is None else total + term
@@ -227,7 +227,7 @@ class Table:
 
     def predict(self, base: Tensor | None, weights: Sequence[float]) -> Tensor:
         if torch.compiler.is_compiling():
-            total = None if base is None else base.float()
+            total: Any = None if base is None else base.float()
             for factor, weight in zip(
                 self.views, self.timeline.staged.weights.unbind(0), strict=True
             ):
@@ -278,7 +278,9 @@ def make_store(predictor: Predictor, value: Tensor, timeline: Timeline) -> Ring 
     """The storage that a predictor needs for one tensor."""
     if not predictor.depth:
         return Blank(value)
-    return Table(value, timeline, predictor.dtype) if predictor.table else Ring(value, timeline)
+    if predictor.table:
+        return Table(value, timeline, getattr(predictor, "dtype", None))
+    return Ring(value, timeline)
 
 
 def weighted(
@@ -373,7 +375,7 @@ class State:
         self.total: int | None = None  # steps in the run, where known
         self.timestep: float | None = None  # of the last step, as the run's clock reads it
         self.step_timestep: float | None = None  # of the running step, as the rules read it
-        self.armed_step: int | None = None  # index of the running step
+        self.armed_step = 0  # index of the running step
         self.halved = (
             0  # computed steps until a stack's history holds both halves of a guidance batch again
         )

@@ -18,7 +18,7 @@ REUSE = "reuse"
 class Step(NamedTuple):
     """One denoiser call, as the host knows it before it runs."""
 
-    index: int  # from 0 within the run
+    index: int  # type: ignore[assignment]  # from 0 within the run
     total: int | None = None  # steps in the run, where known
     timestep: float | None = None  # in the model's own scale
     sigma: float | None = None

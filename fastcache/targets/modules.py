@@ -26,8 +26,8 @@ class Caching:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         node = self.__dict__.get(NODE)
         if node is None:  # a copy of the module without its cache
-            return super().forward(*args, **kwargs)
-        run = node.forward if node.forward is not None else super().forward
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        run = node.forward if node.forward is not None else super().forward  # type: ignore[misc]
         if not node.target.control.armed:
             return run(*args, **kwargs)
         return node.target.call(node, run, args, kwargs)
@@ -151,6 +151,7 @@ class ModulesTarget:
             return ()
         if self.per_module:
             steps = state.timelines[self.rule].steps
+            assert isinstance(self.predictor, Extrapolate)
             return self.predictor.weights(steps, state.armed_step, node.module)
         return self.weights
 

@@ -37,13 +37,13 @@ class Routing:
         router = self.__dict__.get(ROUTER)
         if router is not None and router.control.armed:
             return router.route(self)
-        return super().__iter__()
+        return super().__iter__()  # type: ignore[misc]
 
     def __getitem__(self, index: Any) -> Any:
         router = self.__dict__.get(ROUTER)
         if router is not None and router.control.armed:
             return router.pick(self, index)
-        return super().__getitem__(index)
+        return super().__getitem__(index)  # type: ignore[misc]
 
 
 _made: dict[type, type] = {}
@@ -331,7 +331,7 @@ class StackTarget:
         control: Any,
         row: Block | None,
         encoder_read: bool | None,
-        make_store: Callable[[Tensor, Any], Ring | Table],
+        make_store: Callable[[Tensor, Any], Any],
     ) -> None:
         self.rule, self.start, self.control = rule, start, control
         self.encoder_read, self.make_store = encoder_read, make_store
@@ -540,7 +540,8 @@ class StackTarget:
 
     def _measure(self, unit: Unit, y: Tensor, x: Tensor) -> None:
         """MagCache's ratio of this residual to the last one, left on the device; 1 at the first step."""
-        prev = unit.streams[0].views[0]
+        stored: Any = unit.streams[0]
+        prev = stored.views[0]
         if self.state.timelines[self.rule].pushes:
             ratio = torch.ops.fastcache.residual_magnitude.default(y, x, prev)
         else:
