@@ -11,6 +11,7 @@ NAMES = {
     "steps": "latency and memory of computed and reused steps",
     "quality": "speed and quality of every method on the trained model",
     "graphs": "torch.compile: graphs, breaks, recompiles",
+    "guards": "what warm-up, last step and cap are worth on the trained model",
     "report": "render bench/results into docs/benchmarks.md and one HTML page",
 }
 

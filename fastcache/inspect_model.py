@@ -14,6 +14,7 @@ from torch import nn
 from .adapters import BLOCKS, ENCODER, LIST_NAMES, BlockAdapter, adapter_for
 from .configs import Config
 from .policies import COMPUTE
+from .predictors import Guided
 from .recipe import Plan, Recipe, Rule
 from .report import describe
 from .runtime import Cache, Denoiser, enable
@@ -209,10 +210,14 @@ def _stack_bytes(denoiser: Denoiser, rule: Rule, target: StackTarget, shapes: Sh
     returned = last.returns is not None and ENCODER in last.returns
     texted = target.encoder_read is not False and last.encoder_at is not None and returned
     held = rule.what.depth * (image + texted * text)
-    if target.start:  # two residuals of the first block, and what it returned
+    signal = rule.when.needs_signal
+    if signal:  # two residuals of the first block, and what it returned
         first = target.gates[0].first_io
         streams = first.returns is not None and ENCODER in first.returns
         held += 3 * image + streams * text
+    if isinstance(rule.what, Guided):  # its history, its weights, and the running step's guide
+        depth, thinned = rule.what.depth, -(-shapes.tokens // rule.what.tokens)
+        held += (depth + signal) * row * thinned + 4 * (depth + 1 + 1 + rule.what.order)
     return held
 
 

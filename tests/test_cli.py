@@ -135,6 +135,7 @@ TOKENS = {
     "PixArt2D": (16, 8),
     "DiT2D": (16, 0),
 }
+GUIDED = '{"when": {"%s": {}}, "what": {"Guided": {"tokens": 5, "guide": "%s"}}}'
 FORECAST = '{"when": {"Interval": {"n": 3}}, "what": {"Taylor": {"order": 2}}}'
 CONFIGS = (
     "firstblock",
@@ -142,6 +143,8 @@ CONFIGS = (
     "taylorseer",
     "pab",
     FORECAST,
+    GUIDED % ("Interval", "input"),
+    GUIDED % ("FirstBlock", "residual"),
 )
 
 
