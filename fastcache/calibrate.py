@@ -308,8 +308,8 @@ def collect(
 ) -> Calibration:
     """What a cache with `MagCacheConfig(calibrate=True)` has measured, from all its runs."""
     runs: dict[tuple[str, str], list[list[float]]] = {}
-    for key, measured in _measured(cache):
-        runs.setdefault(key, []).append(signal.numbers(measured))
+    for key, measured, count in _measured(cache):
+        runs.setdefault(key, []).append(_per_step(signal.numbers(measured), count))
     if not runs:
         raise CalibrationError(
             "calibration: nothing was measured; enable with MagCacheConfig(calibrate=True) and run "
@@ -342,14 +342,20 @@ def collect(
     )
 
 
-def _measured(cache: Cache) -> Iterator[tuple[tuple[str, str], list[Tensor]]]:
-    """(model, context) and the ratios of every run, finished or still going on."""
+def _measured(cache: Cache) -> Iterator[tuple[tuple[str, str], list[Tensor], int]]:
+    """(model, context), ratios and steps of every run, finished or still going on."""
     for key, finished in cache._measured.items():
-        yield from ((key, run) for run in finished)
+        yield from ((key, measured, count) for measured, count in finished)
     for denoiser in cache.denoisers:
         for state in denoiser.states.values():
             if state.index and state.measured:
-                yield (denoiser.name, state.key[1]), state.measured
+                yield (denoiser.name, state.key[1]), state.measured, state.timelines[0].pushes
+
+
+def _per_step(ratios: Sequence[float], steps: int) -> list[float]:
+    """One ratio per step: the mean over the parts of a stack whose lists have no common residual."""
+    parts = max(len(ratios) // max(steps, 1), 1)
+    return [sum(ratios[i : i + parts]) / parts for i in range(0, parts * steps, parts)]
 
 
 def _whole(runs: Sequence[Sequence[float]]) -> list[Sequence[float]]:

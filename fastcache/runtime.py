@@ -729,7 +729,8 @@ class Cache:
         self.stats = Stats()
         self.denoisers: list[Denoiser] = []
         self._warned: set[str] = set()
-        self._measured: dict[tuple[str, str], list[list[Tensor]]] = {}  # calibrated runs that ended
+        # calibrated runs that ended: ratios, one per part of the stack and step, and the steps
+        self._measured: dict[tuple[str, str], list[tuple[list[Tensor], int]]] = {}
         self._models = models
         self._attach(config)
 
@@ -920,7 +921,7 @@ class Cache:
             return
         if state.measured:
             key = (denoiser.name, state.key[1])
-            self._measured.setdefault(key, []).append(state.measured)
+            self._measured.setdefault(key, []).append((state.measured, state.timelines[0].pushes))
             return
         from .report import verdict
 

@@ -119,6 +119,26 @@ def test_every_context_is_kept_and_the_mean_is_over_them(model):
     assert only.mag_ratios == pytest.approx(found["uncond"])
 
 
+def test_a_stack_in_two_parts_gives_one_ratio_per_step():
+    class Parts(Model):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.layers = nn.ModuleList(Block(8, 5 + i) for i in range(2))
+
+        def forward(self, hidden_states, timestep=0.0):
+            hidden_states = 0.5 * super().forward(hidden_states)  # the lists do not join
+            for block in self.layers:
+                hidden_states = block(hidden_states)
+            return hidden_states
+
+    model = Parts().eval().requires_grad_(False)
+    found = fastcache.calibrate([generation(model)] * 2, model)
+    assert found.steps == len(found.mag_ratios) == STEPS and found.runs == 2
+    with fastcache.enable(model, MagCacheConfig(calibrate=True)) as cache:
+        generation(model)(cache)
+        assert cache.calibration.mag_ratios == pytest.approx(found.mag_ratios)
+
+
 def test_several_generations_are_averaged(model):
     single = fastcache.calibrate(generation(model), model)
     several = fastcache.calibrate([generation(model)] * 3, model)
