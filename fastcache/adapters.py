@@ -183,8 +183,8 @@ def adapter_for(model: object) -> BlockAdapter:
 class BlockIO:
     """Reads the streams of one block's call and return, and builds such a return.
 
-    The order of returns is the row's; without one it is found at the first computed call: a tuple whose
-    entries can be told apart by shape, else the order of the block's own arguments.
+    The order of returns is the row's; without one it is found at the first computed call: by which
+    entry the model hands to the next block as what, else by shape, else (hidden, encoder).
     """
 
     def __init__(self, block: Any, row: Block | None = None) -> None:
@@ -201,6 +201,7 @@ class BlockIO:
         self.hidden_at = names.index(self.hidden) if self.hidden in names else 0
         self.encoder_at = names.index(self.encoder) if self.encoder in names else None
         self.returns = known.returns
+        self.found: tuple[int, int | None] | None = None  # places that a recording call has seen
         self.modulation = known.modulation or next(
             (MODULATIONS[b.__name__] for b in type(block).__mro__ if b.__name__ in MODULATIONS),
             None,
@@ -237,6 +238,8 @@ class BlockIO:
         if self.returns is not None:
             at = {name: i for i, name in enumerate(self.returns) if i < len(output)}
             return at.get(HIDDEN, 0), at.get(ENCODER)
+        if self.found is not None and max(self.found[0], self.found[1] or 0) < len(output):
+            return self.found
         shaped = [i for i, v in enumerate(output) if getattr(v, "shape", None) == hidden.shape]
         texts = [
             i

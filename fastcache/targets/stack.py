@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import signal
 from ..adapters import Block, BlockIO
 from ..policies import COMPUTE, REUSE
-from ..state import Ring, State, Table, Unit, allocate, tail
+from ..state import State, Unit, allocate, tail
 from .guide import Guide
 
 ROUTER = "_fastcache_router"
@@ -132,7 +132,8 @@ class Gate:
         self.entry: tuple[Any, Any] = (None, None)
         self.exit: tuple[Any, Any, dict[int, Any]] = (None, None, {})
         self.clone: Tensor | None = None
-        self.passed: Tensor | None = None  # what the block before returned, while recording
+        self.passed: Any = None  # what the block before returned, while recording
+        self.probed: Any = None  # input of the first block, while recording
 
     # --- compute -----------------------------------------------------------------------------------
 
@@ -163,7 +164,7 @@ class Gate:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             hidden, encoder = io.read(args, kwargs)
-            self.note_arrival(hidden)
+            self.note_arrival(hidden, encoder)
             output = block(*args, **kwargs)
             self.note_passed(io, output, hidden, encoder)
             return output
@@ -171,20 +172,47 @@ class Gate:
         return Port(run, block)
 
     def note_passed(self, io: BlockIO, output: Any, hidden: Any, encoder: Any) -> None:
-        hidden_at, _ = io.positions(output, hidden, encoder)
-        self.passed = output if hidden_at is None else output[hidden_at]
+        self.passed = (io, output, hidden, encoder)
 
-    def note_arrival(self, hidden: Any) -> None:
-        """Whether the model's loop does something of its own between two blocks."""
-        before, self.passed = self.passed, None
-        if before is not None and before is not hidden:
+    def note_arrival(self, hidden: Any, encoder: Any) -> None:
+        """Which returned value is which, and whether the model's loop does something between blocks."""
+        if self.passed is None:
+            return
+        (io, output, *given), self.passed = self.passed, None
+        self.learn(io, output, given, hidden, encoder)
+        hidden_at, _ = io.positions(output, *given)
+        before = output if hidden_at is None else output[hidden_at]
+        if before is not hidden:
             same = before.shape == hidden.shape and signal.same(before, hidden)
             self.owner.threaded = self.owner.threaded or not same
+
+    def learn(self, io: BlockIO, output: Any, given: list, hidden: Any, encoder: Any) -> None:
+        """The order of a returned tuple, from what the model hands to the next block as what."""
+        if io.returns is not None or not isinstance(output, tuple | list):
+            return
+        at = next((i for i, v in enumerate(output) if v is hidden), None)
+        if at is None:
+            return
+        assumed = io.positions(output, *given)
+        text = next(
+            (i for i, v in enumerate(output) if v is encoder and v is not None and i != at), None
+        )
+        if text is None and assumed[1] != at:
+            text = assumed[1]
+        for each in (io, self.first_io, self.next_io, self.last_io, self.replay_io):
+            each.found = (at, text)
+        if (at, text) == assumed or io is not self.first_io:
+            return
+        self.note_form(io, output, *given)
+        if self.probed is not None:  # it was measured, and its exit noted, by the wrong order
+            self.owner.judge(hidden, self.probed)
+            if self.opens:
+                self.clone, self.entry = hidden.clone(), (hidden, encoder)
 
     def last(self, *args: Any, **kwargs: Any) -> Any:
         """The last block of a list."""
         if self.owner.recording:
-            self.note_arrival(self.last_io.read(args, kwargs)[0])
+            self.note_arrival(*self.last_io.read(args, kwargs))
         output = self.block(len(self.modules) - 1)(*args, **kwargs)
         self.leave(args, kwargs, output)
         return output
@@ -236,6 +264,7 @@ class Gate:
             self.note_form(self.first_io, output, x, encoder)
             self.note_passed(self.first_io, output, x, encoder)
             owner.copies = owner.copies or not signal.same(x, kept)
+            self.probed = kept
         if owner.copies:
             x = kept
         owner.judge(hidden, x)
@@ -597,7 +626,7 @@ class StackTarget:
                 self.store(number, gates[-1].exit)
         for gate in self.gates:
             gate.clone, gate.entry, gate.exit = None, (None, None), (None, None, {})
-            gate.passed = None
+            gate.passed = gate.probed = None
 
     def _apart(self) -> bool:
         """Whether the stack is cut as a threaded one is."""
