@@ -36,8 +36,7 @@ class Setting:
     device: str
     rounds: int
     repeat: int
-    compiled: bool
-    quick: bool
+    compiled: tuple[str, ...]  # words in the names of ops that torch.compile enters
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [op for op in OPS if not args.op or any(word in op.name for word in args.op)]
     rounds = args.rounds or (3 if args.quick else 9)
     repeat = 20 if args.device == "cuda" and not args.quick else 1
-    setting = Setting(args.device, rounds, repeat, not args.no_compile, args.quick)
+    setting = Setting(args.device, rounds, repeat, tuple(args.compile))
     environment = common.environment(args.device)
     rows: list[Row] = []
     cells = [(n, s, d, op) for n, s in shapes.items() for d in args.dtype for op in chosen]
@@ -118,7 +117,7 @@ def _buffers(op: Op, shape: tuple[int, int], dtype: torch.dtype, device: str) ->
 
 def _contenders(op: Op, setting: Setting) -> dict[str, Callable[[Buffers], Any]]:
     runs = dict(op.eager)
-    if setting.compiled:
+    if any(word in op.name for word in setting.compiled):
         torch._dynamo.reset()
         for name, chain in op.compiled.items():
             runs[name] = torch.compile(chain, dynamic=False)
@@ -147,7 +146,7 @@ def _check(op: Op, runs: dict[str, Callable[[Buffers], Any]], buffers: Buffers) 
         returned = runs[label](given)
         values = [given[op.result]] if op.result else []
         values += [returned] if isinstance(returned, torch.Tensor) else []
-        values = [v.float().cpu() for v in values]
+        values = [v.float() for v in values]
         if expected is None:
             expected = values
         for got, want in zip(values, expected, strict=True):
@@ -225,7 +224,13 @@ def _parser() -> Any:
     p.add_argument("--op", nargs="+", help="only ops whose name contains one of these words")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--rounds", type=int, help="timed rounds")
-    p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    p.add_argument(
+        "--compile",
+        nargs="*",
+        default=[""],
+        metavar="OP",
+        help="compile only ops whose name contains one of these words (none: no torch.compile)",
+    )
     return p
 
 

@@ -28,6 +28,7 @@ from .systems import Attached
 
 STEPS, WARMUP, EVERY = 28, 4, 3
 BATCHES = (1, 8, 64)
+STACK_METHODS = ("MagCache", "FirstBlock", "Taylor on the stack")
 
 
 def schedule(steps: int) -> list[bool]:
@@ -174,9 +175,19 @@ class Contender:
         return self.attached.context("cond", step, steps, timestep)
 
 
-def contenders(subject: Subject, compiled: bool) -> Iterator[Contender]:
-    """Everything that is compared on one model, each with modules of its own."""
+def contenders(subject: Subject, mode: str) -> Iterator[Contender]:
+    """Everything that is compared on one model, each with modules of its own.
+
+    mode: "eager", "compiled" or "both".
+    """
     plan = schedule(len(subject.calls))
+    if mode != "compiled":
+        yield from _eager(subject, plan)
+    if mode != "eager":
+        yield from _compiled(subject, plan)
+
+
+def _eager(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
     yield Contender("uncached", "uncached", "", subject.twin())
     for kept, name in ((0, "no blocks"), (1, "first block only")):
         yield Contender("uncached", name, "", subject.without_blocks(kept))
@@ -189,8 +200,6 @@ def contenders(subject: Subject, compiled: bool) -> Iterator[Contender]:
         yield from _diffusers(subject, plan)
     if not systems.missing("cache-dit"):
         yield from _cache_dit(subject, plan)
-    if compiled:
-        yield from _compiled(subject, plan)
 
 
 def _our_configs(plan: list[bool]) -> dict[str, Any]:
@@ -280,25 +289,38 @@ def _cache_dit(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
 
 def _compiled(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
     """The same under Inductor; peers as they compose best with it."""
-    model = subject.twin()
-    yield Contender("uncached", "uncached", "torch.compile", torch.compile(model))
-    for method, config in _our_configs(plan).items():
-        if method in ("MagCache", "FirstBlock", "Taylor on the stack"):
-            model = subject.twin()
-            attached = systems.attach_fastcache(model, config)
-            call = fastcache.compile(model)
-            yield Contender("fastcache", method, "fastcache.compile", call, attached)
-    if not systems.missing("diffusers"):
-        for other in _diffusers(subject, plan):
-            if other.method in ("MagCache", "FirstBlock"):
-                other.compiled, other.call = "torch.compile", torch.compile(other.call)
-                yield other
+    plain: Any = subject.twin()
+    plain.compile_repeated_blocks()
+    yield Contender("uncached", "uncached", "repeated blocks", plain)
+    ours = {k: c for k, c in _our_configs(plan).items() if k in STACK_METHODS}
+    for method, config in ours.items():
+        model: Any = subject.twin()
+        attached = systems.attach_fastcache(model, config)
+        model.compile_repeated_blocks(fullgraph=True)
+        yield Contender("fastcache", method, "repeated blocks", model, attached)
     if not systems.missing("cache-dit"):
         for other in _cache_dit(subject, plan):
-            model: Any = other.call
-            model.compile_repeated_blocks()
+            other.call.compile_repeated_blocks()  # type: ignore[attr-defined]
             other.compiled = "repeated blocks"
             yield other
+    yield Contender("uncached", "uncached", "torch.compile", torch.compile(subject.twin()))
+    for method, config in ours.items():
+        model = subject.twin()
+        attached = systems.attach_fastcache(model, config)
+        yield Contender(
+            "fastcache", method, "fastcache.compile", fastcache.compile(model), attached
+        )
+    if not systems.missing("diffusers"):
+        for other in _diffusers(subject, plan):
+            if other.method in STACK_METHODS:
+                other.compiled, other.call = "torch.compile", torch.compile(other.call)
+                yield other
+    if torch.cuda.is_available():
+        for method in ("MagCache", "FirstBlock"):
+            model = subject.twin()
+            attached = systems.attach_fastcache(model, ours[method])
+            call = fastcache.compile(model, mode="reduce-overhead")
+            yield Contender("fastcache", method, "CUDA graphs", call, attached)
 
 
 # --- measuring ------------------------------------------------------------------------------------------
@@ -344,8 +366,16 @@ def measure(subject: Subject, args: Any) -> list[Row]:
     """Interleaved runs of every contender; per-step medians."""
     sync = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     found: list[Contender] = []
+    start = time.perf_counter()
+
+    def late(share: float) -> bool:
+        return time.perf_counter() - start > share * args.budget
+
     with systems.quietly(), torch.no_grad():
-        for contender in contenders(subject, args.compiled):
+        for contender in contenders(subject, args.mode):
+            if late(0.7):
+                print(f"out of time before {contender.system} {contender.method}")
+                break
             try:
                 contender.run(subject, sync)  # warm-up, also where compilation happens
                 contender.run(subject, sync)
@@ -355,7 +385,9 @@ def measure(subject: Subject, args: Any) -> list[Row]:
             contender.times.clear()
             found.append(contender)
         with common.bar(args.rounds * len(found), f"{subject.name}, batch {subject.batch}") as bar:
-            for _ in range(args.rounds):
+            for index in range(args.rounds):
+                if index and late(1.0):
+                    break
                 for contender in found:
                     bar.set_postfix_str(f"{contender.system} {contender.method}")
                     contender.run(subject, sync)
@@ -457,7 +489,13 @@ def _parser() -> Any:
     p.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
     p.add_argument("--tokens", type=int, default=1024, help="image tokens of the random models")
     p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--compiled", action="store_true", help="also under Inductor (minutes)")
+    p.add_argument(
+        "--mode",
+        choices=("eager", "compiled", "both"),
+        default="eager",
+        help="compiled: under Inductor, which takes minutes",
+    )
+    p.add_argument("--budget", type=float, default=3600.0, help="seconds per model and batch")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return p
 
