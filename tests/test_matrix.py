@@ -1,0 +1,262 @@
+"""Every diffusers transformer that can be built small, under every method.
+
+Each cell runs a trajectory that stands still: the same inputs at every step. What a method reuses
+or forecasts is then exactly what the model would have computed, so the output must be the uncached
+one up to rounding: a text stream in the image's place, a residual left out or counted twice, or half
+batches in the wrong order all show. `python tests/test_matrix.py [name ...]` prints the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+diffusers = pytest.importorskip("diffusers")
+
+import tiny  # noqa: E402
+
+import fastcache  # noqa: E402
+
+STEPS = 6
+MORE: dict[str, dict] = json.loads((Path(__file__).parent / "more_tiny_models.json").read_text())
+NAMES = (*tiny.ENTRIES, *MORE)
+TOLERANCE = 2e-4  # of the largest output value; fp32 sums in another order, through three blocks
+
+
+def mid_range() -> float:
+    """A timestep inside the ranges of every method's defaults."""
+    return 500.0
+
+
+def _faster(**fields: Any) -> fastcache.FasterCacheConfig:
+    return fastcache.FasterCacheConfig(
+        alpha_low_frequency=1.0,
+        alpha_high_frequency=1.0,
+        current_timestep_callback=mid_range,
+        **fields,
+    )
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "FirstBlock": lambda: fastcache.FirstBlockCacheConfig(0.2),
+    "MagCache": lambda: fastcache.MagCacheConfig(
+        num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS
+    ),
+    "TaylorSeer": lambda: fastcache.TaylorSeerCacheConfig(
+        disable_cache_before_step=2, cache_interval=3, taylor_factors_dtype=None
+    ),
+    "lite": lambda: fastcache.TaylorSeerCacheConfig(
+        disable_cache_before_step=2,
+        cache_interval=3,
+        taylor_factors_dtype=None,
+        use_lite_mode=True,
+    ),
+    "PAB": lambda: fastcache.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=mid_range
+    ),
+    "FasterCache": lambda: _faster(is_guidance_distilled=True),
+    "guidance": lambda layout: _faster(tensor_format=layout),
+}
+LAYOUTS = {4: "BCHW", 5: "BCFHW"}  # of outputs; a token sequence has none of FasterCache's layouts
+
+# What the guidance half of FasterCache cannot do, and why. Nothing else may be refused.
+TOKENS = "token sequence"
+UNBATCHED = "needs one batched output tensor"
+REFUSED = {
+    **dict.fromkeys(
+        (
+            "AceStep",
+            "Bria",
+            "BriaFibo",
+            "Chroma",
+            "Flux",
+            "Flux2",
+            "Flux3",
+            "Ideogram4",
+            "JoyImageEditPlus",
+            "Krea2",
+            "LTX",
+            "LTX2",
+            "LongCatAudio",
+            "LongCatImage",
+            "MiniMaxH3",
+            "MiniMaxMusic3",
+            "NucleusMoE",
+            "OvisImage",
+            "Prior",
+            "QwenImage",
+            "QwenImage21",
+            "StableAudio",
+            "StableAudio3",
+        ),
+        TOKENS,
+    ),
+    **dict.fromkeys(("Cosmos3Omni", "ZImage"), UNBATCHED),
+}
+
+
+def entry(name: str) -> dict:
+    return tiny.ENTRIES.get(name) or MORE[name]
+
+
+def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    return tiny.build(name) if name in tiny.ENTRIES else tiny.build_entry(MORE[name])
+
+
+def double(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
+    """Inputs of a guidance batch [unconditional; conditional]: what has the batch first is repeated."""
+
+    def twice(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch:
+            return torch.cat([value * 0.9 if value.is_floating_point() else value, value])
+        if isinstance(value, list) and len(value) == batch:
+            return [*value, *value]
+        if isinstance(value, list):
+            return [twice(v) for v in value]
+        return value
+
+    doubled = {k: v if "rope" in k or "indices" in k else twice(v) for k, v in inputs.items()}
+    if "encoder_hidden_states_llama3" in inputs:  # [layers, batch, ...]
+        doubled["encoder_hidden_states_llama3"] = inputs["encoder_hidden_states_llama3"].repeat(
+            1, 2, 1, 1
+        )
+    return doubled
+
+
+def first(output: Any) -> Tensor:
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
+def run(
+    model: nn.Module, inputs: dict[str, Any], cache: Any = None, context: str = "cond"
+) -> tuple[list[Tensor], int]:
+    """Outputs of the steps, and how many module calls they took."""
+    outputs, calls = [], [0]
+
+    def count(module: nn.Module, args: Any) -> None:
+        calls[0] += 1
+
+    handle = nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        with torch.no_grad():
+            for i in range(STEPS):
+                if cache is None:
+                    outputs.append(first(model(**inputs, return_dict=False)))
+                    continue
+                with cache.context(context, step_index=i, num_inference_steps=STEPS):
+                    outputs.append(first(model(**inputs, return_dict=False)))
+    finally:
+        handle.remove()
+    return outputs, calls[0]
+
+
+def surface(model: nn.Module) -> dict[str, Any]:
+    """All that a disabled cache must leave as it was."""
+    return {
+        name: (type(m), sorted(m.__dict__), list(m._modules), len(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    }
+
+
+def guided(model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, int]:
+    """Inputs of a guidance batch, and what the model makes of them; ValueError where it takes none."""
+    latents = next(inputs[k] for k in ("hidden_states", "x", "vision_tokens") if k in inputs)
+    inputs = double(inputs, len(latents))
+    try:
+        (expected, *_), calls = run(model, inputs)
+    except RuntimeError as error:
+        raise ValueError(f"the model takes no batch of two here: {error}") from error
+    return inputs, expected, calls
+
+
+def cell(
+    model: nn.Module, inputs: dict[str, Any], expected: Tensor, calls: int, method: str
+) -> str:
+    """One cell of the table: the share of module calls saved, or why it is refused."""
+    before = surface(model)
+    context, config = "cond", METHODS[method]
+    try:
+        if method == "guidance":
+            inputs, expected, calls = guided(model, inputs)
+            context, layout = "cond_uncond", LAYOUTS.get(expected.dim(), "BCFHW")
+            config = functools.partial(config, layout)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with fastcache.enable(model, config()) as cache:
+                outputs, cached_calls = run(model, inputs, cache, context)
+                reused = cache.stats.reused
+    except ValueError as error:
+        assert surface(model) == before
+        return f"refused: {error}"
+    assert surface(model) == before
+    assert reused and cached_calls < calls, f"{cached_calls} of {calls} module calls"
+    scale = expected.abs().max().item()
+    for i, output in enumerate(outputs):
+        assert output.shape == expected.shape
+        assert torch.isfinite(output).all()
+        error = (output - expected).abs().max().item() / scale
+        if method != "lite":  # zeros from its blocks: not meant to give the model's output
+            assert error <= TOLERANCE, f"step {i} is off by {error:.2e} of the largest value"
+    return f"{100 * (1 - cached_calls / calls):.0f}%"
+
+
+def row(name: str) -> dict[str, str]:
+    """All cells of one model; what should not happen reads FAILED."""
+    model, inputs = build(name)
+    (expected, *_), calls = run(model, inputs)
+    cells = {}
+    for method in METHODS:
+        try:
+            cells[method] = cell(model, inputs, expected, calls, method)
+        except Exception as error:
+            cells[method] = f"FAILED {type(error).__name__}: {error}"
+    (again, *_), _ = run(model, inputs)
+    assert torch.equal(again, expected), "the model does not give the same output after disable"
+    return cells
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_skips_and_reproduces_a_still_trajectory(name):
+    if not hasattr(diffusers, entry(name)["class"]):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {entry(name)['class']}")
+    cells = row(name)
+    refused = {m: text for m, text in cells.items() if not text.endswith("%")}
+    if name in REFUSED:
+        assert REFUSED[name] in refused.pop("guidance")
+    assert not refused
+
+
+def table(names: Sequence[str]) -> Iterator[str]:
+    """The lines of the table, refusals numbered and spelled out below."""
+    yield f"{'':22}" + "".join(f"{m:>12}" for m in METHODS)
+    reasons: list[str] = []
+    for name in names:
+        shown = []
+        for text in row(name).values():
+            if not text.endswith("%"):
+                key = re.sub(r"\([\d, ]*\)", "(...)", text)
+                if key not in reasons:
+                    reasons.append(key)
+                text = f"{text[:1]}[{reasons.index(key) + 1}]"
+            shown.append(text)
+        yield f"{name:22}" + "".join(f"{t:>12}" for t in shown)
+    for i, reason in enumerate(reasons):
+        yield f"[{i + 1}] {reason}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for line in table(sys.argv[1:] or NAMES):
+        print(line, flush=True)
