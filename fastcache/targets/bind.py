@@ -19,6 +19,7 @@ from .stack import StackTarget
 ATTENTION_CLASSES = ("Attention", "MochiAttention", "AttentionModuleMixin", "MultiheadAttention")
 ATTENTION_NAME = re.compile(r"(^|_)(attn|attention)\d*$|^(attn|attention)(_|\d|$)", re.IGNORECASE)
 CROSS_NAME = re.compile(r"cross[_-]?(attn|attention)|(attn|attention)[_-]?cross", re.IGNORECASE)
+SELF_NAME = re.compile(r"self[_-]?(attn|attention)", re.IGNORECASE)
 TEMPORAL_NAME = re.compile(r"temporal|(^|_)temp(_|$)", re.IGNORECASE)
 
 # Usual names of the module that maps the last hidden state to the output, best first.
@@ -164,7 +165,7 @@ def find_modules(
         found = [
             (n, m)
             for n, m in attention_modules(model, adapter, everywhere=True)
-            if _kind_fits(attention_kind(model, n, m, adapter), m, where)
+            if _kind_fits(attention_kind(model, n, m, adapter), n, m, where)
             and (where.patterns is None or _matches(n, where))
         ]
         if not found and where.kind in ("spatial", "self"):
@@ -194,12 +195,19 @@ def _fallback(
     return []
 
 
-def _kind_fits(kind: str, module: nn.Module, where: Modules) -> bool:
+def declares_cross(name: str, module: nn.Module) -> bool:
+    """Whether a module says that it attends to the text; its name is believed before its flag, which some
+    classes set whenever they are given the width of their keys."""
+    flag = bool(getattr(module, "is_cross_attention", False))
+    return flag and not SELF_NAME.search(name.rsplit(".", 1)[-1])
+
+
+def _kind_fits(kind: str, name: str, module: nn.Module, where: Modules) -> bool:
     """Defaults take exactly their kind; patterns of a user's own may also name temporal layers as spatial."""
     if where.kind == "attention" or kind == where.kind:
         return True
     if where.kind == "self":
-        return not getattr(module, "is_cross_attention", False)
+        return not declares_cross(name, module)
     return where.fallback is None and {kind, where.kind} == {"spatial", "temporal"}
 
 
@@ -260,7 +268,7 @@ def attention_kind(model: nn.Module, name: str, module: nn.Module, adapter: Bloc
         return "temporal"
     flag = getattr(module, "is_cross_attention", None)
     last = name.rsplit(".", 1)[-1]
-    if flag or CROSS_NAME.search(last):
+    if declares_cross(name, module) or CROSS_NAME.search(last):
         return "cross"
     if (
         last == "attn2" and flag is None

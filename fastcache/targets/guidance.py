@@ -8,6 +8,7 @@ spectrum is a linear projector symmetric in frequency.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,12 @@ from ..state import State, allocate
 from .spec import Guidance
 
 _rebuild = torch.ops.fastcache.guidance_combine_.default
+
+
+# Inputs that say where tokens lie, the same for every sample: never halved, whatever their length.
+POSITIONS = re.compile(r"rope|rotary|indices")
+
+LAYERS_FIRST = ("encoder_hidden_states_llama3",)  # inputs of shape [layers, batch, ...]
 
 
 class GuidanceTarget:
@@ -122,6 +129,9 @@ class GuidanceTarget:
 
         def half(value: Any, name: str) -> Any:
             if isinstance(value, Tensor):
+                if name in LAYERS_FIRST and value.dim() > 1 and value.shape[1] == batch:
+                    self.split.append(name)
+                    return value[:, batch // 2 :]
                 if value.dim() and value.shape[0] == batch:
                     self.split.append(name)
                     return value[batch // 2 :]
@@ -139,7 +149,11 @@ class GuidanceTarget:
             return value
 
         listed = self.where.inputs
-        take = lambda value, name: half(value, name) if listed is None or name in listed else value  # noqa: E731
+
+        def take(value: Any, name: str) -> Any:
+            named = not POSITIONS.search(name) if listed is None else name in listed
+            return half(value, name) if named else value
+
         names = [*self.names, *(f"argument {i}" for i in range(len(self.names), len(args)))]
         return (
             tuple(take(v, n) for v, n in zip(args, names, strict=False)),
@@ -202,11 +216,17 @@ def _disc(value: Tensor) -> Tensor:
 
 def first_tensor(output: Any) -> Tensor:
     """The tensor of a model's output: itself, element 0, or its first field."""
-    if isinstance(output, Tensor):
-        return output
+    value = output
     if isinstance(output, tuple | list):
-        return output[0]
-    return output["sample"] if "sample" in output else next(iter(output.values()))
+        value = output[0]
+    elif not isinstance(output, Tensor):
+        value = output["sample"] if "sample" in output else next(iter(output.values()))
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"target: FasterCache's guidance half needs one batched output tensor, the model returns a "
+            f"{type(value).__name__}; use FasterCacheConfig(is_guidance_distilled=True) for its attention part"
+        )
+    return value
 
 
 def replace_first(output: Any, value: Tensor) -> Any:
