@@ -175,11 +175,10 @@ def broken(name: str, config: Callable, calls: list[dict]) -> None:
 THRESHOLDS = {
     "Flux": 0.3, "Wan3D": 0.1, "CogVideoX": 0.1, "LTX": 0.06, "QwenImage": 0.48,
     "HunyuanVideo": 0.3, "Flux2": 0.8, "SD3": 0.35, "Chroma": 0.3, "SkyReelsV2": 0.1,
-    "Latte": 0.1, "PixArt2D": 0.05,
+    "Latte": 0.06, "PixArt2D": 0.05,
     "DiT2D": 0.15, "Kandinsky5": 0.2, "Lumina2": 0.03,
 }  # fmt: skip
 STACK_FAULTS = {"Chroma": "F14", "SkyReelsV2": "F14", "Lumina2": "F14", "Latte": "F16"}
-ENTANGLED = "take turns"  # two lists that alternate have no common residual: refused, not guessed
 
 
 def first_block(lib, clock, name):
@@ -194,10 +193,6 @@ def test_first_block_cache_equals_upstream(name, fault):
     calls = calls_of(name)
     if fault:
         broken(name, first_block, calls)
-    if name == "Latte":
-        with pytest.raises(ValueError, match=ENTANGLED):
-            ours(name, first_block, calls)
-        return
     records = works(name, first_block, calls) if fault else compare(name, first_block, calls)
     signals = [r.signal for r in records[1:]]
     threshold = THRESHOLDS[name]
@@ -229,10 +224,6 @@ def test_mag_cache_equals_upstream(name, fault):
     calls = calls_of(name)
     if fault:
         broken(name, magnitude, calls)
-    if name == "Latte":
-        with pytest.raises(ValueError, match=ENTANGLED):
-            ours(name, magnitude, calls)
-        return
     records = works(name, magnitude, calls) if fault else compare(name, magnitude, calls)
     plan = magnitude(fastcache, None, name).recipe().plan(STEPS)
     assert tuple(r.action for r in records) == plan.actions
@@ -488,7 +479,7 @@ def test_faster_cache_with_batched_guidance_equals_upstream(name):
     for call in calls:  # a listed None is upstream's fault F28
         for key in [k for k, v in call.items() if v is None]:
             del call[key]
-    records = compare(name, faster_guided, calls, tolerance=1e-5)
+    records = compare(name, faster_guided, calls, ("cond_uncond",), tolerance=1e-5)
     guidance = [r.step for r in records if r.actions[0] == REUSE]
     assert guidance == [6, 7, 8, 9, 11]
     attention = [r.step for r in records if REUSE in r.actions[1:]]
