@@ -5,11 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastcache import FirstBlock, Interval, Magnitude, Recipe, Reuse, Stack, Taylor
+from fastcache import (
+    Extrapolate,
+    FirstBlock,
+    Guidance,
+    Guided,
+    Interval,
+    Magnitude,
+    Modules,
+    PyramidAttentionBroadcastConfig,
+    Recipe,
+    Reuse,
+    Stack,
+    Taylor,
+    TaylorSeerCacheConfig,
+    TimestepRange,
+)
 from fastcache.policies import Policy
 
 REUSE = "reuse"
 ORDER_1 = "order 1"
+GUIDED = "guided"
+SCALE = 2.5  # classifier-free guidance
+GRID = (8, 8)  # tokens of an image of the shipped model
 
 
 @dataclass(frozen=True)
@@ -59,15 +77,41 @@ def methods(steps: int, mag_ratios: Sequence[float]) -> list[Method]:
         )
 
     interval = Recipe(when=Interval(4, warmup=4, last=True), what=Taylor(order=1), where=Stack())
-    half, third, quarter = (round(steps / n) for n in (2, 3, 4))
+    guided = Recipe(when=Interval(4, warmup=4, last=True), what=Guided(order=2), where=Stack())
+    pab = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: None
+    )
+    faster = Recipe(TimestepRange(2, (-1, 681)), Extrapolate(0.3), Modules())
+    # the unconditional half is rebuilt on 4 of 5 steps, and attention on every other of those
+    half = Recipe(TimestepRange(5, (-1, 641)), Reuse(), Guidance(tensor_format="BSC", grid=GRID))
+    attention = Recipe(
+        TimestepRange(2, (-1, 681), conditional_only=True), Extrapolate(0.3), Modules()
+    )
+    one_half, one_third, one_quarter = (round(steps / n) for n in (2, 3, 4))
     return [
         Method("uncached", "uncached", pictured=True),
-        Method(f"{half} steps", "fewer steps", steps=half),
-        Method(f"{third} steps", "fewer steps", steps=third, pictured=True),
-        Method(f"{quarter} steps", "fewer steps", steps=quarter),
+        Method(f"{one_half} steps", "fewer steps", steps=one_half),
+        Method(f"{one_third} steps", "fewer steps", steps=one_third, pictured=True),
+        Method(f"{one_quarter} steps", "fewer steps", steps=one_quarter),
         *both("FirstBlock 0.10", "FirstBlock", first_block(0.10)),
         *both("FirstBlock 0.20", "FirstBlock", first_block(0.20), pictured=True),
         *both("MagCache 0.12", "MagCache", magnitude(0.12)),
         *both("MagCache 0.24", "MagCache", magnitude(0.24), pictured=True),
-        Method("every 4th step", "Interval", ORDER_1, interval, pictured=True),
+        Method("every 4th step", "Interval", ORDER_1, interval),
+        Method("every 4th step", "Guided", GUIDED, guided, pictured=True),
+        Method("TaylorSeer 4", "TaylorSeer", ORDER_1, TaylorSeerCacheConfig(cache_interval=4)),
+        Method("PAB 2", "PAB", REUSE, pab),
+        Method("FasterCache 2", "FasterCache", "extrapolate", faster),
+        Method("guidance 2.5", "uncached", guidance=SCALE),
+        Method("guidance 2.5, batched", "uncached", guidance=SCALE, batched_guidance=True),
+        Method("guidance, PAB 2", "PAB", REUSE, pab, guidance=SCALE),
+        Method(
+            "guidance, FasterCache 5",
+            "FasterCache",
+            "extrapolate",
+            half + attention,
+            guidance=SCALE,
+            batched_guidance=True,
+        ),
+        Method("guidance, every 4th", "Guided", GUIDED, guided, guidance=SCALE),
     ]
