@@ -17,7 +17,7 @@ from .configs import (
     TaylorSeerCacheConfig,
 )
 from .dispatch import backend, backends
-from .policies import FirstBlock, Interval, Magnitude, Mask, TimestepRange
+from .policies import Broadcast, FirstBlock, Interval, Magnitude, Mask, TimestepRange
 from .predictors import Extrapolate, Guided, Reuse, Taylor, TaylorTable, Zeros
 from .recipe import Plan, Recipe
 from .report import progress
@@ -30,6 +30,7 @@ __all__ = [
     "FLUX_MAG_RATIOS",
     "Block",
     "BlockAdapter",
+    "Broadcast",
     "Cache",
     "Calibration",
     "Extrapolate",

@@ -3,12 +3,13 @@
 from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
 from .first_block import FirstBlock
 from .magnitude import Calibrate, Magnitude
-from .schedule import Interval, Mask, TimestepRange
+from .schedule import Broadcast, Interval, Mask, TimestepRange
 
 __all__ = [
     "COMPUTE",
-    "Calibrate",
     "REUSE",
+    "Broadcast",
+    "Calibrate",
     "Decision",
     "FirstBlock",
     "Interval",

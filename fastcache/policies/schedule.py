@@ -75,6 +75,45 @@ class TimestepRange(Policy):
 
 
 @dataclass(frozen=True)
+class Broadcast(Policy):
+    """Compute all steps but the `steps` - 1 that follow each of the listed timesteps.
+
+    timesteps: in the model's scale; the first step at or below one of them (or above, where time runs
+    upwards) starts a broadcast. Pyramid Attention Broadcast does so with the feed-forward modules of its
+    first blocks, as in timesteps (676, 788, 864) with steps 2 (arXiv 2408.12588, Open-Sora 1.2).
+    """
+
+    timesteps: tuple[float, ...] = ()
+    steps: int = 2
+    needs_timestep = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.timesteps, str) or not hasattr(self.timesteps, "__iter__"):
+            raise TypeError(f"Broadcast: timesteps is {self.timesteps!r}, must be numbers")
+        listed = tuple(real("Broadcast", "timesteps", t) for t in self.timesteps)
+        if not listed:
+            raise ValueError("Broadcast: timesteps is empty, must hold at least one")
+        object.__setattr__(self, "timesteps", listed)
+        object.__setattr__(self, "steps", whole("Broadcast", "steps", self.steps, 1))
+
+    def begin(self, total: int | None = None) -> Run:
+        return Run(memory=(0, None))  # steps left of a broadcast, timestep of the last step
+
+    def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
+        left, before = run.memory
+        t = step.timestep
+        starts = t is not None and any(
+            t == at or (before is not None and min(t, before) <= at < max(t, before))
+            for at in self.timesteps
+        )
+        run.memory = (self.steps - 1 if starts else max(left - 1, 0), t)
+        if guard or starts or not left:
+            return Decision(COMPUTE, t, reason=guard or "no broadcast")
+        return Decision(REUSE, t, reason="broadcast")
+
+
+@dataclass(frozen=True)
 class Mask(Policy):
     """Compute exactly the steps marked True (or 1); steps past the end compute.
 
