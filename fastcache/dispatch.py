@@ -29,7 +29,8 @@ MODULES = {
 PREFERENCE = {"cpu": ("cpp", REFERENCE), "cuda": ("triton", "cuda", REFERENCE)}
 
 _forced: ContextVar[str] = ContextVar(
-    "fastcache_backend", default=os.environ.get("FASTCACHE_BACKEND", AUTO)
+    "fastcache_backend",
+    default=os.environ.get("FASTCACHE_BACKEND", AUTO),  # noqa: B039 - a string
 )
 
 

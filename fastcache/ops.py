@@ -142,7 +142,7 @@ def _same(name: str, first: Tensor, *others: Tensor) -> None:
     for t in others:
         torch._check(
             t.shape == first.shape,
-            lambda: f"{name}: {tuple(t.shape)} and {tuple(first.shape)} differ",
+            lambda t=t: f"{name}: {tuple(t.shape)} and {tuple(first.shape)} differ",
         )
 
 

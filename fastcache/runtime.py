@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from . import dispatch, signal
 from .adapters import BlockAdapter, adapter_for, parameter_names
@@ -106,7 +107,9 @@ class Denoiser:
         self.states: dict[tuple[Any, str], State] = {}
         self.pool: list[State] = []
         self.lock = threading.RLock()
-        self.original: Callable[..., Any] = model.forward
+        # a hook of accelerate keeps the forward below it there: under it, ours survives its removal
+        self.place = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
+        self.original: Callable[..., Any] = getattr(model, self.place)
         names = parameter_names(type(model).forward)
         self.timestep_name = next((n for n in TIMESTEP_NAMES if n in names), None)
         self.timestep_at = names.index(self.timestep_name) if self.timestep_name else -1
@@ -117,6 +120,7 @@ class Denoiser:
         self.branches = Branches()
         self.inside = False  # the model's forward is running
         self.owns_graphs = False  # fastcache.compile drives this model
+        self.untraceable = False  # torch.compile(model) has given up on the forward
         self.prepared: tuple[State, Step, list] | None = None
         self.decisions: list[Decision] = []
         self._saved: list[tuple[str, Any]] = []
@@ -166,12 +170,15 @@ class Denoiser:
     def install(self) -> None:
         """Hook the model. What was done is undone by `remove`, also after a failure half way."""
         model = self.model
-        self._put("forward", self._shell())
+        self.shell = self._shell()
+        self._put(MARK, self)
+        self._put(self.place, self.shell)
+        if callable(getattr(type(model), "enable_cache", None)):
+            self._put("enable_cache", _enabled_already)
         if callable(getattr(type(model), "cache_context", None)):
             self._put("cache_context", self._cache_context(model.cache_context))
         if callable(getattr(type(model), "_reset_stateful_cache", None)):
             self._put("_reset_stateful_cache", self._reset_event(model._reset_stateful_cache))
-        self._put(MARK, self)
         for target in self.targets:
             target.install()
 
@@ -180,15 +187,27 @@ class Denoiser:
             self.cache._run_ended(self, state)
         for target in reversed(self.targets):
             target.remove()
+        attributes = self.model.__dict__
         while self._saved:
             name, before = self._saved.pop()
-            if before is _UNSET:
-                self.model.__dict__.pop(name, None)
+            if name == self.place and attributes.get(name) is not self.shell:
+                self._unshell()
+            elif before is _UNSET:
+                attributes.pop(name, None)
             else:
-                self.model.__dict__[name] = before
+                attributes[name] = before
         self.states.clear()
         self.pool.clear()
         self.control.state = None
+
+    def _unshell(self) -> None:
+        """Put the model's forward back where a hook added or removed since has moved ours."""
+        attributes = self.model.__dict__
+        for name in ("forward", "_old_forward"):
+            if attributes.get(name) is self.shell:
+                attributes[name] = self.original
+                if name == "forward" and getattr(self.original, "__self__", None) is self.model:
+                    del attributes[name]
 
     def _put(self, name: str, value: Any) -> None:
         self._saved.append((name, self.model.__dict__.get(name, _UNSET)))
@@ -199,11 +218,15 @@ class Denoiser:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return (
-                self.traced(args, kwargs)
-                if torch.compiler.is_compiling()
-                else self.call(args, kwargs)
-            )
+            if self.model.__dict__.get(MARK) is not self:  # disabled, but a hook still calls us
+                return original(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return self.traced(args, kwargs)
+            if get_eval_frame_callback() in (None, False):
+                return self.call(args, kwargs)
+            # torch.compile gave up on this frame: it would go on to compile our host code and the model's
+            # frames one by one, so what follows runs as it is
+            return torch._dynamo.run(self._untraced)(args, kwargs)
 
         return forward
 
@@ -248,7 +271,9 @@ class Denoiser:
                 call = self._branch(args, kwargs)
             try:
                 if self.guidance is not None:
-                    self.guidance.refuse(call.name)
+                    states = self.states.values()
+                    began = {s.key[1] for s in states if s.index and s.key[0] == call.request}
+                    self.guidance.refuse({call.name, *began})
                 state, step = self._arm(call, args, kwargs)
                 self.inside = self.control.armed = True
                 for target in self.targets:
@@ -316,6 +341,20 @@ class Denoiser:
         control.armed = False
         return output
 
+    def _untraced(self, args: tuple, kwargs: dict) -> Any:
+        """The model's forward where torch.compile(model) could not trace it: all of it runs uncompiled."""
+        self.untraceable = self.recipe.needs_signal  # further contexts do not try again
+        self.cache._warn_once(
+            f"fastcache: {self.name} runs uncompiled inside torch.compile(model), because "
+            + (
+                "FirstBlockCache decides inside the forward"
+                if self.untraceable
+                else "no context is open around the call"
+            )
+            + "; use fastcache.compile(model)"
+        )
+        return self.call(args, kwargs)
+
     def prepare(self, call: Call) -> bool:
         """Arm a call that may run inside a graph; False where it must run eagerly to allocate storage."""
         self.prepared = None
@@ -327,7 +366,7 @@ class Denoiser:
             or self.recipe.needs_signal
             or self.owns_graphs
         ):
-            return self.owns_graphs or self.recipe.needs_signal
+            return self.owns_graphs or (self.recipe.needs_signal and not self.untraceable)
         before = [run.copy() for run in state.runs]
         timestep = self._rule_timestep(call)
         index = self._index(state, call, timestep)
@@ -515,8 +554,8 @@ class Denoiser:
         decision = self._leading(self.decisions)
         if decision.reason == "past the calibrated steps":
             self.cache._warn_once(
-                f"fastcache: step {step.index} lies past the {step.total} steps of num_inference_steps; "
-                "such steps are computed. Give the run's length with cache.context(num_inference_steps=...)"
+                f"fastcache: steps past the {step.total} of num_inference_steps have no ratio and are "
+                "computed. Give the run's length with cache.context(num_inference_steps=...)"
             )
         actions = tuple(d.action for d in self.decisions)
         late = None
@@ -719,6 +758,10 @@ class Cache:
                     f"target: {name} is already enabled; call cache.update(config) to change its settings or "
                     "cache.disable() first"
                 )
+            if getattr(model, "_cache_config", None) is not None:
+                raise ValueError(
+                    f"target: {name} is already enabled with diffusers' own hooks; call its disable_cache() first"
+                )
         if process_group is not None and not isinstance(process_group, _process_groups()):
             raise TypeError(
                 f"process_group is {process_group!r}, must be a torch.distributed.ProcessGroup or None"
@@ -791,8 +834,8 @@ class Cache:
         failed = True
         try:
             if "torch._dynamo" in sys.modules:
-                ready = all([denoiser.prepare(call) for denoiser in self.denoisers])
-                with eagerly(not ready):
+                prepared = [denoiser.prepare(call) for denoiser in self.denoisers]
+                with eagerly(not all(prepared)):
                     yield
             else:
                 yield
@@ -953,6 +996,14 @@ def enable(
     Raises TypeError or ValueError that names the argument and says what was looked for.
     """
     return Cache(target, config, adapter, backend, process_group)
+
+
+def _enabled_already(*args: Any, **kwargs: Any) -> None:
+    """In place of a diffusers model's own `enable_cache`: two caches would each skip half of the other."""
+    raise ValueError(
+        "target: Caching has already been enabled with fastcache on this model; call cache.update(config) to "
+        "change its settings or cache.disable() first"
+    )
 
 
 def denoisers_of(target: Any) -> list[tuple[str, nn.Module]]:

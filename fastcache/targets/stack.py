@@ -8,6 +8,7 @@ first and the last one wrapped; on a reused step one callable in place of all of
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -659,7 +660,7 @@ class StackTarget:
             )
         segments = [[ordered[0]]]
         self.threaded = self.threaded or woven
-        for before, after in zip(ordered, ordered[1:], strict=False):
+        for before, after in itertools.pairwise(ordered):
             if woven or (not self.threaded and _chained(before, after)):
                 segments[-1].append(after)
             else:
