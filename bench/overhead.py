@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     blocks = 5 if args.quick else BLOCKS
     rounds, repeat = args.rounds or (3 if args.quick else 25), 3 if args.quick else 20
-    cases = dict(_cases(blocks))
+    cases = dict(_cases(blocks, "eager" if args.quick else "inductor"))
     environment = common.environment()
     with common.bar(rounds, "overhead") as progress, torch.no_grad():
         runs = {name: run for name, (_, run) in cases.items()}
@@ -139,7 +139,8 @@ def claims(rows: list[Row]) -> list[Row]:
 Case = tuple[str, tuple[str, Callable[[], object]]]
 
 
-def _cases(blocks: int) -> Iterator[Case]:
+def _cases(blocks: int, backend: str) -> Iterator[Case]:
+    """Every contender. backend: what torch.compile generates code with."""
     x = torch.randn(1, 4, 8)
     make = model_class()
 
@@ -162,24 +163,29 @@ def _cases(blocks: int) -> Iterator[Case]:
     yield "FirstBlock, fastcache", ("fastcache", _driven(fresh(), first, x))
     taylor = fastcache.Recipe(fastcache.Mask((1, 1, 1, 1) + (0,) * 10**5), fastcache.Taylor(1))
     yield "Taylor order 1 on the stack, fastcache", ("fastcache", _driven(fresh(), taylor, x))
-    yield "MagCache, fastcache.compile", ("fastcache", _driven(fresh(), mag, x, how="ours"))
+    yield "MagCache, fastcache.compile", ("fastcache", _driven(fresh(), mag, x, "ours", backend))
     yield (
         "MagCache, fastcache, torch.compile",
-        ("fastcache", _driven(fresh(), mag, x, how="theirs")),
+        ("fastcache", _driven(fresh(), mag, x, "theirs", backend)),
     )
-    alone = torch.compile(fresh(), fullgraph=True)
+    alone = torch.compile(fresh(), fullgraph=True, backend=backend)
     yield "uncached, torch.compile", ("compile", lambda: alone(x))
 
 
 def _driven(
-    model: nn.Module, config: Any, x: Tensor, how: str = "eager", context: bool = True
+    model: nn.Module,
+    config: Any,
+    x: Tensor,
+    how: str = "eager",
+    backend: str = "inductor",
+    context: bool = True,
 ) -> Callable[[], object]:
     """Steps of one endless run; all but the first few are skipped."""
     cache = fastcache.enable(model, config)
     call: Any = {
         "eager": lambda: model,
-        "ours": lambda: fastcache.compile(model),
-        "theirs": lambda: torch.compile(model, fullgraph=True),
+        "ours": lambda: fastcache.compile(model, backend=backend),
+        "theirs": lambda: torch.compile(model, fullgraph=True, backend=backend),
     }[how]()
 
     def run() -> object:

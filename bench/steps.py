@@ -2,7 +2,8 @@
 
     python -m bench steps --json out.jsonl
 
-All systems follow one schedule: the first 4 of 28 steps computed, then every third. Only cost is
+All systems follow one schedule: the first 4 of 28 steps computed, then every third (methods on modules
+come as near as their fields allow, alike on both sides). Only cost is
 compared; weights may be random. "own" is a reused step less the modules that must still run, timed as
 the same model without its skipped blocks.
 """
@@ -34,6 +35,19 @@ STACK_METHODS = ("MagCache", "FirstBlock", "Taylor on the stack")
 def schedule(steps: int) -> list[bool]:
     """True for computed steps."""
     return [i < WARMUP or (i - WARMUP + 1) % EVERY == 0 for i in range(steps)]
+
+
+def own_plan(method: str, steps: int) -> list[bool]:
+    """The schedule that a method keeps: the common one, or for modules the nearest they can express."""
+    if method == "TaylorSeer":
+        return [i < WARMUP or (i - WARMUP - 1) % EVERY == 0 for i in range(steps)]
+    if method in ("PAB", "FasterCache"):
+        return [i % EVERY == 0 or timestep(i, steps) >= 900 for i in range(steps)]
+    return schedule(steps)
+
+
+def timestep(step: int, steps: int) -> float:
+    return 1000.0 * (1 - step / steps)
 
 
 # --- models ---------------------------------------------------------------------------------------------
@@ -155,8 +169,7 @@ class Contender:
         """One whole run, timed step by step."""
         steps, plan, times = len(subject.calls), schedule(len(subject.calls)), []
         for i, inputs in enumerate(subject.calls):
-            t = 1000.0 * (1 - i / steps)
-            systems.CLOCK["t"] = t
+            systems.CLOCK["t"] = t = timestep(i, steps)
             if self.force is not None:
                 self.force(plan[i])
             sync()
@@ -223,7 +236,7 @@ def _magnitude(steps: int) -> dict[str, Any]:
 
 
 def _module_configs(library: Any) -> dict[str, Any]:
-    """Methods on modules, as documented; the last third of their schedules falls differently."""
+    """Methods on modules, as documented; see `own_plan`."""
     return {
         "TaylorSeer": library.TaylorSeerCacheConfig(
             cache_interval=EVERY,
@@ -398,7 +411,7 @@ def measure(subject: Subject, args: Any) -> list[Row]:
 
 
 def _row(contender: Contender, subject: Subject, args: Any) -> Row:
-    plan = schedule(len(subject.calls))
+    plan = own_plan(contender.method, len(subject.calls))
     cached = contender.attached is not None
     by_kind: dict[bool, list[float]] = {True: [], False: []}
     for times in contender.times:
@@ -424,11 +437,11 @@ def _row(contender: Contender, subject: Subject, args: Any) -> Row:
 
 def _traffic(contender: Contender, subject: Subject) -> Row:
     """Launches, device reads, new tensors and cache bytes, of the first reused step past the warm-up."""
-    plan, attached = schedule(len(subject.calls)), contender.attached
+    plan, attached = own_plan(contender.method, len(subject.calls)), contender.attached
     assert attached is not None
     row: Row = {}
     for i, inputs in enumerate(subject.calls):
-        systems.CLOCK["t"] = t = 1000.0 * (1 - i / len(plan))
+        systems.CLOCK["t"] = t = timestep(i, len(plan))
         if contender.force is not None:
             contender.force(plan[i])
         watched = i > WARMUP and not plan[i]

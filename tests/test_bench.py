@@ -1,0 +1,213 @@
+"""The benchmarks run, in their --quick form, and write valid JSON lines; the report notices staleness."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+if not (ROOT / "bench").is_dir():
+    pytest.skip("needs the source tree", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from bench import __main__ as program  # noqa: E402
+from bench import (  # noqa: E402
+    chains,
+    claims,
+    common,
+    graphs,
+    ops,
+    overhead,
+    quality,
+    report,
+    systems,
+)
+from bench import steps as steps_bench  # noqa: E402
+
+ORIGIN = ("device", "kind", "torch", "triton", "commit", "threads", "date")
+
+
+@pytest.fixture(autouse=True)
+def forget_graphs():
+    """Graphs of other tests count against the recompile limit."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def rows_of(main, path: Path, *args: str) -> list[dict]:
+    """What a benchmark writes; every line says where it comes from."""
+    assert main([*args, "--json", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows
+    assert all(set(ORIGIN) <= set(row) for row in rows)
+    return rows
+
+
+def test_ops(tmp_path):
+    picture = tmp_path / "ops.png"
+    rows = rows_of(
+        ops.main, tmp_path / "ops.jsonl", "--quick", "--op", "residual_l1 + store", "of 3",
+        "--compile", "of 3", "--dtype", "bf16", "--plot", str(picture),
+    )  # fmt: skip
+    cells = {(r["op"], r["contender"]): r for r in rows}
+    for op in ("residual_l1 + store", "linear_combine of 3"):
+        assert cells[op, "copy"]["of_copy"] == pytest.approx(1.0)
+        assert cells[op, "diffusers"]["passes"] > cells[op, "diffusers"]["min_passes"]
+        assert {"diffusers", "cache-dit", "reference"} <= {c for o, c in cells if o == op}
+    assert ("linear_combine of 3", "compile") in cells
+    assert ("residual_l1 + store", "compile") not in cells
+    assert all(r["p20"] <= r["p50"] <= r["p80"] for r in rows)
+    assert picture.stat().st_size > 1000
+
+
+def test_ops_refuses_to_time_a_wrong_kernel():
+    """A benchmark of a kernel that computes something else would be worthless."""
+    op = next(o for o in chains.OPS if o.name == "residual_apply")
+    wrong = {"reference": op.ours, "C++": lambda b: b["out"].fill_(7.0)}
+    buffers = {name: torch.randn(8, 16) for name in op.tensors.split()}
+    with pytest.raises(AssertionError):
+        ops._check(op, wrong, buffers)
+
+
+def test_overhead(tmp_path):
+    pytest.importorskip("diffusers")
+    rows = rows_of(overhead.main, tmp_path / "overhead.jsonl", "--quick")
+    cases = {r["case"] for r in rows}
+    assert {"uncached model", "MagCache, diffusers", "MagCache, fastcache.compile"} <= cases
+    assert {c["claim"] for c in overhead.claims(rows)} == {name for name, *_ in overhead.WANT}
+
+
+def test_graphs(tmp_path):
+    pytest.importorskip("diffusers")
+    rows = rows_of(graphs.main, tmp_path / "graphs.jsonl", "--quick")
+    ours = [r for r in rows if r["system"] == "fastcache"]
+    theirs = [r for r in rows if r["system"] == "diffusers"]
+    assert all(r["breaks"] == 0 and r["fullgraph"] == "yes" for r in ours)
+    assert all(r["breaks"] and r["fullgraph"].startswith("fails") for r in theirs)
+    assert all(r["difference"] == 0 for r in rows)
+
+
+def test_steps(tmp_path):
+    pytest.importorskip("diffusers")
+    rows = rows_of(steps_bench.main, tmp_path / "steps.jsonl", "--quick")
+    found = {(r["system"], r["method"]): r for r in rows}
+    for method in ("MagCache", "FirstBlock", "TaylorSeer", "PAB", "FasterCache"):
+        for system in ("fastcache", "diffusers"):
+            assert found[system, method]["reused_ms"] > 0
+    assert found["fastcache", "MagCache"]["launches"] <= found["diffusers", "MagCache"]["launches"]
+    assert found["fastcache", "MagCache"]["reads"] == 0
+
+
+def test_every_system_follows_the_schedule_it_is_timed_on():
+    """Otherwise computed steps would be reported as reused ones."""
+    pytest.importorskip("diffusers")
+    subject = steps_bench.trained(1, 10)
+    for contender in steps_bench.contenders(subject, "eager"):
+        if contender.attached is None:
+            continue
+        whole = contender.kept is not None
+        found = [m for n, m in contender.call.named_modules() if n.endswith("attn.to_q")]
+        plan, computed, ran = steps_bench.own_plan(contender.method, 10), [], []
+        found[-1 if whole else 0].register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        for i, inputs in enumerate(subject.calls):
+            ran.clear()
+            systems.CLOCK["t"] = t = steps_bench.timestep(i, 10)
+            if contender.force is not None:
+                contender.force(plan[i])
+            with systems.quietly(), torch.no_grad(), contender.attached.context("c", i, 10, t):
+                contender.call(**inputs)
+            computed.append(bool(ran))
+        assert computed == plan, (contender.system, contender.method)
+
+
+def test_quality_and_its_continuation(tmp_path):
+    pytest.importorskip("diffusers")
+    path = tmp_path / "quality.jsonl"
+    rows = rows_of(quality.main, path, "--quick")
+    assert {"uncached", "fastcache", "diffusers"} <= {r["system"] for r in rows}
+    assert all(0 < r["compute"] <= 1 for r in rows if "error" not in r)
+    assert not [r for r in rows if r["system"] == "fastcache" and "error" in r]
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    again = rows_of(quality.main, path, "--quick")
+    assert again == [*rows[:-1], again[-1]]  # only the missing point was measured again
+    assert again[-1]["psnr"] == rows[-1]["psnr"]
+
+
+def test_without_diffusers_the_benches_say_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(systems, "missing", lambda package: f"{package} is not installed")
+    for main in (graphs.main, steps_bench.main, quality.main):
+        assert main(["--quick"]) == 0
+        assert "nothing can be measured" in capsys.readouterr().out
+
+
+def test_traffic_counts_what_the_eager_decision_moves():
+    """12 passes, 6 large launches and one read: the numbers that the fused kernel is held against."""
+    y, x, prev = (torch.randn(64, 1024) for _ in range(3))
+    with common.Traffic(small=y.nbytes // 16) as traffic:
+        _, ratio = chains.decision({"y": y, "x": x, "prev": prev})
+        ratio.item()
+    assert (traffic.launches, traffic.bytes // y.nbytes, traffic.reads) == (6, 12, 1)
+
+
+def test_quantiles_and_lines(tmp_path):
+    assert common.quantiles([5.0, 1.0, 3.0, 2.0, 4.0]) == {"p20": 1.0, "p50": 3.0, "p80": 4.0}
+    path = tmp_path / "new" / "rows.jsonl"
+    common.write_lines(path, [{"a": float("inf"), "b": [float("nan"), 1]}])
+    common.write_lines(path, [{"a": 2}], append=True)
+    assert common.read_lines(path) == [{"a": None, "b": [None, 1]}, {"a": 2}]
+
+
+def test_the_report_renders_and_notices_staleness(tmp_path, capsys):
+    found = common.read_lines(next(iter(sorted(report.RESULTS.glob("*.jsonl"))), Path("none")))
+    if not found:
+        pytest.skip("no committed results yet")
+    results = tmp_path / "results"
+    shutil.copytree(report.RESULTS, results)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# hello\n{report.BEGIN}\nold\n{report.END}\nbye\n")
+    place = ["--results", str(results), "--root", str(tmp_path)]
+    assert report.main([*place, "--check"]) == 1
+    assert report.main([*place, "--write"]) == 0
+    assert report.main([*place, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("# hello") and text.endswith("bye\n") and "old" not in text
+    page = (tmp_path / report.PAGE).read_text()
+    assert 'src="data:image/png;base64,' in page and "http" not in page.split("<style>")[0]
+    (tmp_path / report.MARKDOWN).write_text("edited")
+    readme.write_text(text.replace("bye", "bye bye"))
+    capsys.readouterr()
+    assert report.main([*place, "--check"]) == 1
+    said = capsys.readouterr().out
+    assert report.MARKDOWN in said and "README.md" not in said
+
+
+def test_claims_are_met_only_where_the_bound_is():
+    cell = {"bench": "ops", "kind": "cpu", "op": "residual_l1 + store", "model": "FLUX"}
+    cell |= {"dtype": "fp32", "shape": [4608, 3072], "of_copy": 0.9, "threads": 1, "device": "x"}
+    rows = [
+        {**cell, "contender": name, "p50": time}
+        for name, time in (("diffusers", 3.9), ("compile", 2.0), ("compile out=", 0.9), ("C++", 1))
+    ]
+    verdicts = {c.text.split(",")[0]: c.met for c in claims.all_claims(rows)}
+    assert verdicts["C++ residual_l1 + store over diffusers' eager chain"] is False
+    assert verdicts["C++ residual_l1 + store over the faster torch.compile form"] is False
+    assert verdicts["C++ residual_l1 + store"] is True
+
+
+def test_the_list_of_benchmarks_is_complete(capsys):
+    assert program.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in program.NAMES)
+    assert program.main(["nonsense"]) == 2
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_gpu_script_parses():
+    subprocess.run(["bash", "-n", ROOT / "bench" / "gpu.sh"], check=True)
