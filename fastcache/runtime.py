@@ -255,7 +255,9 @@ class Denoiser:
         @functools.wraps(original)
         def reset(*args: Any, **kwargs: Any) -> Any:
             self.reset(self.cache._request())
-            return original(*args, **kwargs)
+            result = original(*args, **kwargs)
+            self.cache._speak()
+            return result
 
         return reset
 
@@ -578,6 +580,8 @@ class Denoiser:
             ),
             late,
         )
+        if self.cache._unsaid:
+            self.cache._speak()
 
     @staticmethod
     def _leading(decisions: list[Decision]) -> Decision:
@@ -772,6 +776,7 @@ class Cache:
         self.stats = Stats()
         self.denoisers: list[Denoiser] = []
         self._warned: set[str] = set()
+        self._unsaid: list[str] = []
         # calibrated runs that ended: ratios, one per part of the stack and step, and the steps
         self._measured: dict[tuple[str, str], list[tuple[list[Tensor], int]]] = {}
         self._models = models
@@ -869,6 +874,7 @@ class Cache:
         """Forget the run of one request, or all runs (also with None). Storage is kept for the next."""
         for denoiser in self.denoisers:
             denoiser.reset(_UNSET if request is None else request)
+        self._speak()
 
     def update(self, config: Any) -> Cache:
         """Change the settings. Runs begin anew; where the new ones do not fit, the old ones stay."""
@@ -883,6 +889,7 @@ class Cache:
             for denoiser in before:
                 denoiser.install()
             raise
+        self._speak()
         return self
 
     def disable(self) -> None:
@@ -890,6 +897,7 @@ class Cache:
         denoisers, self.denoisers = self.denoisers, []
         for denoiser in reversed(denoisers):
             denoiser.remove()
+        self._speak()
 
     @property
     def enabled(self) -> bool:
@@ -971,7 +979,12 @@ class Cache:
         kind, message = verdict(self.stats.last_run(denoiser.name, *state.key), denoiser.recipe)
         if message and kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(f"fastcache: {message}", stacklevel=2)
+            self._unsaid.append(f"fastcache: {message}")
+
+    def _speak(self) -> None:
+        """Give the warnings about finished runs, now that an error made of one would break nothing."""
+        while self._unsaid:
+            warnings.warn(self._unsaid.pop(), stacklevel=3)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -16,12 +16,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..policies import COMPUTE, REUSE
 from ..predictors import Extrapolate, Predictor
 from ..state import State, Unit
+from .attached import refuse_copy
 
 NODE = "_fastcache_node"
 
 
 class Caching:
     """Mixed into the class of a module while a cache is attached to it."""
+
+    __reduce_ex__ = refuse_copy
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         node = self.__dict__.get(NODE)

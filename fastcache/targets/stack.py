@@ -20,6 +20,7 @@ from .. import signal
 from ..adapters import Block, BlockIO
 from ..policies import COMPUTE, REUSE
 from ..state import State, Unit, allocate, tail
+from .attached import refuse_copy
 from .guide import Guide
 
 ROUTER = "_fastcache_router"
@@ -33,6 +34,8 @@ class Stop(Exception):
 
 class Routing:
     """Mixed into the class of a block list while a cache is attached to it."""
+
+    __reduce_ex__ = refuse_copy
 
     def __iter__(self) -> Iterator:
         router = self.__dict__.get(ROUTER)
