@@ -77,9 +77,9 @@ class GuidanceTarget:
         """Whether a difference to rebuild from is held."""
         return state.head.get("guided", False)
 
-    def refuse(self, name: str) -> None:
-        """Raise where the context's name says that the two halves come in calls of their own."""
-        if name == "cond" or name.startswith("uncond"):
+    def refuse(self, names: set[str]) -> None:
+        """Raise where a request's contexts say that the two halves come in calls of their own."""
+        if "cond" in names and any(name.startswith("uncond") for name in names):
             raise ValueError(
                 f"target: context {name!r} says that guidance runs one call per branch, and the guidance half "
                 "of FasterCache needs both in one batch [unconditional; conditional]; batch them, or use "
