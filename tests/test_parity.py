@@ -492,12 +492,12 @@ def test_faster_cache_guidance_on_token_outputs_takes_a_grid():
     with pytest.raises((RuntimeError, ValueError)):
         theirs("LTX", lambda lib, clock, name: guided_tokens(lib, clock), calls)
     with pytest.raises(ValueError, match="tensor_format"):
-        ours("LTX", lambda lib, clock, name: guided_tokens(lib, clock), calls)
+        ours("LTX", lambda lib, clock, name: guided_tokens(lib, clock), calls, ("cond_uncond",))
     model, clock = tiny.build("LTX")[0], Clock()
     where = fastcache.Guidance(tensor_format="BSC", grid=(2, 16, 16))
     recipe = fastcache.Recipe(fastcache.TimestepRange(3, (-1, 900)), fastcache.Reuse(), where)
     with fastcache.enable(model, recipe) as cache:
-        outputs, _ = walk(model, calls, clock, lambda i: cache.context("cond_uncond"))
+        outputs, _ = walk(model, calls, clock, lambda i: cache.context("cond"))
         assert [r.step for r in cache.stats if r.action == REUSE] == [1, 2, 4, 5, 7]
     full, _ = uncached("LTX", calls)
     half = len(full[0]) // 2
