@@ -510,16 +510,37 @@ class Denoiser:
         state, control = self.control.state, self.control
         if not rule.when.needs_signal:
             return
-        sums = first_residual(state, hidden, x)
-        if control.phase == HEAD:
-            state.head["sums"].copy_(sums)
-            return
-        self.judged(i, rule, target, sums)
+        if rule.when.measures == "misfit":
+            measured = self._measure_misfit(i, rule, target, hidden, x)
+        else:
+            measured = first_residual(state, hidden, x)
+            if control.phase == HEAD:
+                state.head["sums"].copy_(measured)
+        if control.phase != HEAD:
+            self.judged(i, rule, target, measured)
 
-    def judged(self, i: int, rule: Rule, target: StackTarget, sums: Tensor | None) -> None:
+    def _measure_misfit(
+        self, i: int, rule: Rule, target: StackTarget, hidden: Tensor, x: Tensor
+    ) -> Tensor | None:
+        """How well this step's guide follows from its history, on the device; None without a history."""
+        state: State = self.control.state
+        if self.control.phase != HEAD:
+            if not target.ready(state):
+                return None
+            target.guide.stage(state, rule.what.weights(state.timelines[i].steps, state.armed_step))
+        target.guide.see(state, i, REUSE, target.guide.of(hidden, x))
+        return state.head["misfit"]
+
+    def judged(
+        self, i: int, rule: Rule, target: StackTarget, measured: Tensor | None
+    ) -> None:
         """Decide with what was measured; the one device read of a step."""
         state, control = self.control.state, self.control
-        change = None if sums is None else signal.relative_change(sums, self.cache.process_group)
+        change = None
+        if measured is not None and rule.when.measures == "misfit":
+            change = signal.scalar(measured)
+        elif measured is not None:
+            change = signal.relative_change(measured, self.cache.process_group)
         step = Step(state.armed_step, state.total, state.step_timestep)
         decision = rule.when.decide(state.runs[i], step, change)
         if decision.action == REUSE:
@@ -550,7 +571,7 @@ class Denoiser:
             elif isinstance(target, StackTarget) and computed:
                 half = self.control.batch == "half"
                 state.halved = rule.what.depth if half else max(state.halved - 1, 0)
-            if computed and rule.when.needs_signal:
+            if computed and rule.when.needs_signal and rule.when.measures == "change":
                 keep_residual(state)
         state.index = step.index + 1
         decision = self._leading(self.decisions)

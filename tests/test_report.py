@@ -168,6 +168,17 @@ def test_warning_also_comes_with_disable(model):
     assert said(model, FirstBlockCacheConfig(50.0))[0].count("each of the 9 steps") == 1
 
 
+def test_warnings_as_errors_do_not_keep_the_model(model):
+    """The verdict once came before the removal, which it then prevented."""
+    before = {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="no step of 10"):
+            with fastcache.enable(model, FirstBlockCacheConfig(1e-6)) as cache:
+                run(model, cache)
+    assert {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()} == before
+
+
 def test_good_runs_and_interrupted_ones_are_quiet(model):
     assert said(model, FirstBlockCacheConfig(0.15)) == []
     assert said(model, FirstBlockCacheConfig(0.0)) == []
