@@ -81,9 +81,9 @@ class GuidanceTarget:
         """Raise where a request's contexts say that the two halves come in calls of their own."""
         if "cond" in names and any(name.startswith("uncond") for name in names):
             raise ValueError(
-                f"target: context {name!r} says that guidance runs one call per branch, and the guidance half "
-                "of FasterCache needs both in one batch [unconditional; conditional]; batch them, or use "
-                "FasterCacheConfig(is_guidance_distilled=True) for its attention part alone"
+                f"target: contexts {sorted(names)} say that guidance runs one call per branch, and the "
+                "guidance half of FasterCache needs both in one batch [unconditional; conditional]; batch "
+                "them, or use FasterCacheConfig(is_guidance_distilled=True) for its attention part alone"
             )
 
     def around(self, run: Callable, args: tuple, kwargs: dict) -> Any:
