@@ -17,7 +17,7 @@ from .configs import (
     TaylorSeerCacheConfig,
 )
 from .dispatch import backend, backends
-from .policies import Broadcast, FirstBlock, Interval, Magnitude, Mask, TimestepRange
+from .policies import Broadcast, FirstBlock, Interval, Magnitude, Mask, Misfit, TimestepRange
 from .predictors import Extrapolate, Guided, Reuse, Taylor, TaylorTable, Zeros
 from .recipe import Plan, Recipe
 from .report import progress
@@ -43,6 +43,7 @@ __all__ = [
     "MagCacheConfig",
     "Magnitude",
     "Mask",
+    "Misfit",
     "Modules",
     "Plan",
     "PyramidAttentionBroadcastConfig",

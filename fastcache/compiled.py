@@ -66,12 +66,16 @@ class Compiled:
         if probed is None or control.actions[probed] != PENDING:
             return self._program(*control.actions, control.batch, WHOLE)(*args, **kwargs)
         state = control.state
-        if not self._enter_head(state):
+        rule, target = self._denoiser.recipe.rules[probed], self._denoiser.targets[probed]
+        misfit = rule.when.measures == "misfit"
+        if not (target.ready(state) if misfit else self._enter_head(state)):
             return self._denoiser.original(*args, **kwargs)
+        if misfit:
+            self._denoiser.stage_prior(probed)
         control.phase = HEAD
         self._program(*control.actions, control.batch, HEAD)(*args, **kwargs)
-        rule, target = self._denoiser.recipe.rules[probed], self._denoiser.targets[probed]
-        self._denoiser.judged(probed, rule, target, state.head["sums"])
+        measured = state.head["misfit" if misfit else "sums"]
+        self._denoiser.judged(probed, rule, target, measured)
         self._denoiser.restage(probed)
         control.phase = REST
         return self._program(*control.actions, control.batch, REST)(*args, **kwargs)
@@ -98,7 +102,7 @@ class Compiled:
         return self._programs[mode]
 
 
-def compile(model: Any, **kwargs: Any) -> Any:  # noqa: A001 - the name users look for
+def compile(model: Any, **kwargs: Any) -> Any:
     """Compile an enabled model: one fullgraph callable per mode, no recompiles between steps.
 
     model: an nn.Module on which `fastcache.enable` was called. kwargs: as for torch.compile; fullgraph is

@@ -93,6 +93,11 @@ class Recipe:
                 for kind, value in ((policy, when), (predictor, what), (target, where))
             ):
                 raise ValueError(f"Recipe: when, what and where do not go together: {reason}")
+        if when.measures == "misfit" and getattr(what, "guide", None) != "residual":
+            raise ValueError(
+                "Recipe: when and what do not go together: Misfit measures how well a guide is explained; its "
+                "predictor is Guided(guide='residual')"
+            )
         when = when.guarded(**(FORECAST_GUARDS if what.forecasts else REUSE_GUARDS))
         object.__setattr__(self, "rules", (Rule(when, what, where),))
         object.__setattr__(self, "name", "Recipe")

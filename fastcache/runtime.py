@@ -191,7 +191,7 @@ class Denoiser:
         while self._saved:
             name, before = self._saved.pop()
             if name == self.place and attributes.get(name) is not self.shell:
-                self._unshell()
+                self.unshell()
             elif before is _UNSET:
                 attributes.pop(name, None)
             else:
@@ -200,7 +200,7 @@ class Denoiser:
         self.pool.clear()
         self.control.state = None
 
-    def _unshell(self) -> None:
+    def unshell(self) -> None:
         """Put the model's forward back where a hook added or removed since has moved ours."""
         attributes = self.model.__dict__
         for name in ("forward", "_old_forward"):
@@ -527,13 +527,17 @@ class Denoiser:
         if self.control.phase != HEAD:
             if not target.ready(state):
                 return None
-            target.guide.stage(state, rule.what.weights(state.timelines[i].steps, state.armed_step))
+            self.stage_prior(i)
         target.guide.see(state, i, REUSE, target.guide.of(hidden, x))
         return state.head["misfit"]
 
-    def judged(
-        self, i: int, rule: Rule, target: StackTarget, measured: Tensor | None
-    ) -> None:
+    def stage_prior(self, i: int) -> None:
+        """Give a guide the weights that its ridge pulls toward, and compiled code the order of its rows."""
+        state: State = self.control.state
+        prior = self.recipe.rules[i].what.weights(state.timelines[i].steps, state.armed_step)
+        self.targets[i].guide.stage(state, prior)
+
+    def judged(self, i: int, rule: Rule, target: StackTarget, measured: Tensor | None) -> None:
         """Decide with what was measured; the one device read of a step."""
         state, control = self.control.state, self.control
         change = None

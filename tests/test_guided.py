@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcache
-from fastcache import FirstBlock, Guided, Interval, Recipe, Reuse, Taylor, ops
+from fastcache import FirstBlock, Guided, Interval, Misfit, Recipe, Reuse, Taylor, ops
 
 demo = pytest.importorskip("fastcache.demo.sample")
 
@@ -156,6 +156,27 @@ def test_the_modulated_guide_runs_no_block_on_a_reused_step(shipped: tuple) -> N
         sample.generate(model, labels, steps=28, seed=3, cache=cache)
         assert len(calls) == cache.stats.computed < 28
     hook.remove()
+
+
+def test_a_rule_on_the_misfit_of_the_step_itself_is_the_same_compiled(shipped: tuple) -> None:
+    from fastcache.demo import sample
+
+    model, labels = shipped
+    outputs, actions = [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        with fastcache.enable(model, Recipe(Misfit(0.3), Guided(2))) as cache:
+            call = fastcache.compile(model, backend="eager") if compiled else model
+            outputs.append(sample.generate(call, labels[:4], steps=28, seed=3, cache=cache))
+            actions.append([r.action for r in cache.stats])
+    assert actions[0] == actions[1]
+    assert 5 < actions[0].count("compute") < 25
+    assert torch.equal(*outputs)
+
+
+def test_a_misfit_rule_needs_a_guide() -> None:
+    with pytest.raises(ValueError, match="Guided"):
+        Recipe(Misfit(0.3), Taylor(1))
 
 
 def test_a_model_without_a_known_modulation_is_refused() -> None:

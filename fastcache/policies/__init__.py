@@ -1,7 +1,7 @@
 """When to reuse: pure Python on host numbers, no torch."""
 
 from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
-from .first_block import FirstBlock
+from .first_block import FirstBlock, Misfit
 from .magnitude import Calibrate, Magnitude
 from .schedule import Broadcast, Interval, Mask, TimestepRange
 
@@ -14,6 +14,7 @@ __all__ = [
     "FirstBlock",
     "Interval",
     "Magnitude",
+    "Misfit",
     "Mask",
     "Policy",
     "Run",

@@ -60,6 +60,7 @@ class Policy:
 
     needs_signal = False  # True: `decide` wants a number measured on the device in this very step
     needs_timestep = False
+    measures = "change"  # what the signal is: the "change" of the first block, or the "misfit" of its guide
 
     def __post_init__(self) -> None:
         for name in ("warmup", "max_skips"):

@@ -539,7 +539,7 @@ class StackTarget:
         out, text, extra = exit
         if segment not in units:
             units[segment] = self._unit(hidden, encoder, exit)
-            self._allocate_head(encoder)
+            self._allocate_head(hidden, encoder)
         unit = units[segment]
         based, texted, extras = unit.template
         with torch.no_grad():
@@ -559,12 +559,12 @@ class StackTarget:
         unit.touched = True
         self.segments[segment][0].entry = (None, None)
 
-    def _allocate_head(self, encoder: Any) -> None:
+    def _allocate_head(self, hidden: Tensor, encoder: Any) -> None:
         """Where compiled regions keep what the first block returned."""
         head = self.state.head
-        if self.start and "residual" in head and "hidden" not in head:
-            residual = head["residual"]
-            head["hidden"] = allocate(residual.shape[1:], residual.dtype, residual.device)
+        if self.start and "hidden" not in head:
+            like = head["residual"][0] if "residual" in head else hidden
+            head["hidden"] = allocate(like.shape, like.dtype, like.device)
             if self.gates[0].form.encoder is not None and isinstance(encoder, Tensor):
                 head["encoder"] = allocate(encoder.shape, encoder.dtype, encoder.device)
             if self.guide is not None:
