@@ -1,0 +1,1 @@
+"""Bridges to other libraries; nothing else of fastcache imports them."""
