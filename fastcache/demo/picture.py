@@ -54,9 +54,14 @@ def draw(runs: list[Run], rows: list[Row], curve: dict[int, float], path: Path) 
     )
     _draw_samples(figure, parts[0], shown, runs, colours)
     below = parts[1].subgridspec(1, 2, width_ratios=[1.0, 1.15], wspace=0.24)
-    _draw_strip(figure.add_subplot(below[0]), rows, colours)
-    unguided = [row for row in rows if row.guidance is None]
-    _draw_frontier(figure.add_subplot(below[1]), unguided, curve, colours)
+    # methods that skip attention inside running blocks have no place on a scale of blocks
+    on_scale = [
+        row
+        for row in rows
+        if row.guidance is None and (row.compute < 1 or row.family == "uncached")
+    ]
+    _draw_strip(figure.add_subplot(below[0]), on_scale, colours)
+    _draw_frontier(figure.add_subplot(below[1]), on_scale, curve, colours)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
