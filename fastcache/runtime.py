@@ -359,7 +359,7 @@ class Denoiser:
 
     def prepare(self, call: Call) -> bool:
         """Arm a call that may run inside a graph; False where it must run eagerly to allocate storage."""
-        self.prepared = None
+        self._withdraw()
         self.control.compiled = True
         state = self.states.get((call.request, call.name))
         if (
@@ -369,15 +369,21 @@ class Denoiser:
             or self.owns_graphs
         ):
             return self.owns_graphs or (self.recipe.needs_signal and not self.untraceable)
-        before = [run.copy() for run in state.runs]
         timestep = self._rule_timestep(call)
         index = self._index(state, call, timestep)
+        before = [run.copy() for run in state.runs]  # none where a run begins
         step = self._decide_all(state, call, index, timestep, timestep)
         for target in self.targets:
             target.begin()
         self.prepared = (state, step, before)
         self.control.armed, self.control.missed, self.control.seen = True, False, None
         return True
+
+    def _withdraw(self) -> None:
+        """Take back decisions that were prepared for a graph and not used."""
+        prepared, self.prepared = self.prepared, None
+        if prepared is not None:
+            state, _, state.runs = prepared
 
     def _recorded(self, state: State) -> bool:
         """Whether all storage exists, so that a call may run inside a graph."""
@@ -422,20 +428,38 @@ class Denoiser:
     def _arm(self, call: Call, args: tuple, kwargs: dict) -> tuple[State, Step]:
         """Find the state, notice whether a run begins, and decide what can be decided beforehand."""
         self._refuse_training()
-        if self.prepared is not None:  # a context prepared for a graph, but the call runs eagerly
-            unused, _, runs = self.prepared
-            unused.runs, self.prepared = runs, None
         key = (call.request, call.name)
         if key not in self.states:
             self.states[key] = self._new_state(key)
         state = self.states[key]
         shape = call_signature(args, kwargs)
+        told = self._rule_timestep(call) if self.prepared is None else self.prepared[1].timestep
+        clock = told if told is not None else self._clock(state, call, args, kwargs)
+        step = self._prepared_step(state, call, shape, clock)
+        if step is not None:
+            return state, step
+        self._withdraw()
         if state.signature != shape:
             self._adopt(state, shape)
-        timestep = self._rule_timestep(call)
-        clock = timestep if timestep is not None else self._clock(state, call, args, kwargs)
         index = self._index(state, call, clock)
         return state, self._decide_all(state, call, index, clock, clock)
+
+    def _prepared_step(
+        self, state: State, call: Call, shape: tuple, clock: float | None
+    ) -> Step | None:
+        """The step that a context prepared for a graph, where a call that runs eagerly would be decided alike."""
+        if self.prepared is None or self.prepared[0] is not state or state.signature != shape:
+            return None
+        step = self.prepared[1]
+        if clock != step.timestep:  # the model's own argument tells the time
+            if any(r.when.needs_timestep for r in self.recipe.rules):
+                return None
+            if self._run_is_over(state, call, clock):
+                return None
+            state.timestep = state.step_timestep = clock
+            step = step._replace(timestep=clock)
+        self.prepared = None
+        return step
 
     def _decide_all(
         self, state: State, call: Call, index: int, clock: float | None, timestep: float | None
@@ -460,7 +484,7 @@ class Denoiser:
             if self.targets[i] is self.guidance and decision.action == REUSE:
                 step = step._replace(guidance_skipped=True)
                 control.batch = "half"
-            if control.compiled and rule.what.depth:
+            if control.compiled and (rule.what.depth > 1 or rule.what.table):
                 weights = self.targets[i].weights if decision.action == REUSE else ()
                 stage(state.timelines[i], weights, index, self._device(state))
         return step

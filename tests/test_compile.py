@@ -172,6 +172,58 @@ def test_first_block_under_the_users_fullgraph_compile_names_the_way_out() -> No
             drive(cache, "Wan3D", inputs, compiled)
 
 
+@pytest.mark.parametrize("name", ["Wan3D", "Flux"])
+@pytest.mark.parametrize("method", ["first_block", "first_block_taylor"])
+@pytest.mark.filterwarnings("ignore:fastcache. each of:UserWarning")
+def test_first_block_under_the_users_compile_is_uncompiled_and_right(
+    name: str, method: str
+) -> None:
+    make, _ = {**METHODS, **RECIPES}[method]
+    model, inputs = tiny.build(name)
+    with fastcache.enable(model, make(name)) as cache:
+        expected = drive(cache, name, inputs, model)
+        decided = [(r.request, r.context, r.step, r.action) for r in cache.stats]
+    fresh()
+    model, inputs = tiny.build(name)
+    graphs = Graphs()
+    with fastcache.enable(model, make(name)) as cache:
+        compiled = torch.compile(model, backend=graphs)
+        with pytest.warns(UserWarning, match=r"fastcache\.compile") as warned:
+            outputs = drive(cache, name, inputs, compiled)
+        assert [(r.request, r.context, r.step, r.action) for r in cache.stats] == decided
+    assert sum("fastcache.compile" in str(w.message) for w in warned) == 1
+    assert sum(counters["graph_break"].values()) <= 1
+    assert graphs.count == 0
+    for got, want in zip(outputs, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("method", ["mag", "first_block", "taylorseer"])
+@pytest.mark.filterwarnings("ignore:fastcache. each of:UserWarning")
+def test_the_users_compile_without_contexts_runs_uncompiled(method: str) -> None:
+    make, _ = METHODS[method]
+
+    def run(call: Callable) -> list[Tensor]:
+        with torch.no_grad():
+            return [
+                call(**step, return_dict=False)[0].clone()
+                for step in tiny.trajectory("Wan3D", inputs, STEPS)
+            ]
+
+    model, inputs = tiny.build("Wan3D")
+    with fastcache.enable(model, make("Wan3D")):
+        expected = run(model)
+    fresh()
+    model, inputs = tiny.build("Wan3D")
+    with fastcache.enable(model, make("Wan3D")) as cache:
+        with pytest.warns(UserWarning, match=r"fastcache\.compile"):
+            outputs = run(torch.compile(model, backend=Graphs()))
+        assert cache.stats.reused
+    assert sum(counters["graph_break"].values()) <= 1
+    for got, want in zip(outputs, expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_an_unarmed_compiled_call_raises() -> None:
     fresh()
     model, inputs = tiny.build("Wan3D")
