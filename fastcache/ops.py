@@ -457,16 +457,22 @@ def guidance_combine(
     _check("guidance_combine", low=low, high=high)
     if low.dtype != torch.float32:
         raise TypeError(f"guidance_combine: low is {low.dtype}, must be float32")
-    if low.shape != cond.shape:
+    if low.shape != cond.shape or low.device != cond.device:
         raise ValueError(
-            f"guidance_combine: low has shape {tuple(low.shape)}, cond has {tuple(cond.shape)}"
+            f"guidance_combine: low is {tuple(low.shape)} on {low.device}, cond is {tuple(cond.shape)} on "
+            f"{cond.device}; they must agree"
         )
+    both = (2 * cond.shape[0], *cond.shape[1:])
     if out is None:
-        out = cond.new_empty((2 * cond.shape[0], *cond.shape[1:]))
-    elif not isinstance(out, Tensor) or out.shape != (2 * cond.shape[0], *cond.shape[1:]):
-        raise ValueError(
-            f"guidance_combine: out must be a tensor {(2 * cond.shape[0], *cond.shape[1:])}"
-        )
+        out = cond.new_empty(both)
+    else:
+        _check("guidance_combine", out=out)
+        _check_out("guidance_combine", out)
+        if (out.shape, out.dtype, out.device) != (both, cond.dtype, cond.device):
+            raise ValueError(
+                f"guidance_combine: out is {out.dtype} {tuple(out.shape)} on {out.device}, must be "
+                f"{cond.dtype} {both} on {cond.device}"
+            )
     torch.ops.fastcache.guidance_combine_.default(out, cond, low, high, float(w_low), float(w_high))
     return out
 
