@@ -1,0 +1,467 @@
+"""The contract of `fastcache.ops`, on every backend that runs on a CPU."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcache
+from fastcache import ops
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = [(1,), (0,), (760,), (3, 4), (3, 0), (0, 4), (2, 5, 8), (1, 1, 1), (2, 0, 4), (2, 3, 4, 5)]
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+METRIC = 2e-6
+SENTINEL = 77.0
+BACKENDS = [n for n, v in fastcache.backends().items() if v is True and n in ("reference", "cpp")]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request):
+    with fastcache.backend(request.param):
+        yield request.param
+
+
+def test_the_reference_is_among_them():
+    assert "reference" in BACKENDS
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def three(shape, dtype=torch.float32):
+    return random(shape, dtype, 1), random(shape, dtype, 2), random(shape, dtype, 3)
+
+
+def rounded(y: Tensor, x: Tensor) -> Tensor:
+    """y - x rounded once to the storage dtype."""
+    return (y.double() - x.double()).to(y.dtype)
+
+
+def close(a: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
+    assert a.shape == truth.shape and a.dtype == dtype
+    bound = TOLERANCE[dtype] * max(truth.abs().max().item() if truth.numel() else 0.0, 1.0)
+    return not a.numel() or (a.double() - truth.double()).abs().max().item() <= bound
+
+
+def inside(t: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """A copy of `t` in the middle of a larger buffer, and that buffer."""
+    buffer = torch.full((t.numel() + offset + 9,), SENTINEL, dtype=t.dtype)
+    view = buffer[offset : offset + t.numel()].view(t.shape)
+    view.copy_(t)
+    return view, buffer
+
+
+def tokens(t: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of a [B, T, C] tensor as a token range of a longer one, and the longer one."""
+    batch, length, width = t.shape
+    whole = torch.full((batch, length + 7, width), SENTINEL, dtype=t.dtype)
+    view = whole[:, 3 : 3 + length]
+    view.copy_(t)
+    return view, whole
+
+
+# --- signatures ----------------------------------------------------------------------------------
+
+NAMES = {
+    "residual_l1": ["y", "x", "prev", "out"],
+    "residual_magnitude": ["y", "x", "prev", "out", "eps"],
+    "residual_store": ["y", "x", "out"],
+    "residual_apply": ["x", "r", "out"],
+    "linear_combine": ["tensors", "weights", "out"],
+    "taylor_update_": ["factors", "y", "inv_delta", "valid"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_argument_names(name):
+    found = inspect.signature(getattr(ops, name)).parameters
+    assert [p.name for p in found.values() if p.kind is not p.KEYWORD_ONLY] == NAMES[name]
+    for optional in ("out", "eps"):
+        if optional in found and name != "residual_store":
+            assert found[optional].default == {"out": None, "eps": 1e-8}[optional]
+
+
+# --- values ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_residual_l1(shape, dtype):
+    y, x, prev = three(shape, dtype)
+    r = rounded(y, x)
+    truth = torch.stack([(r.double() - prev.double()).abs().sum(), prev.double().abs().sum()])
+    sums = ops.residual_l1(y, x, prev)
+    assert sums.dtype == torch.float32 and sums.shape == (2,)
+    torch.testing.assert_close(sums.double(), truth, rtol=METRIC, atol=0)
+    out = torch.full_like(y, math.nan)
+    again = ops.residual_l1(y, x, prev, out=out)
+    assert torch.equal(again, sums) and torch.equal(out, r)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) > 1 and math.prod(s)])
+def test_residual_magnitude(shape, dtype):
+    y, x, prev = three(shape, dtype)
+    r = rounded(y, x)
+    for eps in (1e-8, 0.5):
+        truth = (r.double().norm(dim=-1) / (prev.double().norm(dim=-1) + eps)).mean().reshape(1)
+        mean = ops.residual_magnitude(y, x, prev, eps=eps)
+        assert mean.dtype == torch.float32 and mean.shape == (1,)
+        torch.testing.assert_close(mean.double(), truth, rtol=METRIC, atol=0)
+    mean = ops.residual_magnitude(y, x, prev)
+    again = ops.residual_magnitude(y, x, prev, out=prev)  # out may be prev
+    assert torch.equal(again, mean) and torch.equal(prev, r)
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 4), (2, 0, 4)])
+def test_magnitude_of_nothing_is_no_number_or_zero(shape):
+    mean = ops.residual_magnitude(*three(shape))
+    assert mean.shape == (1,) and (torch.isnan(mean).all() or mean.item() == 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_store_and_apply(shape, dtype):
+    y, x, r = three(shape, dtype)
+    out = torch.full_like(y, math.nan)
+    assert ops.residual_store(y, x, out) is out
+    assert torch.equal(out, rounded(y, x))
+    expected = (x.double() + r.double()).to(dtype)
+    fresh = ops.residual_apply(x, r)
+    assert torch.equal(fresh, expected) and fresh is not x
+    assert ops.residual_apply(x, r, out=out) is out and torch.equal(out, expected)
+    assert ops.residual_apply(x, r, out=x) is x and torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("device_weights", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0,), (760,), (2, 5, 8), (2, 3, 4, 5)])
+def test_linear_combine(shape, dtype, count, device_weights):
+    tensors = [random(shape, dtype, i) for i in range(count)]
+    weights: Any = [1.0, -0.5, 2, 0.25, -3.0][:count]
+    truth = sum(w * t.double() for w, t in zip(weights, tensors, strict=True))
+    if device_weights:
+        weights = torch.tensor(weights)
+    assert close(ops.linear_combine(tensors, weights), truth, dtype)
+    assert close(ops.linear_combine(tuple(tensors), weights), truth, dtype)
+    out = torch.full(shape, math.nan, dtype=dtype)
+    assert ops.linear_combine(tensors, weights, out=out) is out and close(out, truth, dtype)
+    last = tensors[-1]
+    assert ops.linear_combine(tensors, weights, out=last) is last and close(last, truth, dtype)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_taylor_update(dtype, order):
+    for valid in range(order + 2):
+        y, old = (
+            random((2, 5, 8), dtype, 9),
+            [random((2, 5, 8), dtype, i) for i in range(order + 1)],
+        )
+        factors = [f.clone() for f in old]
+        assert ops.taylor_update_(factors, y, 0.5, valid) is None
+        new = y.double()
+        for j in range(order + 1):
+            if j > min(valid, order):
+                assert torch.equal(factors[j], old[j]), "a factor past the valid ones was touched"
+                continue
+            assert close(factors[j], new, dtype)
+            new = (new - old[j].double()) * 0.5
+    stacked = torch.stack(old)
+    ops.taylor_update_(stacked, y, 0.5, order + 1)
+    assert all(torch.equal(a, b) for a, b in zip(stacked, factors, strict=True))
+
+
+def test_guidance_combine():
+    for dtype in DTYPES:
+        cond, low, high = random((2, 3, 4), dtype, 1), random((2, 3, 4), seed=2), random((2, 3, 4))
+        out = ops.guidance_combine(cond, low, high, 1.1, 0.5)
+        truth = cond.double() + 1.1 * low.double() + 0.5 * high.double()
+        assert close(out[:2], truth, dtype) and torch.equal(out[2:], cond)
+        given = torch.full_like(out, math.nan)
+        assert ops.guidance_combine(cond, low, high, 1.1, 0.5, out=given) is given
+        assert torch.equal(given, out)
+
+
+# --- layouts -----------------------------------------------------------------------------------------
+
+
+CALLS = {
+    "residual_l1": lambda y, x, z, out: ops.residual_l1(y, x, z, out=out),
+    "residual_magnitude": lambda y, x, z, out: ops.residual_magnitude(y, x, z, out=out),
+    "residual_store": lambda y, x, z, out: ops.residual_store(y, x, out),
+    "residual_apply": lambda y, x, z, out: ops.residual_apply(y, x, out=out),
+    "linear_combine": lambda y, x, z, out: ops.linear_combine([y, x, z], [1.0, 2.0, 3.0], out=out),
+    "taylor_update_": lambda y, x, z, out: ops.taylor_update_([out, z], y, 1.0, 0),
+}
+
+
+@pytest.mark.parametrize("place", [1, 2, 3, 5, 8, "tokens"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CALLS)
+def test_any_offset_and_token_ranges_between_sentinels(name, dtype, place):
+    """A view gives the bits of a copy, and nothing beside it is written."""
+    given = [*three((2, 21, 8), dtype), torch.full((2, 21, 8), math.nan, dtype=dtype)]
+    expected = [t.clone() for t in given]
+    result = CALLS[name](*expected)
+    views = [tokens(t) if place == "tokens" else inside(t, place) for t in given]
+    again = CALLS[name](*(v for v, _ in views))
+    for (view, whole), value in zip(views, expected, strict=True):
+        assert torch.equal(torch.nan_to_num(view), torch.nan_to_num(value))
+        count = (whole == SENTINEL).sum().item()
+        assert count == whole.numel() - view.numel(), "something beside the view was written"
+    if name in ("residual_l1", "residual_magnitude"):
+        torch.testing.assert_close(again, result, rtol=METRIC, atol=0)
+    elif result is not None:
+        assert again is views[3][0]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_strides_of_every_kind_are_right_or_refused(name):
+    """Transposed inputs and outputs: a kernel that cannot take them must not pretend."""
+    given = [*three((6, 4, 8)), torch.zeros(6, 4, 8)]
+    expected = [t.clone() for t in given]
+    CALLS[name](*expected)
+    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in given]
+    assert not turned[0].is_contiguous()
+    CALLS[name](*turned)
+    for a, b in zip(turned, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+# --- NaN and infinity -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_nan_and_infinity_propagate(which, dtype, value):
+    given = list(three((2, 33, 8), dtype))
+    given[which].view(-1)[200] = value
+    sums = ops.residual_l1(*given)
+    assert not torch.isfinite(sums[0])
+    assert torch.isfinite(sums[1]) == (which != 2)
+    mean = ops.residual_magnitude(*given)
+    assert not torch.isfinite(mean) or (which == 2 and math.isinf(value))
+    y, x, _ = given
+    if which < 2:
+        out = torch.zeros_like(y)
+        assert not torch.isfinite(ops.residual_store(y, x, out).view(-1)[200])
+        assert not torch.isfinite(ops.residual_apply(y, x).view(-1)[200])
+        assert not torch.isfinite(ops.linear_combine([y, x], [1.0, 1.0]).view(-1)[200])
+        assert torch.isfinite(ops.linear_combine([y, x], [1.0, 1.0])).sum() == y.numel() - 1
+
+
+def test_a_zero_reference_gives_zero_as_the_second_sum():
+    y, x, _ = three((4, 8))
+    sums = ops.residual_l1(y, x, torch.zeros_like(y))
+    assert sums[1] == 0 and sums[0] > 0
+    assert (ops.residual_l1(y, y, torch.zeros_like(y)) == 0).all()
+
+
+# --- the same bits every time ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 1000, 64), (1, 77, 5)])
+def test_reductions_are_bit_identical_between_runs_and_thread_counts(shape, dtype, backend):
+    given = three(shape, dtype)
+    for op in (ops.residual_l1, ops.residual_magnitude):
+        first = op(*given)
+        counts = (1, 2, 3, 4) if backend == "cpp" else (1, 1)
+        for threads in counts:
+            torch.set_num_threads(threads)
+            copies = [t.clone() for t in given]
+            assert torch.equal(op(*copies), first), f"{threads} threads"
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+
+T = random((2, 3, 4))
+ARGUMENTS = {
+    "residual_l1": {"y": T, "x": T, "prev": T, "out": T.clone()},
+    "residual_magnitude": {"y": T, "x": T, "prev": T, "out": T.clone()},
+    "residual_store": {"y": T, "x": T, "out": T.clone()},
+    "residual_apply": {"x": T, "r": T, "out": T.clone()},
+    "linear_combine": {"tensors": [T, T], "weights": [1.0, 2.0], "out": T.clone()},
+    "taylor_update_": {"factors": [T.clone(), T.clone()], "y": T, "inv_delta": 1.0, "valid": 1},
+    "guidance_combine": {"cond": T, "low": T, "high": T, "w_low": 1.0, "w_high": 1.0},
+}
+BAD_TENSORS = {
+    "float64": T.double(),
+    "integers": T.int(),
+    "complex": T.to(torch.complex64),
+    "another dtype": T.half(),
+    "another shape": T[:, :2],
+    "another device": T.to("meta"),
+    "None": None,
+    "a list": T.tolist(),
+    "a number": 1.0,
+    "sparse": T.to_sparse(),
+}
+
+
+def cases():
+    for name, arguments in ARGUMENTS.items():
+        for key, value in arguments.items():
+            if isinstance(value, Tensor) or isinstance(value, list):
+                for what, bad in BAD_TENSORS.items():
+                    if key == "out" and bad is None and name != "residual_store":
+                        continue  # None is its default
+                    if key == "weights":
+                        continue
+                    if name == "guidance_combine" and (key, what) == ("cond", "another dtype"):
+                        continue  # the parts are float32 whatever the model's dtype is
+                    yield pytest.param(name, key, bad, id=f"{name}-{key}-{what}")
+
+
+@pytest.mark.parametrize("name, key, bad", cases())
+def test_a_bad_tensor_is_refused_and_named(name, key, bad):
+    arguments = dict(ARGUMENTS[name])
+    if isinstance(arguments[key], list):
+        bad = [arguments[key][0], bad]
+    with pytest.raises((TypeError, ValueError)) as caught:
+        getattr(ops, name)(**{**arguments, key: bad})
+    message = str(caught.value)
+    assert name in message
+    # where two disagree either may be named; that one of them is wrong by itself names it
+    shared = {k for k, v in arguments.items() if isinstance(v, Tensor | list)}
+    assert any(k in message for k in shared)
+    if bad is None or not isinstance(bad, Tensor | list):
+        assert key in message
+
+
+BAD_VALUES = [
+    ("linear_combine", "tensors", []),
+    ("linear_combine", "tensors", [T] * 6),
+    ("linear_combine", "tensors", T),
+    ("linear_combine", "tensors", None),
+    ("linear_combine", "weights", [1.0]),
+    ("linear_combine", "weights", [1.0, 2.0, 3.0]),
+    ("linear_combine", "weights", None),
+    ("linear_combine", "weights", "ab"),
+    ("linear_combine", "weights", [1.0, "2"]),
+    ("linear_combine", "weights", [1.0, None]),
+    ("linear_combine", "weights", 3.0),
+    ("linear_combine", "weights", torch.ones(3)),
+    ("linear_combine", "weights", torch.ones(2, 1)),
+    ("linear_combine", "weights", torch.ones(2).double()),
+    ("linear_combine", "weights", torch.ones(2).to("meta")),
+    ("taylor_update_", "factors", []),
+    ("taylor_update_", "factors", None),
+    ("taylor_update_", "factors", "ab"),
+    ("taylor_update_", "factors", torch.tensor(1.0)),
+    ("taylor_update_", "inv_delta", None),
+    ("taylor_update_", "inv_delta", "1"),
+    ("taylor_update_", "valid", -1),
+    ("taylor_update_", "valid", 3),
+    ("taylor_update_", "valid", 1.5),
+    ("taylor_update_", "valid", None),
+    ("taylor_update_", "valid", True),
+    ("residual_magnitude", "eps", "small"),
+    ("residual_magnitude", "eps", -1.0),
+    ("residual_magnitude", "eps", math.nan),
+    ("residual_magnitude", "y", random((5,))),
+    ("residual_l1", "out", T[:1].expand(2, 3, 4)),
+    ("residual_apply", "out", T[:1].expand(2, 3, 4)),
+    ("guidance_combine", "out", T),
+    ("guidance_combine", "out", torch.zeros(4, 3, 4).half()),
+]
+
+
+@pytest.mark.parametrize("name, key, bad", BAD_VALUES)
+def test_a_bad_value_is_refused_and_named(name, key, bad):
+    arguments = {**ARGUMENTS[name], key: bad}
+    if key == "y" and name == "residual_magnitude":
+        arguments = {"y": bad, "x": bad, "prev": bad}
+    with pytest.raises((TypeError, ValueError), match=key):
+        getattr(ops, name)(**arguments)
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [(n, k) for n, a in ARGUMENTS.items() for k, v in a.items() if isinstance(v, Tensor | list)],
+)
+def test_inputs_that_require_grad_are_refused_while_grad_mode_is_on(name, key):
+    if key == "weights":
+        bad: Any = torch.ones(2, requires_grad=True)
+    elif isinstance(ARGUMENTS[name][key], list):
+        bad = [T.clone(), T.clone().requires_grad_()]
+    else:
+        bad = T.clone().requires_grad_()
+    arguments = {**ARGUMENTS[name], key: bad}
+    with pytest.raises(ValueError, match=key):
+        getattr(ops, name)(**arguments)
+    with torch.no_grad():
+        getattr(ops, name)(**arguments)
+    with torch.inference_mode():
+        getattr(ops, name)(**arguments)
+
+
+# --- registration --------------------------------------------------------------------------------------------
+
+
+def registered() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {n.split("::")[1].split(".")[0] for n in names if n.startswith("fastcache::")}
+
+
+def samples() -> dict[str, list[tuple]]:
+    y, x, prev = three((2, 5, 8))
+    low = random((2, 5, 8), seed=7)
+    quantized = (torch.zeros(2, 5, 8, dtype=torch.float8_e4m3fn), torch.zeros(2, 5))
+    return {
+        "residual_l1": [(y, x, prev), (y, x, prev, True), (y[:0], x[:0], prev[:0])],
+        "residual_l1_": [(torch.zeros_like(y), y, x, prev)],
+        "residual_magnitude": [(y, x, prev), (y, x, prev, 1e-3, True)],
+        "residual_magnitude_": [(torch.zeros_like(y), y, x, prev)],
+        "residual_store_": [(torch.zeros_like(y), y, x)],
+        "residual_apply_": [(torch.zeros_like(y), y, x)],
+        "linear_combine_": [(torch.zeros_like(y), [y, x], [1.0, 2.0]), (y.clone(), [y], [2.0])],
+        "linear_combine_device_": [(torch.zeros_like(y), [y, x], torch.tensor([1.0, 2.0]))],
+        "taylor_update_": [([torch.zeros_like(y), torch.zeros_like(y)], y, 0.5, 1)],
+        "guidance_combine_": [(torch.zeros(4, 5, 8), y, x, low, 1.1, 0.9)],
+        "guided_weights": [(y, [x, prev], torch.tensor([2.0, -1.0]), 1e-3)],
+        "quantize_store_": [(*quantized, y), (*quantized, y, x)],
+        "quantized_combine_": [
+            (torch.zeros_like(y), y, [quantized[0]], [quantized[1]], [1.0]),
+            (torch.zeros_like(y), None, [quantized[0]], [quantized[1]], [1.0]),
+        ],
+    }
+
+
+def test_every_registered_op_has_a_sample():
+    assert {n for n in registered() if not n.startswith("_")} == set(samples())
+
+
+@pytest.mark.parametrize("name", sorted(samples()))
+def test_opcheck(name):
+    op = getattr(torch.ops.fastcache, name).default
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    checks.append("test_aot_dispatch_dynamic")
+    if name.startswith("quantize"):  # opcheck compares by allclose, which torch lacks for float8
+        checks = checks[1:3]
+    for sample in samples()[name]:
+        result = torch.library.opcheck(op, sample, test_utils=checks)
+        assert list(result.values()) == ["SUCCESS"] * len(checks)
+
+
+@pytest.mark.parametrize(
+    "name", ["residual_l1", "residual_apply", "linear_combine", "residual_store"]
+)
+def test_wrappers_trace_whole(name):
+    """`fullgraph`: no graph break inside a public op."""
+    arguments = {k: v for k, v in ARGUMENTS[name].items() if k != "out" or name == "residual_store"}
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(ops, name), backend="eager", fullgraph=True)
+    a, b = compiled(**arguments), getattr(ops, name)(**arguments)
+    assert torch.equal(a, b)
