@@ -289,6 +289,18 @@ def test_cache_calibration_survives_reset_and_update(model):
         assert cache.stats.reused > 0
 
 
+@pytest.mark.parametrize("compiler", [fastcache.compile, torch.compile], ids=lambda f: f.__module__)
+def test_compiled_models_are_calibrated_eagerly(model, compiler):
+    """Appending to a list inside a graph once made a new graph every step."""
+    expected = fastcache.calibrate(generation(model), model)
+    with fastcache.enable(model, MagCacheConfig(calibrate=True)) as cache:
+        compiled = compiler(model, backend="eager", fullgraph=True)
+        generation(compiled)(cache)
+        generation(compiled)(cache)
+        assert cache.calibration.mag_ratios == pytest.approx(expected.mag_ratios)
+        assert cache.calibration.runs == 2
+
+
 def test_cache_that_measured_nothing_says_so(model):
     with fastcache.enable(model, FirstBlockCacheConfig(0.1)) as cache:
         with pytest.raises(CalibrationError, match="calibrate=True"):

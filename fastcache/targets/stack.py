@@ -421,8 +421,8 @@ class StackTarget:
         self.order = []
 
     def recorded(self, state: State) -> bool:
-        """Whether storage exists."""
-        return bool(state.units[self.rule])
+        """Whether storage exists, so that a graph may use it; measuring is done eagerly."""
+        return bool(state.units[self.rule]) and not self.measure
 
     def ready(self, state: State) -> bool:
         """Whether a step can be reused from this state."""
