@@ -67,7 +67,7 @@ class Timeline:
 class Staged:
     """The same facts as small device tensors, for compiled code: filled by the host before a step."""
 
-    __slots__ = ("order", "row", "scale", "weights")
+    __slots__ = ("filled", "order", "row", "scale", "weights")
 
     def __init__(self, depth: int, device: torch.device) -> None:
         depth = max(depth, 1)
@@ -77,6 +77,14 @@ class Staged:
         self.scale = allocate(
             (depth,), torch.float32, device
         )  # per order: 1 / gap, or 0 where invalid
+        self.filled: dict[str, Sequence[float]] = {}  # what each tensor holds
+
+    def fill(self, name: str, values: Sequence[float]) -> None:
+        """Copy to the device what is not there yet."""
+        if self.filled.get(name) != values:
+            t = getattr(self, name)
+            t.copy_(torch.tensor(values, dtype=t.dtype))
+            self.filled[name] = values
 
 
 def stage(timeline: Timeline, weights: Sequence[float], step: int, device: torch.device) -> None:
@@ -85,17 +93,11 @@ def stage(timeline: Timeline, weights: Sequence[float], step: int, device: torch
     if s is None:
         s = timeline.staged = Staged(timeline.depth, device)
     depth = len(s.weights)
-    rows = [*timeline.rows, *(r for r in range(depth) if r not in timeline.rows)]
-    s.order.copy_(torch.tensor(rows))
-    s.row.fill_(timeline.next_row)
-    s.weights.copy_(torch.tensor([*weights, *[0.0] * (depth - len(weights))], dtype=torch.float32))
-    held = len(timeline.steps)
-    s.scale.copy_(
-        torch.tensor(
-            [1.0 / timeline.gap(step) if j < held else 0.0 for j in range(depth)],
-            dtype=torch.float32,
-        )
-    )
+    s.fill("order", (*timeline.rows, *(r for r in range(depth) if r not in timeline.rows)))
+    s.fill("row", (timeline.next_row,))
+    s.fill("weights", (*weights, *[0.0] * (depth - len(weights))))
+    held, scale = len(timeline.steps), 1.0 / timeline.gap(step)
+    s.fill("scale", tuple(scale if j < held else 0.0 for j in range(depth)))
 
 
 def tail(row: Tensor, like: Tensor | None) -> Tensor:
