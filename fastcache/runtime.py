@@ -10,8 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from .adapters import BlockAdapter, adapter_for, parameter_names
 from .branches import MOST, Branches
 from .configs import Config, resolve
 from .policies import COMPUTE, REUSE, Decision, Step
-from .policies.base import real
+from .policies.base import real, whole
 from .policies.magnitude import Calibrate
 from .recipe import Recipe, Rule
 from .state import State, Timeline, stage
@@ -43,8 +42,7 @@ POOL = 8  # storages of finished requests kept for the next ones
 _UNSET = object()
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a context says about the denoiser call inside it."""
 
     name: str = "default"
@@ -1103,18 +1101,16 @@ def checked_call(
         ("step_index", step_index, 0),
         ("num_inference_steps", num_inference_steps, 1),
     ):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"context: {label} is {value!r}, must be a whole number")
-        if value.__index__() < low:
-            raise ValueError(f"context: {label} is {value}, must be >= {low}")
+        if value is not None:
+            whole("context", label, value, low)
     step_index = None if step_index is None else step_index.__index__()
     total = None if num_inference_steps is None else num_inference_steps.__index__()
     if step_index is not None and total is not None and step_index >= total:
         raise ValueError(
             f"context: step_index is {step_index}, must be below num_inference_steps = {total}"
         )
+    if timestep is None and sigma is None:
+        return Call(name, request, step_index, total)
     numbers = {}
     for label, value in (("timestep", timestep), ("sigma", sigma)):
         if isinstance(value, Tensor):

@@ -133,6 +133,9 @@ class _Account:
     def clear(self) -> None:
         self.ratio, self.error, self.steps = 1.0, 0.0, 0
 
+    def __copy__(self) -> _Account:  # a tenth of what the generic one takes, once per step
+        return _Account(self.ratios, self.retained, self.ratio, self.error, self.steps)
+
 
 @dataclass(frozen=True)
 class Calibrate(Policy):
