@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +144,11 @@ class Recipe:
     def needs_signal(self) -> bool:
         """Whether a decision reads the device."""
         return any(r.when.needs_signal for r in self.rules)
+
+    def digest(self, *facts: Any) -> bytes:
+        """A hash of the rules and of further facts that ranks can compare; callables count by name."""
+        text = re.sub(" at 0x[0-9a-fA-F]+", "", repr((self.rules, facts)))
+        return hashlib.sha256(text.encode()).digest()
 
     def plan(self, num_inference_steps: int, timesteps: Sequence[float] | None = None) -> Plan:
         """The whole schedule before step 0.

@@ -465,6 +465,7 @@ class Denoiser:
         """Decide for every rule, and hand the decisions to `control`."""
         if not state.runs:
             state.total = call.num_inference_steps or self._planned_total()
+            self._agree_on_plan(state, index)
             state.runs = [rule.when.begin(state.total) for rule in self.recipe.rules]
         elif call.num_inference_steps is not None:
             state.total = call.num_inference_steps
@@ -486,6 +487,19 @@ class Denoiser:
                 weights = self.targets[i].weights if decision.action == REUSE else ()
                 stage(state.timelines[i], weights, index, self._device(state))
         return step
+
+    def _agree_on_plan(self, state: State, index: int) -> None:
+        """Where ranks share samples: raise on all of them if they are about to run different plans."""
+        group = self.cache.process_group
+        if group is None:
+            return
+        digest = self.recipe.digest(state.total, index, state.key[1])
+        if not signal.unanimous(digest, group, self._device(state)):
+            raise RuntimeError(
+                "fastcache: config: the ranks of process_group begin different runs, and would part; here it is "
+                f"{self.recipe.rules} with num_inference_steps={state.total}, context {state.key[1]!r}, step "
+                f"{index}. Give every rank the same config, steps and contexts"
+            )
 
     def _device(self, state: State) -> torch.device:
         return state.signature[0][2] if state.signature else torch.device("cpu")
@@ -525,7 +539,7 @@ class Denoiser:
         bound = getattr(rule.what, "max_misfit", None)
         if bound is None or state.runs[i].in_a_row < 2:
             return False
-        return not signal.scalar(state.head["misfit"]) <= bound
+        return not signal.mean(state.head["misfit"], self.cache.process_group) <= bound
 
     def _judge(self, i: int, rule: Rule, target: StackTarget, hidden: Tensor, x: Tensor) -> None:
         """The decision of a rule that looks at the first block, taken inside the model's forward."""
@@ -562,11 +576,16 @@ class Denoiser:
     def judged(self, i: int, rule: Rule, target: StackTarget, measured: Tensor | None) -> None:
         """Decide with what was measured; the one device read of a step."""
         state, control = self.control.state, self.control
+        group = self.cache.process_group
         change = None
-        if measured is not None and rule.when.measures == "misfit":
-            change = signal.scalar(measured)
+        if group is not None and (measured is None or not target.ready(state)):
+            # the other ranks wait for a number: join them with none, so that all compute
+            numbers = 1 if rule.when.measures == "misfit" else 2
+            signal.agreed(torch.full((numbers,), math.nan, device=self._device(state)), group)
+        elif measured is not None and rule.when.measures == "misfit":
+            change = signal.mean(measured, group)
         elif measured is not None:
-            change = signal.relative_change(measured, self.cache.process_group)
+            change = signal.relative_change(measured, group)
         step = Step(state.armed_step, state.total, state.step_timestep)
         decision = rule.when.decide(state.runs[i], step, change)
         if decision.action == REUSE:

@@ -24,10 +24,42 @@ def relative_change(sums: Tensor, group: Any = None) -> float:
 
 
 def agreed(sums: Tensor, group: Any) -> Tensor:
-    """The sums over all ranks of `group`, in one packed reduction."""
+    """The sums over all ranks of `group`, in one packed reduction. Every rank gets the same bits."""
     total = sums.clone()
-    torch.distributed.all_reduce(total, group=group)
+    _meet(total, group, torch.distributed.ReduceOp.SUM)
     return total
+
+
+def mean(value: Tensor, group: Any = None) -> float:
+    """A one-element tensor as a float; its mean over the ranks of `group`, where there is one."""
+    if group is None:
+        return scalar(value)
+    return scalar(agreed(value, group)) / torch.distributed.get_world_size(group)
+
+
+def unanimous(digest: bytes, group: Any, device: torch.device) -> bool:
+    """Whether all ranks of `group` hold the same 32 bytes; every rank gets the same answer."""
+    words = [int.from_bytes(digest[i : i + 4], "big") for i in range(0, len(digest), 4)]
+    if "gloo" in str(torch.distributed.get_backend(group)):
+        device = torch.device("cpu")
+    both = torch.tensor([words, [-word for word in words]], device=device)
+    _meet(both, group, torch.distributed.ReduceOp.MAX)
+    most, least = both.tolist()
+    return most == [-word for word in least]
+
+
+def _meet(values: Tensor, group: Any, op: Any) -> None:
+    """Reduce in place over the ranks. Fails within the group's timeout where one of them is missing.
+
+    gloo raises here; NCCL's watchdog ends the process after the timeout that the group was made with.
+    """
+    try:
+        torch.distributed.all_reduce(values, op=op, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "process_group: a rank did not take part in a decision: it has died, stopped with an error, or "
+            "does not take the same steps; after an error on one rank, call cache.reset() on all"
+        ) from error
 
 
 def scalar(value: Any) -> float:

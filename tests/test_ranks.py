@@ -1,0 +1,158 @@
+"""Several ranks share samples: they decide alike, refuse different plans, and never wait for ever."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import toys
+from torch import distributed as dist
+
+import fastcache
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed")
+
+RUNS, DEADLINE = 50, 5.0  # seconds
+
+
+def rank_main(rank: int, world: int, path: str, job: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{path}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=DEADLINE),
+    )
+    results.put((rank, {"decide": decide, "refuse": refuse, "die": die}[job](rank, world)))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # a group with a dead member would wait at its own end
+
+
+def together(world: int, job: str, tmp_path: Any, survivors: int | None = None) -> list[Any]:
+    """What each rank returned, by rank. A rank that hangs fails the test, not the test run."""
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    ranks = [
+        context.Process(target=rank_main, args=(r, world, str(tmp_path / "store"), job, results))
+        for r in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        found = dict(results.get(timeout=90) for _ in range(survivors or world))
+    finally:
+        for process in ranks:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+    return [found[r] for r in sorted(found)]
+
+
+def threshold(seed: int) -> float:
+    return 0.02 + 0.01 * (seed % 12)
+
+
+def shards(seed: int, world: int) -> list[dict[str, Any]]:
+    return toys.inputs(6, seed, batch=world, speed=0.05 + 0.01 * (seed % 7))
+
+
+def first_block(calls: list[dict[str, Any]], seed: int, group: Any) -> list[tuple]:
+    target, config = toys.Model(seed=seed), toys.config("first_block", threshold=threshold(seed))
+    with fastcache.enable(target, config, process_group=group) as cache:
+        toys.run(cache, target, calls, num_inference_steps=len(calls))
+        return [(r.action, r.signal) for r in cache.stats]
+
+
+# --- in every rank --------------------------------------------------------------------------------
+
+
+def decide(rank: int, world: int) -> list[Any]:
+    """Per run: what is decided together and what this rank would have decided alone."""
+    found = []
+    for seed in range(RUNS):
+        calls = [{k: v[rank : rank + 1] for k, v in call.items()} for call in shards(seed, world)]
+        shared, own = (first_block(calls, seed, group) for group in (dist.group.WORLD, None))
+        found.append((shared, own))
+    return found
+
+
+def refuse(rank: int, world: int) -> list[str]:
+    """The errors of runs of which one rank's differs from the others'."""
+    odd = rank == world - 1
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (toys.config("mag_cache", threshold=0.1 if odd else 0.2), {}),
+        (toys.config("mag_cache"), {"num_inference_steps": 9 if odd else 10}),
+        (toys.config("taylor_seer", cache_interval=4 if odd else 3), {}),
+        (toys.config("first_block", threshold=0.1 if odd else 0.2), {}),
+        (toys.config("mag_cache" if odd else "first_block"), {}),
+        (toys.config("mag_cache"), {"name": "cond" if odd else "uncond"}),
+    ]
+    errors = []
+    for config, context in cases:
+        target = toys.Model()
+        with fastcache.enable(target, config, process_group=dist.group.WORLD) as cache:
+            try:
+                toys.run(cache, target, toys.inputs(2), **context)
+                errors.append("")
+            except RuntimeError as error:
+                errors.append(str(error))
+    for method in ("mag_cache", "taylor_seer", "first_block"):  # equal ones go through afterwards
+        target = toys.Model()
+        with fastcache.enable(target, toys.config(method), process_group=dist.group.WORLD) as cache:
+            toys.run(cache, target, toys.inputs(), num_inference_steps=toys.STEPS)
+            errors.append(f"{method} {len(cache.stats)}")
+    return errors
+
+
+def die(rank: int, world: int) -> tuple[str, float]:
+    """The last rank dies in mid-run; the others say what happened to them and how long it took."""
+    target, calls = toys.Model(), toys.inputs()
+    with fastcache.enable(
+        target, toys.config("first_block"), process_group=dist.group.WORLD
+    ) as cache:
+        toys.run(cache, target, calls[:3])
+        if rank == world - 1:
+            os._exit(1)
+        began = time.monotonic()
+        try:
+            toys.run(cache, target, calls[3:])
+        except RuntimeError as error:
+            return str(error), time.monotonic() - began
+    return "", 0.0
+
+
+# --- the tests --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_with_different_data_decide_alike_and_by_the_global_metric(world, tmp_path):
+    ranks = together(world, "decide", tmp_path)
+    parted = 0
+    for seed in range(RUNS):
+        shared = [found[seed][0] for found in ranks]
+        assert all(s == shared[0] for s in shared), "the ranks decided differently"
+        whole = first_block(shards(seed, world), seed, None)
+        assert [a for a, _ in shared[0]] == [a for a, _ in whole]
+        for (_, ours), (_, theirs) in zip(shared[0], whole, strict=True):
+            assert ours is theirs is None or ours == pytest.approx(theirs, rel=1e-4)
+        own = [[a for a, _ in found[seed][1]] for found in ranks]
+        parted += any(o != own[0] for o in own)
+    assert parted > RUNS // 10, "the data never made a rank want something else: nothing was tested"
+
+
+def test_ranks_with_different_plans_all_raise(tmp_path):
+    for errors in together(2, "refuse", tmp_path):
+        assert all("config" in e and "num_inference_steps" in e for e in errors[:-3]), errors
+        assert errors[-3:] == ["mag_cache 10", "taylor_seer 10", "first_block 10"]
+
+
+def test_a_dead_rank_is_an_error_within_the_deadline(tmp_path):
+    ((message, seconds),) = together(2, "die", tmp_path, survivors=1)
+    assert "process_group" in message and seconds < 2 * DEADLINE
