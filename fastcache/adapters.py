@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .policies.base import flag
+from .targets.spec import identifiers, names_of
+
 # Usual names of block lists. The first six are the ones diffusers 0.42.1 walks.
 LIST_NAMES = (
     "blocks",
@@ -48,6 +51,19 @@ class Block:
     returns: tuple[str, ...] | None = None
     modulation: tuple[str, str, str] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("hidden", "encoder"):
+            value = getattr(self, name)
+            if value is not None:
+                names_of("Block", name, [value])
+        if self.returns is not None:
+            object.__setattr__(self, "returns", names_of("Block", "returns", self.returns))
+            unknown = set(self.returns) - {HIDDEN, ENCODER}
+            if unknown or HIDDEN not in self.returns:
+                raise ValueError(
+                    f"Block: returns is {self.returns!r}, must hold {HIDDEN!r} and may hold {ENCODER!r}"
+                )
+
 
 @dataclass(frozen=True)
 class BlockAdapter:
@@ -70,9 +86,10 @@ class BlockAdapter:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, str) or not all(isinstance(v, str) and v for v in value):
-                raise TypeError(f"BlockAdapter: {name} is {value!r}, must be a tuple of names")
-            object.__setattr__(self, name, tuple(value))
+            check = names_of if name == "blocks" else identifiers
+            object.__setattr__(self, name, check("BlockAdapter", name, value))
+        if self.encoder_read is not None:
+            flag("BlockAdapter", "encoder_read", self.encoder_read)
         if self.block is not None and not isinstance(self.block, Block):
             raise TypeError(
                 f"BlockAdapter: block is {self.block!r}, must be a fastcache.adapters.Block"

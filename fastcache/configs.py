@@ -397,6 +397,7 @@ class FasterCacheConfig(Config):
             )
             listed = tuple(self._unconditional_conditional_input_kwargs_identifiers)
             where = Guidance(
+                label="_unconditional_conditional_input_kwargs_identifiers",
                 inputs=None
                 if listed == _GUIDANCE_INPUTS
                 else listed,  # the default means every batched input

@@ -8,6 +8,7 @@ spectrum is a linear projector symmetric in frequency.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,13 @@ class GuidanceTarget:
         self.bands = (1.0, 1.0)  # weights of the low and the high part in the running step
         self.names = parameter_names(type(model).forward)
         self.split: list[str] = []  # inputs cut in half at the last skipped call
+        takes = inspect.signature(type(model).forward).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        if where.inputs is not None and not open_ended and not set(where.inputs) & set(takes):
+            raise ValueError(
+                f"target: {where.label} {list(where.inputs)} name no input of {type(model).__name__}; its "
+                f"inputs are {list(takes)[1:]}"
+            )
 
     def install(self) -> None:
         """Nothing: the runtime calls `around`."""
@@ -102,8 +110,15 @@ class GuidanceTarget:
             return output
         args, kwargs = self._halved(args, kwargs, self._batch(args, kwargs))
         output = run(*args, **kwargs)
+        value = first_tensor(output)
+        if value.shape != head["low"].shape:
+            raise ValueError(
+                f"target: the conditional half has shape {tuple(value.shape)}, expected "
+                f"{tuple(head['low'].shape)}; {self.where.label} does not name every input that holds both "
+                f"halves, split were {self.split}"
+            )
         with torch.no_grad():
-            return replace_first(output, self._rebuilt(head, first_tensor(output).detach()))
+            return replace_first(output, self._rebuilt(head, value.detach()))
 
     def _rebuilt(self, head: dict[str, Any], cond: Tensor) -> Tensor:
         """[unconditional; conditional] from the conditional half."""
@@ -150,13 +165,16 @@ class GuidanceTarget:
 
         listed = self.where.inputs
 
-        def take(value: Any, name: str) -> Any:
-            named = not POSITIONS.search(name) if listed is None else name in listed
+        def take(value: Any, name: str, by_place: bool = False) -> Any:
+            if listed is None:
+                named = not POSITIONS.search(name)
+            else:  # upstream's rule: everything that comes by its place, and the keywords listed
+                named = by_place or name in listed
             return half(value, name) if named else value
 
         names = [*self.names, *(f"argument {i}" for i in range(len(self.names), len(args)))]
         return (
-            tuple(take(v, n) for v, n in zip(args, names, strict=False)),
+            tuple(take(v, n, True) for v, n in zip(args, names, strict=False)),
             {k: take(v, k) for k, v in kwargs.items()},
         )
 

@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..policies.base import flag, real, whole
+
+FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")
 KINDS = ("attention", "self", "spatial", "temporal", "cross", "any")
 FALLBACKS = (None, "attention", "blocks", "output")
 
@@ -65,7 +68,7 @@ class Guidance(Target):
     first dimension is the batch. tensor_format: layout of the model's output, "BCFHW", "BFCHW", "BCHW" or
     "BSC" for token sequences with `grid`. grid: (frames, height, width) or (height, width) of "BSC".
     low, high: callables (timestep) -> weight of the two frequency bands. compounding: the k-th skip in a
-    row multiplies its weights k times, as diffusers 0.42.1 does.
+    row multiplies its weights k times, as diffusers 0.42.1 does. label: what errors call `inputs`.
     """
 
     inputs: tuple[str, ...] | None = None
@@ -74,6 +77,37 @@ class Guidance(Target):
     low: object = None
     high: object = None
     compounding: bool = True
+    label: str = "inputs"
+
+    def __post_init__(self) -> None:
+        if self.tensor_format not in FORMATS:
+            raise ValueError(
+                f"Guidance: tensor_format is {self.tensor_format!r}, must be one of {FORMATS}"
+            )
+        if self.inputs is not None:
+            object.__setattr__(self, "inputs", names_of("Guidance", "inputs", self.inputs))
+        if self.grid is not None:
+            if isinstance(self.grid, str) or not isinstance(self.grid, Sequence):
+                raise TypeError(f"Guidance: grid is {self.grid!r}, must be (frames, height, width)")
+            if len(self.grid) not in (2, 3):
+                raise ValueError(f"Guidance: grid is {self.grid!r}, must have two or three entries")
+            sizes = tuple(whole("Guidance", "grid", size, 1) for size in self.grid)
+            object.__setattr__(self, "grid", sizes)
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                object.__setattr__(self, name, real("Guidance", name, value))
+        flag("Guidance", "compounding", self.compounding)
+
+
+def names_of(owner: str, name: str, value: object) -> tuple[str, ...]:
+    """`value` as a tuple of names; a TypeError that names the field otherwise."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{owner}: {name} is {value!r}, must be a sequence of names")
+    for entry in value:
+        if not isinstance(entry, str) or not entry:
+            raise TypeError(f"{owner}: {name} holds {entry!r}, must hold names")
+    return tuple(value)
 
 
 def identifiers(owner: str, name: str, value: object) -> tuple[str, ...]:
