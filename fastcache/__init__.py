@@ -17,6 +17,7 @@ from .configs import (
     TaylorSeerCacheConfig,
 )
 from .dispatch import backend, backends
+from .exporting import export_variants
 from .policies import Broadcast, FirstBlock, Interval, Magnitude, Mask, Misfit, TimestepRange
 from .predictors import Extrapolate, Guided, Reuse, Taylor, TaylorTable, Zeros
 from .recipe import Plan, Recipe
@@ -60,6 +61,7 @@ __all__ = [
     "calibrate",
     "compile",
     "enable",
+    "export_variants",
     "ops",
     "progress",
     "register_adapter",
