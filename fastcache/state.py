@@ -27,7 +27,11 @@ KERNEL_TERMS = 5
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A zeroed tensor that may be written in place in any mode and whose address compiled code may keep."""
     with torch.inference_mode(False):
-        t = torch.zeros(shape, dtype=dtype, device=device)
+        return static(torch.zeros(shape, dtype=dtype, device=device))
+
+
+def static(t: Tensor) -> Tensor:
+    """The same tensor; compiled code is told, where there may be any, that its address does not change."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.mark_static_address(t, guard=False)
     return t
@@ -116,7 +120,7 @@ class Ring:
         self.timeline, self.dtype = timeline, value.dtype
         self.copies = False  # a consumer has written into what it was handed: hand out copies
         self.buffer = allocate((timeline.depth, *value.shape), value.dtype, value.device)
-        self.views = list(self.buffer.unbind(0))
+        self.views = [static(view) for view in self.buffer.unbind(0)]
 
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
         """Keep y, or y - x, in the oldest row. A conditional half goes to the second half of the row."""
@@ -215,7 +219,7 @@ class Table:
     def __init__(self, value: Tensor, timeline: Timeline, dtype: torch.dtype | None) -> None:
         self.timeline, self.dtype = timeline, value.dtype
         self.buffer = allocate((timeline.depth, *value.shape), dtype or value.dtype, value.device)
-        self.views = list(self.buffer.unbind(0))
+        self.views = [static(view) for view in self.buffer.unbind(0)]
 
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
         value = y if x is None else y - x
@@ -290,6 +294,8 @@ def weighted(
 ) -> Tensor:
     """base + sum weights * rows in one launch (two beyond five terms); the sum alone without a base."""
     if base is not None:
+        if len(rows) == 1 and weights[0] == 1.0 and base.dtype == rows[0].dtype:
+            return base + rows[0]  # the kernel's bits and passes, with a sixth of its call overhead
         out = torch.empty_like(base, memory_format=torch.contiguous_format)
         if len(rows) == 1 and weights[0] == 1.0:
             _apply(out, base, rows[0])
@@ -395,6 +401,20 @@ class State:
                 for stream in unit.streams:
                     for t in stream.tensors():
                         t.zero_()
+
+    def make_static(self) -> None:
+        """Tell compiled code of storage that was allocated before anything was compiled."""
+        for timeline in self.timelines:
+            if timeline.staged is not None:
+                for name in ("order", "row", "scale", "weights"):
+                    static(getattr(timeline.staged, name))
+        streams = [s for units in self.units for unit in units.values() for s in unit.streams]
+        for held in (*streams, *self.head.values()):
+            if isinstance(held, Ring | Table):
+                for t in (held.buffer, *held.views):
+                    static(t)
+            elif isinstance(held, Tensor):
+                static(held)
 
     def nbytes(self) -> int:
         """Bytes of cached tensors."""
