@@ -327,9 +327,16 @@ def test_a_consumer_may_write_into_what_a_reused_module_returned(method):
                 self.ff(hidden_states)
             )
 
-    calls = toys.inputs()
-    runs = [toys.alone(lambda b=b: toys.Model(block=b), method, calls) for b in (Writer, Reader)]
-    for i, (a, b) in enumerate(zip(*runs, strict=True)):
+    calls, runs = toys.inputs(), {}
+    changes = {"spatial_attention_block_skip_range": 4} if method == "pyramid" else {}
+    for block in (Writer, Reader):
+        cache, target, clock = enabled(method, toys.Model(block=block), **changes)
+        for _ in range(2):  # what the first run has learned holds for the next one
+            outputs = toys.run(cache, target, calls, clock)
+        runs[block] = outputs, toys.actions(cache)[toys.STEPS :]
+    (written, strip), (read, expected) = runs[Writer], runs[Reader]
+    assert strip == expected and "." in strip
+    for i, (a, b) in enumerate(zip(written, read, strict=True)):
         assert torch.allclose(a, b, atol=1e-6), f"step {i}"
 
 
