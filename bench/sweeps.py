@@ -10,13 +10,25 @@ import torch
 from torch import nn
 
 import fastcache
-from fastcache import FirstBlock, Interval, Magnitude, Mask, Recipe, Reuse, Stack, Taylor
+from fastcache import (
+    FirstBlock,
+    Guided,
+    Interval,
+    Magnitude,
+    Mask,
+    Misfit,
+    Recipe,
+    Reuse,
+    Stack,
+    Taylor,
+)
 
 from . import systems
 from .systems import Attached
 
 FIRST_BLOCK = (0.06, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30)
 MAGNITUDE = (0.06, 0.12, 0.18, 0.24, 0.36, 0.50)
+MISFIT = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
 INTERVALS = (2, 3, 4, 5, 6, 8, 12)
 SEER_INTERVALS = (2, 3, 4, 5, 6)
 BROADCAST = (2, 3, 4)
@@ -91,11 +103,13 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
         for n in INTERVALS:
             every = Interval(n, warmup=4, last=True)
             yield ours("Interval", label, f"every {n}", Recipe(every, what, Stack()))
-    guided = getattr(fastcache, "Guided", None)
-    if guided is not None:
+    for guide in ("residual", "modulated", "input"):
         for n in INTERVALS:
-            every = Interval(n, warmup=4, last=True)
-            yield ours("Guided", "guided", f"every {n}", Recipe(every, guided(), Stack()))
+            recipe = Recipe(Interval(n, warmup=4, last=True), Guided(guide=guide), Stack())
+            yield ours("Guided", f"{guide} guide", f"every {n}", recipe)
+    for t in MISFIT:
+        recipe = Recipe(Misfit(t, warmup=4, last=True), Guided(), Stack())
+        yield ours("Guided", "residual guide", f"misfit {t:g}", recipe)
     for n in SEER_INTERVALS:
         mask = Mask(seer_schedule(steps, n))
         recipe = Recipe(mask, Taylor(1), Stack())
