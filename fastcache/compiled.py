@@ -118,5 +118,5 @@ def compile(model: Any, **kwargs: Any) -> Any:
         )
     options = {"fullgraph": True, **kwargs}
     denoiser.owns_graphs = True
-    denoiser.control.compiled = True
+    denoiser.expect_graphs()
     return Compiled(denoiser, options)

@@ -341,6 +341,13 @@ class Denoiser:
         control.armed = False
         return output
 
+    def expect_graphs(self) -> None:
+        """Some of the model may be compiled from now on: storage that exists is marked as staying in place."""
+        if not self.control.compiled:
+            self.control.compiled = True
+            for state in (*self.states.values(), *self.pool):
+                state.make_static()
+
     def _untraced(self, args: tuple, kwargs: dict) -> Any:
         """The model's forward where torch.compile(model) could not trace it: all of it runs uncompiled."""
         self.untraceable = self.recipe.needs_signal  # further contexts do not try again
@@ -358,7 +365,7 @@ class Denoiser:
     def prepare(self, call: Call) -> bool:
         """Arm a call that may run inside a graph; False where it must run eagerly to allocate storage."""
         self._withdraw()
-        self.control.compiled = True
+        self.expect_graphs()
         state = self.states.get((call.request, call.name))
         if (
             state is None
