@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .runtime import MARK, PENDING, Denoiser, denoisers_of
 from .state import State, allocate
@@ -43,8 +44,8 @@ def compile_alone(function: Callable, options: dict[str, Any]) -> Callable:
 class Compiled:
     """A callable with the model's signature. Attributes are the model's own."""
 
-    def __init__(self, denoiser: Denoiser, options: dict[str, Any]) -> None:
-        self._denoiser, self._options = denoiser, options
+    def __init__(self, denoiser: Denoiser, options: dict[str, Any], captured: bool = False) -> None:
+        self._denoiser, self._options, self._captured = denoiser, options, captured
         self._programs: dict[tuple, Callable] = {}
         self.__signature__ = inspect.signature(denoiser.original)
         functools.update_wrapper(self, denoiser.original, updated=())
@@ -55,7 +56,11 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if MARK not in self._denoiser.model.__dict__:  # disabled since
             return self._denoiser.model(*args, **kwargs)
-        return self._denoiser.call(args, kwargs, self._run)
+        if not self._captured:
+            return self._denoiser.call(args, kwargs, self._run)
+        # a replay overwrites what the last one returned, and guidance holds two outputs at a time
+        torch.compiler.cudagraph_mark_step_begin()
+        return tree_map_only(Tensor, Tensor.clone, self._denoiser.call(args, kwargs, self._run))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._denoiser.model, name)
@@ -102,12 +107,14 @@ class Compiled:
         return self._programs[mode]
 
 
-def compile(model: Any, **kwargs: Any) -> Any:
+def compile(model: Any, *, cudagraphs: bool = False, **kwargs: Any) -> Any:
     """Compile an enabled model: one fullgraph callable per mode, no recompiles between steps.
 
     model: an nn.Module on which `fastcache.enable` was called. kwargs: as for torch.compile; fullgraph is
-    True unless given. Returns a callable with the model's signature, driven like the model itself.
-    Raises ValueError where the model is not enabled.
+    True unless given. cudagraphs: also capture each mode's whole step and replay it, through Inductor's
+    mode "reduce-overhead"; outputs are copies, safe to hold over later steps. Not yet run on a GPU.
+    Returns a callable with the model's signature, driven like the model itself.
+    Raises ValueError where the model is not enabled, or cudagraphs cannot be had.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compile: model is {type(model).__name__}, must be an nn.Module")
@@ -117,6 +124,28 @@ def compile(model: Any, **kwargs: Any) -> Any:
             "compile: model is not enabled; call fastcache.enable(model, config) first, then fastcache.compile"
         )
     options = {"fullgraph": True, **kwargs}
+    if cudagraphs:
+        _allow_cudagraphs(denoiser.model, options)
+        options["mode"] = "reduce-overhead"
     denoiser.owns_graphs = True
     denoiser.expect_graphs()
-    return Compiled(denoiser, options)
+    return Compiled(denoiser, options, cudagraphs)
+
+
+def _allow_cudagraphs(model: nn.Module, options: dict[str, Any]) -> None:
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        raise ValueError(
+            "compile: cudagraphs=True, but there is no CUDA device here; leave it out on this machine"
+        )
+    devices = {p.device.type for p in model.parameters()}
+    if devices - {"cuda"}:
+        raise ValueError(
+            f"compile: cudagraphs=True, but the model has parameters on {sorted(devices)}; move it with "
+            "model.to('cuda') first"
+        )
+    given = {"mode", "options", "backend"} & options.keys()
+    if given:
+        raise ValueError(
+            f"compile: cudagraphs=True sets Inductor's mode itself, but {sorted(given)} came too; leave "
+            "one of them out"
+        )

@@ -345,6 +345,16 @@ def test_regional_compilation_keeps_working(method: str) -> None:
         assert torch.allclose(got, want, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here they can be had")
+def test_cudagraphs_without_a_device_are_refused() -> None:
+    model = PlainModel().eval()
+    with (
+        fastcache.enable(model, fastcache.Recipe(fastcache.Interval(3), fastcache.Reuse())),
+        pytest.raises(ValueError, match="cudagraphs"),
+    ):
+        fastcache.compile(model, cudagraphs=True)
+
+
 def shift(new: Tensor, newer: Tensor, older: Tensor) -> None:
     """What state code does: newer to older first, directly."""
     older.copy_(newer)
