@@ -378,3 +378,16 @@ def test_history_shift(fn: Callable) -> None:
     torch.compile(fn, fullgraph=True)(new, newer, older)
     assert newer.eq(1).all()
     assert older.eq(2).all()
+
+
+def test_modes_stay_apart_where_torch_cannot_isolate_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch 2.12 and before: a code object per mode instead of `isolate_recompiles`."""
+    monkeypatch.setattr("fastcache.compiled.ISOLATES", False)
+    fresh()
+    make, limit = METHODS["first_block"]
+    model, inputs = tiny.build("Wan3D")
+    graphs = Graphs()
+    with fastcache.enable(model, make("Wan3D")) as cache:
+        drive(cache, "Wan3D", inputs, fastcache.compile(model, backend=graphs))
+        assert cache.stats.reused
+    assert_quiet(graphs, limit)
