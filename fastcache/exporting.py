@@ -140,7 +140,11 @@ def export_variants(
             "export_variants: model is not enabled; call fastcache.enable(model, config) first"
         )
     rules = denoiser.recipe.rules
-    decided_inside = denoiser.recipe.needs_signal or getattr(rules[0].what, "guide", None)
+    decided_inside = (
+        denoiser.recipe.needs_signal
+        or getattr(rules[0].what, "guide", None)
+        or callable(getattr(rules[0].what, "weight", None))
+    )
     if decided_inside or denoiser.guidance is not None or len(rules) > 1:
         raise ValueError(
             f"export_variants: {denoiser.recipe.name} has {len(rules)} rules or decides from values inside the "

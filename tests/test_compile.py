@@ -328,6 +328,37 @@ def test_inductor_agrees_with_eager_on_a_plain_model(method: str) -> None:
         assert torch.allclose(got, want, atol=1e-5)
 
 
+def test_weights_of_each_module_reach_compiled_code() -> None:
+    """They were taken as zeros there, since no weights were staged for modules that have their own."""
+    torch.manual_seed(0)
+    model = PlainModel().eval().requires_grad_(False)
+    start, drift = torch.randn(1, 8, 16), torch.randn(1, 8, 16)
+    each = {block.attn: 0.2 * i for i, block in enumerate(model.blocks)}
+    recipe = fastcache.Recipe(
+        fastcache.Interval(3),
+        fastcache.Extrapolate(weight=each.__getitem__),
+        where=fastcache.Modules(("blocks.*attn",)),
+    )
+
+    def run(cache: fastcache.Cache, call: Callable) -> list[Tensor]:
+        outputs = []
+        for i in range(STEPS):
+            with cache.context(), torch.no_grad():
+                outputs.append(call(start + 0.1 * i * drift).clone())
+        assert cache.stats.reused
+        return outputs
+
+    fresh()
+    graphs = Graphs()
+    with fastcache.enable(model, recipe) as cache:
+        expected = run(cache, model)
+    with fastcache.enable(model, recipe) as cache:
+        outputs = run(cache, fastcache.compile(model, backend=graphs))
+    assert_quiet(graphs, 2)
+    for got, want in zip(outputs, expected, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("method", ["mag", "first_block", "taylorseer", "pab"])
 def test_regional_compilation_keeps_working(method: str) -> None:
     name = "Flux"

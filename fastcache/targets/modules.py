@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..policies import COMPUTE, REUSE
 from ..predictors import Extrapolate, Predictor
-from ..state import State, Unit
+from ..state import State, Unit, allocate
 from .attached import refuse_copy
 
 NODE = "_fastcache_node"
@@ -53,12 +53,13 @@ def caching_class(base: type) -> type:
 class Node:
     """One hooked module: its place in the state, and the forward that an outer library had put on it."""
 
-    __slots__ = ("forward", "key", "module", "name", "target", "unit")
+    __slots__ = ("forward", "key", "module", "name", "target", "unit", "weights")
 
     def __init__(self, target: ModulesTarget, key: int, name: str, module: nn.Module) -> None:
         self.target, self.key, self.name, self.module = target, key, name, module
         self.forward: Callable | None = None
         self.unit: Unit | None = None  # its place in the state of the running call
+        self.weights: Tensor | None = None  # its own, on the device, for compiled code
 
 
 class ModulesTarget:
@@ -111,6 +112,23 @@ class ModulesTarget:
         units = self.control.state.units[self.rule]
         for node in self.nodes:
             node.unit = units.get(node.key)
+        control = self.control
+        if self.per_module and control.compiled and control.actions[self.rule] == REUSE:
+            self._stage_weights()
+
+    def _stage_weights(self) -> None:
+        """Hand each module's own weights to compiled code; the first one is of a base, which there is not."""
+        state: State = self.control.state
+        steps, depth = state.timelines[self.rule].steps, self.predictor.depth
+        for node in self.nodes:
+            if node.unit is None or not node.unit.streams:
+                continue
+            if node.weights is None:
+                device = node.unit.streams[0].tensors()[0].device
+                node.weights = allocate((1 + depth,), torch.float32, device)
+            weights = self.predictor.weights(steps, state.armed_step, node.module)
+            padded = [0.0, *weights, *[0.0] * (depth - len(weights))]
+            node.weights.copy_(torch.tensor(padded, dtype=torch.float32))
 
     def finish(self) -> None:
         """Called by the runtime after the model's forward."""
@@ -149,16 +167,16 @@ class ModulesTarget:
     def _usable(self, unit: Unit, state: State, traced: bool) -> bool:
         return not unit.shared if traced else unit.ready(state.timelines[self.rule])
 
-    def _weights(self, node: Node, state: State, traced: bool) -> tuple[float, ...]:
+    def _weights(self, node: Node, state: State, traced: bool) -> Any:
         if traced:  # they are on the device
-            return ()
+            return node.weights if self.per_module else ()
         if self.per_module:
             steps = state.timelines[self.rule].steps
             assert isinstance(self.predictor, Extrapolate)
             return self.predictor.weights(steps, state.armed_step, node.module)
         return self.weights
 
-    def _predict(self, unit: Unit, weights: tuple[float, ...]) -> Any:
+    def _predict(self, unit: Unit, weights: Any) -> Any:
         if unit.template is None:
             return unit.streams[0].predict(None, weights)
         leaves, spec = unit.template
