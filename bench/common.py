@@ -1,7 +1,8 @@
 """What every benchmark shares: environment, timing, traffic counts, JSON lines, tables.
 
-Contenders are timed in interleaved rounds, all of them warmed up first, and compared by medians:
-on a shared machine ratios within one process mean something, absolute times do not.
+Contenders are timed in interleaved rounds, all of them warmed up first, and compared by medians. On a
+shared machine ratios within one process mean something and absolute times little; with one thread the
+clock is that thread's CPU time, so that waiting for other processes is not counted.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def environment(device: str = "cpu") -> Row:
     if device == "cpu":
         row["isa"] = native.capability() if native.available() is True else None
         row["load"] = round(os.getloadavg()[0], 2)
+        row["clock"] = clock().__name__
     else:
         row["cuda"] = torch.version.cuda
         row["driver"] = _driver()
@@ -109,13 +111,19 @@ def quantiles(samples: Sequence[float]) -> Row:
     return {"p20": at(0.2), "p50": statistics.median(ordered), "p80": at(0.8)}
 
 
+def clock() -> Callable[[], float]:
+    """The clock of CPU measurements: with one thread its own CPU time, which other processes do not stop."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def seconds(run: Callable[[], object], device: str = "cpu", repeat: int = 1) -> float:
-    """Seconds per call of `run`: wall time, or device events on a GPU."""
+    """Seconds per call of `run`: by `clock`, or by device events on a GPU."""
     if device == "cpu":
-        start = time.perf_counter()
+        now = clock()
+        start = now()
         for _ in range(repeat):
             run()
-        return (time.perf_counter() - start) / repeat
+        return (now() - start) / repeat
     start_event, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start_event.record()
     for _ in range(repeat):

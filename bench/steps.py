@@ -37,6 +37,10 @@ def schedule(steps: int) -> list[bool]:
     return [i < WARMUP or (i - WARMUP + 1) % EVERY == 0 for i in range(steps)]
 
 
+def idle() -> None:
+    """Nothing to wait for on a CPU."""
+
+
 def own_plan(method: str, steps: int) -> list[bool]:
     """The schedule that a method keeps: the common one, or for modules the nearest they can express."""
     if method == "TaylorSeer":
@@ -168,16 +172,17 @@ class Contender:
     def run(self, subject: Subject, sync: Callable[[], object]) -> None:
         """One whole run, timed step by step."""
         steps, plan, times = len(subject.calls), schedule(len(subject.calls)), []
+        now = time.perf_counter if sync is not idle else common.clock()
         for i, inputs in enumerate(subject.calls):
             systems.CLOCK["t"] = t = timestep(i, steps)
             if self.force is not None:
                 self.force(plan[i])
             sync()
-            start = time.perf_counter()
+            start = now()
             with self._context(i, steps, t):
                 self.call(**inputs)
             sync()
-            times.append(time.perf_counter() - start)
+            times.append(now() - start)
         if self.attached is not None:
             self.attached.reset()
         self.times.append(times)
@@ -377,7 +382,7 @@ def _subjects(args: Any) -> Iterator[Subject]:
 
 def measure(subject: Subject, args: Any) -> list[Row]:
     """Interleaved runs of every contender; per-step medians."""
-    sync = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    sync = torch.cuda.synchronize if args.device == "cuda" else idle
     found: list[Contender] = []
     start = time.perf_counter()
 

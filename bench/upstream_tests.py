@@ -37,7 +37,7 @@ def every_model(checkout: Path) -> list[tuple[str, type]]:
     from diffusers.models.cache_utils import CacheMixin
 
     mixins = importlib.import_module("tests.models.testing_utils.cache")
-    found: dict[str, tuple[type, type]] = {}
+    found: dict[str, type] = {}
     for path in sorted((checkout / "tests/models/transformers").glob("test_models_*.py")):
         try:
             module = importlib.import_module(f"tests.models.transformers.{path.stem}")
@@ -49,12 +49,15 @@ def every_model(checkout: Path) -> list[tuple[str, type]]:
             if made and value.__name__.endswith("TesterConfig") and hasattr(value, "get_init_dict"):
                 model = value().model_class
                 if issubclass(model, CacheMixin):
-                    found.setdefault(model.__name__, (value, model))
+                    found.setdefault(model.__name__, value)
     classes = []
-    for name, (config, _) in found.items():
+    for name, tester in found.items():
         for mixin in MIXINS:
-            title = f"Test{name}{mixin.removesuffix('TesterMixin')}"
-            classes.append((title, type(title, (config, getattr(mixins, mixin)), {})))
+            title, base = f"Test{name}{mixin.removesuffix('TesterMixin')}", getattr(mixins, mixin)
+            # as upstream does for Flux: the dummy inputs hold no guidance batch
+            config = {**getattr(base, "FASTER_CACHE_CONFIG", {}), "is_guidance_distilled": True}
+            body = {"FASTER_CACHE_CONFIG": config} if "FasterCache" in mixin else {}
+            classes.append((title, type(title, (tester, base), body)))
     return classes
 
 
