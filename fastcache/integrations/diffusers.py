@@ -100,7 +100,7 @@ def _apply(original: Callable, hooks: tuple[str, ...]) -> Callable:
 
 def _mark(registry: HookRegistry, name: str, marker: Marker) -> None:
     """Enter a hook without rewriting the module's forward, which `register_hook` would."""
-    reference = HookFunctionReference()
+    reference: Any = HookFunctionReference()
     reference.pre_forward, reference.post_forward = marker.pre_forward, marker.post_forward
     below = (
         marker.denoiser.place == "forward"
@@ -150,7 +150,7 @@ class Contexts(StateManager):
     """Opens the cache's context when diffusers' registry announces one."""
 
     def __init__(self, cache: Cache) -> None:
-        super().__init__(dict)
+        super().__init__(dict)  # type: ignore[arg-type]
         self.cache = cache
         self.open: Any = None
 

@@ -120,6 +120,7 @@ class ModulesTarget:
         """Hand each module's own weights to compiled code; the first one is of a base, which there is not."""
         state: State = self.control.state
         steps, depth = state.timelines[self.rule].steps, self.predictor.depth
+        assert isinstance(self.predictor, Extrapolate)
         for node in self.nodes:
             if node.unit is None or not node.unit.streams:
                 continue
