@@ -571,6 +571,7 @@ class Denoiser:
             if not target.ready(state):
                 return None
             self.stage_prior(i)
+        assert target.guide is not None
         target.guide.see(state, i, REUSE, target.guide.of(hidden, x))
         return state.head["misfit"]
 
