@@ -23,7 +23,8 @@ lint: venv
 	$(BIN)/mypy
 
 bench: venv
-	$(RUN)fastcache bench
+	$(RUN)fastcache bench ops --quick
+	$(RUN)fastcache bench overhead --quick
 
 venv: $(STAMP)
 
