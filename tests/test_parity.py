@@ -288,7 +288,8 @@ def test_taylor_seer_defaults_equal_upstream_where_those_hook_something(name):
 
 
 @pytest.mark.parametrize(
-    "dtype, order", [(torch.bfloat16, 1), (torch.float32, 2), (None, 4), (torch.float16, 0)]
+    "dtype, order",
+    [(torch.bfloat16, 1), (torch.float32, 2), (None, 4), (torch.float16, 0), (torch.float64, 3)],
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_taylor_seer_on_named_attention_equals_upstream(name, dtype, order):
@@ -389,6 +390,31 @@ def test_pyramid_attention_broadcast_classes_attention_by_what_it_is():
     with fastcache.enable(model, broadcast(fastcache, clock, "HunyuanVideo")) as cache:
         (hooked,) = cache.hooked().values()
     assert not [n for n in hooked if "refiner" in n]
+
+
+# --- contexts of the models themselves ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [first_block, magnitude, taylor_lite, broadcast])
+def test_a_models_own_cache_context_and_reset_drive_the_cache(config):
+    calls = calls_of("CogVideoX")
+    expected, _, records = ours("CogVideoX", config, calls)
+    model, clock = tiny.build("CogVideoX")[0], Clock()
+    with fastcache.enable(model, config(fastcache, clock, "CogVideoX")) as cache:
+        walk(model, calls[:4], clock, lambda i: model.cache_context("cond"))
+        model._reset_stateful_cache()
+        late = [
+            {**c, "timestep": c["timestep"] - 1} for c in calls
+        ]  # no timestep that goes back up
+        late[0]["timestep"] = calls[3]["timestep"] - 1
+        walk(model, late[:1], clock, lambda i: model.cache_context("cond"))
+        assert [r.step for r in cache.stats] == [0, 1, 2, 3, 0]
+        model._reset_stateful_cache()
+        outputs, _ = walk(model, calls, clock, lambda i: model.cache_context("cond", step_index=i))
+        last = list(cache.stats)[-len(calls) :]
+    assert {r.context for r in last} == {"cond"}
+    assert [r.action for r in last] == [r.action for r in records]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
 # --- FasterCache --------------------------------------------------------------------------------
