@@ -110,7 +110,12 @@ def entry(name: str) -> dict:
 
 
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    return tiny.build(name) if name in tiny.ENTRIES else tiny.build_entry(MORE[name])
+    if name not in tiny.ENTRIES:
+        return tiny.build_entry(MORE[name])
+    model, inputs = tiny.build(name)
+    if name == "QwenImage" and diffusers.__version__ < "0.37":  # later versions read the mask
+        inputs["txt_seq_lens"] = inputs["encoder_hidden_states_mask"].sum(1).tolist()
+    return model, inputs
 
 
 def double(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
