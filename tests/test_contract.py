@@ -723,8 +723,8 @@ def test_an_exception_makes_all_contexts_of_its_request_fresh_and_no_other(metho
     for name, request in (("a", 1), ("b", 1), ("a", 2)):
         toys.run(cache, target, calls[:4], clock, name=name, request=request)
     handle = target.proj_out.register_forward_hook(fail)
+    clock.now = float(calls[4]["timestep"][0])
     with pytest.raises(KeyError, match="mine"), cache.context("a", request=1):
-        clock.now = float(calls[4]["timestep"][0])
         toys.step(target, calls[4])
     handle.remove()
     before = len(list(cache.stats))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # once it is imported, contexts prepare calls that may run inside a graph
 import toys
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
