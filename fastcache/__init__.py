@@ -20,6 +20,7 @@ from .dispatch import backend, backends
 from .exporting import export_variants
 from .policies import Broadcast, FirstBlock, Interval, Magnitude, Mask, Misfit, TimestepRange
 from .predictors import Extrapolate, Guided, Reuse, Taylor, TaylorTable, Zeros
+from .presets import preset
 from .recipe import Plan, Recipe
 from .report import progress
 from .runtime import Cache, enable
@@ -63,6 +64,7 @@ __all__ = [
     "enable",
     "export_variants",
     "ops",
+    "preset",
     "progress",
     "register_adapter",
 ]
