@@ -388,7 +388,8 @@ class Denoiser:
         """Take back decisions that were prepared for a graph and not used."""
         prepared, self.prepared = self.prepared, None
         if prepared is not None:
-            state, _, state.runs = prepared
+            state, _, runs = prepared
+            state.runs = runs
 
     def _recorded(self, state: State) -> bool:
         """Whether all storage exists, so that a call may run inside a graph."""
