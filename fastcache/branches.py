@@ -31,10 +31,15 @@ class Branches:
         """0 for the first branch of a step; the same conditions keep their number over the run."""
         step = [_fact(latents), _fact(timestep)]
         facts = [_fact(leaf) for leaf in _leaves(conditions)]
-        again = bool(self._used) and _same(step, self._step)
-        if not again:
-            self._step, self._used = step, []
         number = next((i for i, known in enumerate(self._known) if _same(known, facts)), None)
+        again = bool(self._used) and _same(step, self._step)
+        if not again and number is None and self._used:
+            # latents that cannot be compared, at the very timestep of the call before, under conditions
+            # never seen: taken for another branch, which at worst computes what could have been reused
+            again = _incomparable(step[0], self._step[0]) and _equal(step[1], self._step[1])
+        if not again:
+            self._used = []
+        self._step = step
         if number is None:
             number = next(i for i in range(MOST + 1) if i not in self._used) if again else 0
             number = min(number, MOST)
@@ -42,6 +47,14 @@ class Branches:
         if number not in self._used:
             self._used.append(number)
         return number
+
+
+def _incomparable(now: tuple[Any, int], before: tuple[Any, int]) -> bool:
+    """Whether both are tensors whose values only the device knows."""
+    a, b = now[0], before[0]
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a is b:
+        return False
+    return a.shape == b.shape and a.device == b.device and a.device.type != "cpu"
 
 
 def _leaves(values: Any) -> Iterator[Any]:

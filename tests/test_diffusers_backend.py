@@ -431,3 +431,23 @@ def test_a_run_without_a_single_context_warns_of_nothing():
         with fastcache.enable(model, fastcache.FirstBlockCacheConfig(0.3)) as cache:
             run(model, inputs, context=None)
             assert {r.context for r in cache.stats} == {"default"}
+
+
+def test_copied_latents_that_cannot_be_compared_are_told_apart_by_their_timestep():
+    """On an accelerator no values are read; tensors without values stand for that here."""
+    from fastcache.branches import Branches
+
+    def fresh():
+        return torch.zeros(2, device="meta")
+
+    branches = Branches()
+    for step in range(3):
+        timestep = torch.tensor([500.0 - step])
+        assert [branches.of(fresh(), timestep, [fresh()]) for _ in range(2)] == [0, 1]
+    kept = [fresh(), fresh()]
+    for step in range(3):
+        timestep = torch.tensor([400.0 - step])
+        assert [branches.of(fresh(), timestep, [k]) for k in kept] == [0, 1]
+    condition = fresh()
+    branches.clear()
+    assert {branches.of(fresh(), torch.tensor([1.0]), [condition]) for _ in range(3)} == {0}
