@@ -144,7 +144,10 @@ class ModulesTarget:
         timeline = state.timelines[self.rule]
         if not timeline.pushes or not units:
             return False
-        return not self.control.compiled or all(u.shared or u.ready(timeline) for u in units)
+        if not self.control.compiled:
+            return True
+        # all of them are asked, so that each one notices a consumer that has written into its value
+        return all([u.shared or u.ready(timeline) for u in units])
 
     def call(self, node: Node, run: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a module, or predict what it would return. Traced by torch.compile."""
