@@ -324,7 +324,7 @@ def cases():
                     yield pytest.param(name, key, bad, id=f"{name}-{key}-{what}")
 
 
-@pytest.mark.parametrize("name, key, bad", cases())
+@pytest.mark.parametrize("name, key, bad", list(cases()))
 def test_a_bad_tensor_is_refused_and_named(name, key, bad):
     arguments = dict(ARGUMENTS[name])
     if isinstance(arguments[key], list):
