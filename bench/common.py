@@ -246,8 +246,9 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def read_lines(path: Path) -> list[Row]:
-    if not path.exists():
+def read_lines(path: Path | None) -> list[Row]:
+    """The rows of a file; none where there is no file."""
+    if path is None or not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
@@ -284,6 +285,7 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     )
     p.add_argument("--quick", action="store_true", help="tiny sizes: checks that it runs")
     p.add_argument("--json", type=Path, help="write JSON lines to this file")
+    p.add_argument("--resume", action="store_true", help="keep what the --json file holds already")
     p.add_argument("--plot", type=Path, help="write a picture to this file")
     p.add_argument("--threads", type=int, default=1, help="torch threads")
     return p

@@ -112,8 +112,10 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
     utils.set_compilation_metrics_limit(100_000)
     environment = common.environment()
+    rows = common.read_lines(args.json) if args.resume else []
+    have = {(r["model"], r["method"]) for r in rows}
     work = [(m, method) for m in models for method in ("uncached", *methods)]
-    rows: list[Row] = []
+    work = [w for w in work if w not in have]
     with common.bar(len(work), "graphs") as progress, systems.quietly():
         subject = None
         for name, method in work:

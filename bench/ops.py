@@ -48,8 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     repeat = 20 if args.device == "cuda" and not args.quick else 1
     setting = Setting(args.device, rounds, repeat, tuple(args.compile))
     environment = common.environment(args.device)
-    rows: list[Row] = []
+    rows = common.read_lines(args.json) if args.resume else []
+    have = {(r["model"], r["dtype"], r["op"]) for r in rows}
     cells = [(n, s, d, op) for n, s in shapes.items() for d in args.dtype for op in chosen]
+    cells = [c for c in cells if (c[0], c[2], c[3].name) not in have]
     with common.bar(len(cells), "ops") as progress:
         for name, shape, dtype, op in cells:
             progress.set_postfix_str(f"{op.name} {name} {dtype}")

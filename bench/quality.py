@@ -3,7 +3,7 @@
     python -m bench quality --json out.jsonl
 
 The same noise for all. Compute is floating-point operations of the transformer, as a share of the
-uncached run. A file that exists is continued: points that it holds are not measured again.
+uncached run. With --resume, points that the file holds are not measured again.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.quick:
         args.steps, args.guidance, args.seeds = [8], ["none"], 4
-    rows = [] if args.fresh or not args.json else common.read_lines(args.json)
+    rows = common.read_lines(args.json) if args.resume else []
     environment = common.environment()
     for steps in args.steps:
         for guidance in args.guidance:
@@ -251,7 +251,6 @@ def _parser() -> Any:
     p.add_argument("--guidance", nargs="+", choices=MODES, default=["none", "sequential"])
     p.add_argument("--seeds", type=int, default=64, help="images, each with its own noise")
     p.add_argument("--method", nargs="+", help="only these methods or systems")
-    p.add_argument("--fresh", action="store_true", help="measure everything again")
     return p
 
 

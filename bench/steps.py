@@ -356,7 +356,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.batch, args.rounds = [1], 1
     environment = common.environment(args.device)
-    rows: list[Row] = []
+    rows = common.read_lines(args.json) if args.resume else []
+    have = {(r["batch"], bool(r["compiled"])) for r in rows}
+    args.batch = [b for b in args.batch if (b, args.mode == "compiled") not in have]
     for subject in _subjects(args):
         rows += [{**row, **environment} for row in measure(subject, args)]
         if args.json:

@@ -135,7 +135,7 @@ def test_quality_and_its_continuation(tmp_path):
     assert all(0 < r["compute"] <= 1 for r in rows if "error" not in r)
     assert not [r for r in rows if r["system"] == "fastcache" and "error" in r]
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    again = rows_of(quality.main, path, "--quick")
+    again = rows_of(quality.main, path, "--quick", "--resume")
     assert again == [*rows[:-1], again[-1]]  # only the missing point was measured again
     assert again[-1]["psnr"] == rows[-1]["psnr"]
 
