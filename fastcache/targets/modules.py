@@ -147,7 +147,8 @@ class ModulesTarget:
         if not self.control.compiled:
             return True
         # all of them are asked, so that each one notices a consumer that has written into its value
-        return all([u.shared or u.ready(timeline) for u in units])
+        usable = [u.shared or u.ready(timeline) for u in units]
+        return all(usable)
 
     def call(self, node: Node, run: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a module, or predict what it would return. Traced by torch.compile."""
