@@ -24,8 +24,10 @@ from .spec import Guidance
 _rebuild = torch.ops.fastcache.guidance_combine_.default
 
 
-# Inputs that say where tokens lie, the same for every sample: never halved, whatever their length.
+# Inputs that say where tokens lie, the same for every sample: never halved, whatever their length. Lists of
+# coordinates [tokens, axes] among them; with a batch of their own, [batch, tokens, axes], they are halved.
 POSITIONS = re.compile(r"rope|rotary|indices")
+COORDINATES = re.compile(r"(img|image|txt|text|video|audio)_ids$")
 
 LAYERS_FIRST = ("encoder_hidden_states_llama3",)  # inputs of shape [layers, batch, ...]
 
@@ -167,7 +169,7 @@ class GuidanceTarget:
 
         def take(value: Any, name: str, by_place: bool = False) -> Any:
             if listed is None:
-                named = not POSITIONS.search(name)
+                named = not _positions(value, name)
             else:  # upstream's rule: everything that comes by its place, and the keywords listed
                 named = by_place or name in listed
             return half(value, name) if named else value
@@ -198,6 +200,13 @@ class GuidanceTarget:
         if weight is None:
             return 1.0
         return float(weight(self.model, state.step_timestep)) if callable(weight) else float(weight)
+
+
+def _positions(value: Any, name: str) -> bool:
+    """Whether an input holds positions that all samples share."""
+    if COORDINATES.search(name):
+        return isinstance(value, Tensor) and value.dim() == 2
+    return bool(POSITIONS.search(name))
 
 
 def low_pass(value: Tensor, where: Guidance) -> Tensor:
