@@ -233,6 +233,7 @@ def test_demo_writes_table_numbers_and_picture(tmp_path, capsys):
     assert (tmp_path / run.PICTURE_FILE).stat().st_size > 10_000
     rows = json.loads(numbers.read_text())["rows"]
     assert all(row["name"] in printed for row in rows)
+    assert "…" not in printed
     uncached = rows[0]
     assert uncached["psnr"] is None and uncached["compute"] == 1
     assert uncached["blocks"] == [10] * 20

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .model import Judge
 
 PICTURE_FILE = "demo.png"
-TABLE_WIDTH = 112
+TABLE_WIDTH = 126
 # uncached step counts, as shares of the full run, that the equal-compute curve goes through
 CURVE = (5 / 28, 7 / 28, 9 / 28, 14 / 28, 21 / 28)
 CALIBRATION_SEED = 1234
