@@ -50,6 +50,24 @@ def denoise(model, tokens: torch.Tensor, sigma: float, prompt: str = "a cat") ->
     return denoise(model, tokens, torch.full((1,), sigma), torch.tensor([label]))
 
 
+def inputs(sigma: float) -> dict[str, object]:
+    """Keyword arguments of one call of the shipped model."""
+    from fastcache.demo.model import encode_labels, position_ids
+    from fastcache.demo.sample import initial_noise
+
+    text, pooled = encode_labels(torch.tensor([3]))
+    image_ids, text_ids = position_ids()
+    return {
+        "hidden_states": initial_noise(1, seed=0),
+        "encoder_hidden_states": text,
+        "pooled_projections": pooled,
+        "timestep": torch.tensor([sigma]),
+        "img_ids": image_ids,
+        "txt_ids": text_ids,
+        "return_dict": False,
+    }
+
+
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:
     pytest.importorskip("diffusers")
@@ -69,6 +87,7 @@ def world(model):
         "denoise": denoise,
         "latents": initial_noise(1, seed=0),
         "timesteps": sigmas(28)[:-1],
+        "calls": [inputs(sigma) for sigma in sigmas(5)[:-1]],
     }
     if attached := model.__dict__.get("_fastcache"):  # the page failed half way
         attached.cache.disable()
