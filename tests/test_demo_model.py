@@ -232,10 +232,12 @@ def test_demo_writes_table_numbers_and_picture(tmp_path, capsys):
     assert run.PICTURE_FILE in printed and str(numbers) in printed
     assert (tmp_path / run.PICTURE_FILE).stat().st_size > 10_000
     rows = json.loads(numbers.read_text())["rows"]
-    assert all(row["name"] in printed for row in rows)
+    assert not [row["name"] for row in rows if row["name"] not in printed]
     assert "…" not in printed
     uncached = rows[0]
     assert uncached["psnr"] is None and uncached["compute"] == 1
     assert uncached["blocks"] == [10] * 20
     cached = [row for row in rows if row["predictor"]]
-    assert all(row["steps"] == 20 and row["compute"] < 1 for row in cached)
+    assert all(row["steps"] == 20 for row in cached)
+    # rows that skip modules inside blocks run every block
+    assert all((row["compute"] < 1) == (row["computed_steps"] < 20) for row in cached)

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from .model import Judge
 
 PICTURE_FILE = "demo.png"
-TABLE_WIDTH = 126
 # uncached step counts, as shares of the full run, that the equal-compute curve goes through
 CURVE = (5 / 28, 7 / 28, 9 / 28, 14 / 28, 21 / 28)
 CALIBRATION_SEED = 1234
@@ -275,6 +274,7 @@ def _block_calls(model: nn.Module) -> Iterator[list[None]]:
 
 def _print_table(rows: list[Row], settings: Settings) -> None:
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
     table = Table(
@@ -304,7 +304,8 @@ def _print_table(rows: list[Row], settings: Settings) -> None:
         table.add_row(*_cells(row))
     console = Console()
     # rather wrapped by a narrow terminal than cut off
-    console.width = max(console.width, TABLE_WIDTH)
+    wanted = Measurement.get(console, console.options.update(width=10_000), table).maximum
+    console.width = max(console.width, wanted)
     console.print(table)
 
 
