@@ -29,7 +29,8 @@ from .policies.base import real, whole
 from .targets.bind import block_lists
 
 if TYPE_CHECKING:
-    from .runtime import Cache, Denoiser
+    from .denoiser import Denoiser
+    from .runtime import Cache
 
 FORMAT, VERSION = "fastcache-calibration", 1
 MAX_BYTES = 4 << 20  # of a file
@@ -251,7 +252,8 @@ def calibrate(
     Raises CalibrationError, a ValueError, where nothing usable was measured. The model is as before
     afterwards, also after an error.
     """
-    from .runtime import eagerly, enable
+    from .denoiser import eagerly
+    from .runtime import enable
 
     jobs = [run] if callable(run) else list(run) if isinstance(run, Sequence) else []
     if not jobs or not all(map(callable, jobs)):

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .runtime import MARK, PENDING, Denoiser, denoisers_of
+from .denoiser import MARK, PENDING, Denoiser
+from .runtime import denoisers_of
 from .state import State, allocate
 from .targets.stack import HEAD, REST, WHOLE, Stop, settle_residual
 

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .context import Call, call_signature
+from .denoiser import MARK, Denoiser, eagerly
 from .policies import COMPUTE, REUSE, Step
 from .recipe import Rule
-from .runtime import MARK, Call, Denoiser, call_signature, denoisers_of, eagerly
+from .runtime import denoisers_of
 from .state import Ring, State, Table, Timeline, stage
 from .targets.stack import WHOLE
 

@@ -13,11 +13,12 @@ from torch import nn
 
 from .adapters import BLOCKS, ENCODER, LIST_NAMES, BlockAdapter, adapter_for
 from .configs import Config
+from .denoiser import Denoiser
 from .policies import COMPUTE
 from .predictors import Guided
 from .recipe import Plan, Recipe, Rule
 from .report import describe
-from .runtime import Cache, Denoiser, enable
+from .runtime import Cache, enable
 from .targets.bind import attention_modules
 from .targets.guidance import GuidanceTarget
 from .targets.modules import ModulesTarget

@@ -146,7 +146,7 @@ def test_comparisons_of_tensors_go_through_signal():
         assert not names & {"torch.equal", "torch.allclose"}, named(path)
 
 
-FORWARD = ("targets/", "runtime.py", "compiled.py", "adapters.py")
+FORWARD = ("targets/", "shell.py", "denoiser.py", "compiled.py", "adapters.py")
 
 
 def test_only_targets_and_the_runtime_touch_forward():

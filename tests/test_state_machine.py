@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 import fastcache
-from fastcache import runtime
+from fastcache import context, denoiser, runtime
 
 REQUESTS, NAMES = (0, "r1", ("r", 2)), ("a", "b")
 KEYS = st.tuples(st.sampled_from(REQUESTS), st.sampled_from(NAMES))
@@ -255,7 +255,7 @@ def test_any_sequence_of_events_agrees_with_the_oracle(method):
 
 def survive_faults(monkeypatch) -> None:
     """Exceptions no longer forget the request's runs."""
-    monkeypatch.setattr(runtime.Denoiser, "abandon", lambda self, request: None)
+    monkeypatch.setattr(denoiser.Denoiser, "abandon", lambda self, request: None)
 
 
 def share_contexts(monkeypatch) -> None:
@@ -263,22 +263,22 @@ def share_contexts(monkeypatch) -> None:
 
     def merged(self):
         call = original(self)
-        return runtime.Call("a", call.request, *list(vars(call).values())[2:])
+        return call._replace(name="a")
 
     monkeypatch.setattr(runtime.Cache, "_call", merged)
 
 
 def share_requests(monkeypatch) -> None:
     original = runtime.Cache._call
-    monkeypatch.setattr(runtime.Cache, "_call", lambda self: runtime.Call(original(self).name))
+    monkeypatch.setattr(runtime.Cache, "_call", lambda self: context.Call(original(self).name))
 
 
 def survive_resets(monkeypatch) -> None:
-    monkeypatch.setattr(runtime.Denoiser, "reset", lambda self, request=None: None)
+    monkeypatch.setattr(denoiser.Denoiser, "reset", lambda self, request=None: None)
 
 
 def survive_shapes(monkeypatch) -> None:
-    monkeypatch.setattr(runtime, "call_signature", lambda args, kwargs: ())
+    monkeypatch.setattr(denoiser, "call_signature", lambda args, kwargs: ())
 
 
 @pytest.mark.parametrize(
@@ -286,5 +286,5 @@ def survive_shapes(monkeypatch) -> None:
 )
 def test_the_oracle_notices_a_mutant_of_the_runtime(mutate, monkeypatch):
     mutate(monkeypatch)
-    with pytest.raises((AssertionError, ValueError, RuntimeError, TypeError)):
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
         agrees("mag_cache")

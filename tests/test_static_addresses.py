@@ -13,7 +13,7 @@ from test_compile import Graphs, fresh
 from torch import Tensor, nn
 
 import fastcache
-from fastcache.runtime import MARK
+from fastcache.denoiser import MARK
 from fastcache.state import Ring, State, Table
 
 STEPS = 6
