@@ -11,28 +11,35 @@ from torch import nn
 
 import fastcache
 from fastcache import (
+    Extrapolate,
     FirstBlock,
+    Guidance,
     Guided,
     Interval,
     Magnitude,
     Mask,
     Misfit,
+    Modules,
     Recipe,
     Reuse,
     Stack,
     Taylor,
+    TimestepRange,
 )
 
 from . import systems
 from .systems import Attached
 
-FIRST_BLOCK = (0.06, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30)
+FIRST_BLOCK = (0.08, 0.12, 0.15, 0.20, 0.30, 0.40)
 MAGNITUDE = (0.06, 0.12, 0.18, 0.24, 0.36, 0.50)
-MISFIT = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
-INTERVALS = (2, 3, 4, 5, 6, 8, 12)
-SEER_INTERVALS = (2, 3, 4, 5, 6)
-BROADCAST = (2, 3, 4)
-DB_CACHE = (0.06, 0.08, 0.12, 0.16, 0.20, 0.30)
+MISFIT = (0.15, 0.2, 0.3)
+INTERVALS = (2, 3, 4, 5, 6, 7, 9)
+SUBSAMPLED = (3, 5, 7)  # where a guide of all tokens is measured too
+SEER_INTERVALS = (3, 4, 5, 6)
+BROADCAST = (2, 3)
+HALVES = (3, 5)
+GRID = (8, 8)  # tokens of an image of the shipped model
+DB_CACHE = (0.08, 0.12, 0.16, 0.20, 0.30)
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,14 @@ def fewer(steps: int) -> Iterator[Point]:
 def points(steps: int, guidance: str, ratios: Sequence[float]) -> Iterator[Point]:
     """Every setting for runs of `steps` steps; guidance is "none", "sequential" or "batched"."""
     yield from fewer(steps)
+    if guidance == "batched":
+        yield from half_points()
+        return
     yield from stack_points(steps, ratios)
     yield from module_points(guidance)
     if not systems.missing("diffusers"):
         yield from diffusers_points(steps, guidance, ratios)
-    if not systems.missing("cache-dit") and guidance != "batched":
+    if not systems.missing("cache-dit"):
         yield from cache_dit_points(steps, guidance == "sequential")
 
 
@@ -103,17 +113,66 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
         for n in INTERVALS:
             every = Interval(n, warmup=4, last=True)
             yield ours("Interval", label, f"every {n}", Recipe(every, what, Stack()))
-    for guide in ("residual", "modulated", "input"):
-        for n in INTERVALS:
-            recipe = Recipe(Interval(n, warmup=4, last=True), Guided(guide=guide), Stack())
-            yield ours("Guided", f"{guide} guide", f"every {n}", recipe)
-    for t in MISFIT:
-        recipe = Recipe(Misfit(t, warmup=4, last=True), Guided(), Stack())
-        yield ours("Guided", "residual guide", f"misfit {t:g}", recipe)
+    for n in INTERVALS:
+        yield ours("Interval", "reuse", f"every {n}, no guards", Recipe(Interval(n)))
+    yield from guided_points()
     for n in SEER_INTERVALS:
         mask = Mask(seer_schedule(steps, n))
         recipe = Recipe(mask, Taylor(1), Stack())
         yield ours("TaylorSeer", "order 1", f"stack, every {n}", recipe)
+
+
+def guided_points() -> Iterator[Point]:
+    """Guided prediction: guides, orders, warm-ups, and what keeping fewer tokens costs."""
+    for warmup in (4, 2):
+        for guide in ("residual", "modulated", "input") if warmup == 4 else ("modulated",):
+            for order in (2, 1) if guide == "modulated" else (2,):
+                for n in INTERVALS:
+                    label = f"{guide} guide" + ", order 1" * (order == 1)
+                    setting = f"every {n}" + ", warm-up 2" * (warmup == 2)
+                    when = Interval(n, warmup=warmup, last=True)
+                    yield ours("Guided", label, setting, Recipe(when, Guided(order, guide)))
+    for n in SUBSAMPLED:
+        for guide in ("residual", "modulated"):
+            recipe = Recipe(Interval(n, warmup=4, last=True), Guided(guide=guide, tokens=1))
+            yield ours("Guided", f"{guide} guide", f"every {n}, all tokens", recipe)
+    for t in MISFIT:
+        recipe = Recipe(Misfit(t, warmup=4, last=True), Guided())
+        yield ours("Guided", "residual guide", f"misfit {t:g}", recipe)
+    for t in FIRST_BLOCK:
+        recipe = Recipe(FirstBlock(t, warmup=2, last=True), Guided())
+        yield ours("FirstBlock", "residual guide", f"{t:g}, warm-up 2", recipe)
+
+
+def half_points() -> Iterator[Point]:
+    """What a batched call allows besides: rebuilding its unconditional half, alone and in company."""
+    attention = Recipe(
+        TimestepRange(2, (-1, 681), conditional_only=True), Extrapolate(0.3), Modules()
+    )
+    for n in HALVES:
+        when = TimestepRange(n, (-1, 641))
+        half = Recipe(when, Reuse(), Guidance(tensor_format="BSC", grid=GRID))
+        yield ours("FasterCache", "extrapolate", f"half {n}", half)
+        yield ours("FasterCache", "extrapolate", f"half {n}, attention 2", half + attention)
+        for every in (2, 3, 4):
+            stack = Recipe(Interval(every, warmup=2, last=True), Guided(guide="modulated"))
+            yield ours("Guided", "modulated guide", f"every {every}, half {n}", half + stack)
+        if not systems.missing("diffusers"):
+            yield theirs(
+                "FasterCache",
+                "extrapolate",
+                f"half {n}, attention 2",
+                "FasterCacheConfig",
+                unconditional_batch_skip_range=n,
+                attention_weight_callback=lambda module: 0.3,
+                tensor_format="BCHW",
+                current_timestep_callback=systems.now,
+            )
+    for every in INTERVALS:
+        for label, what in (("order 1", Taylor(1)), ("modulated guide", Guided(guide="modulated"))):
+            warmup = 2 if isinstance(what, Guided) else 4
+            recipe = Recipe(Interval(every, warmup=warmup, last=True), what)
+            yield ours("Guided" if warmup == 2 else "Interval", label, f"every {every}", recipe)
 
 
 def seer_schedule(steps: int, interval: int, before: int = 3) -> tuple[int, ...]:
