@@ -34,6 +34,15 @@ FIRST_BLOCK = (0.08, 0.12, 0.15, 0.20, 0.30, 0.40)
 MAGNITUDE = (0.06, 0.12, 0.18, 0.24, 0.36, 0.50)
 MISFIT = (0.15, 0.2, 0.3)
 INTERVALS = (2, 3, 4, 5, 6, 7, 9)
+GUIDES = (  # guide, order, warm-up, whether it is ablation only
+    ("residual", 2, 2, False),
+    ("modulated", 2, 2, False),
+    ("modulated", 1, 2, False),
+    ("residual", 2, 4, True),
+    ("modulated", 2, 4, True),
+    ("modulated", 1, 4, True),
+    ("input", 2, 4, True),
+)
 SUBSAMPLED = (3, 5, 7)  # where a guide of all tokens is measured too
 SEER_INTERVALS = (3, 4, 5, 6)
 BROADCAST = (2, 3)
@@ -90,6 +99,7 @@ def points(steps: int, guidance: str, ratios: Sequence[float]) -> Iterator[Point
         yield from half_points()
         return
     yield from stack_points(steps, ratios)
+    yield from guided_points(ablation=guidance == "none")
     yield from module_points(guidance)
     if not systems.missing("diffusers"):
         yield from diffusers_points(steps, guidance, ratios)
@@ -115,28 +125,25 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
             yield ours("Interval", label, f"every {n}", Recipe(every, what, Stack()))
     for n in INTERVALS:
         yield ours("Interval", "reuse", f"every {n}, no guards", Recipe(Interval(n)))
-    yield from guided_points()
     for n in SEER_INTERVALS:
         mask = Mask(seer_schedule(steps, n))
         recipe = Recipe(mask, Taylor(1), Stack())
         yield ours("TaylorSeer", "order 1", f"stack, every {n}", recipe)
 
 
-def guided_points() -> Iterator[Point]:
-    """Guided prediction: guides, orders, warm-ups, and what keeping fewer tokens costs."""
-    for warmup in (4, 2):
-        for guide in ("residual", "modulated", "input") if warmup == 4 else ("modulated",):
-            for order in (2, 1) if guide == "modulated" else (2,):
-                for n in INTERVALS:
-                    label = f"{guide} guide" + ", order 1" * (order == 1)
-                    setting = f"every {n}" + ", warm-up 2" * (warmup == 2)
-                    when = Interval(n, warmup=warmup, last=True)
-                    yield ours("Guided", label, setting, Recipe(when, Guided(order, guide)))
-    for n in SUBSAMPLED:
+def guided_points(ablation: bool) -> Iterator[Point]:
+    """Guided prediction; ablation: also guides, warm-ups and tokens that are no candidates for the frontier."""
+    for guide, order, warmup, extra in GUIDES:
+        for n in INTERVALS if ablation or not extra else ():
+            label = f"{guide} guide" + ", order 1" * (order == 1)
+            setting = f"every {n}" + f", warm-up {warmup}" * (warmup != 4)
+            when = Interval(n, warmup=warmup, last=True)
+            yield ours("Guided", label, setting, Recipe(when, Guided(order, guide)))
+    for n in SUBSAMPLED if ablation else ():
         for guide in ("residual", "modulated"):
             recipe = Recipe(Interval(n, warmup=4, last=True), Guided(guide=guide, tokens=1))
             yield ours("Guided", f"{guide} guide", f"every {n}, all tokens", recipe)
-    for t in MISFIT:
+    for t in MISFIT if ablation else ():
         recipe = Recipe(Misfit(t, warmup=4, last=True), Guided())
         yield ours("Guided", "residual guide", f"misfit {t:g}", recipe)
     for t in FIRST_BLOCK:
