@@ -147,20 +147,25 @@ BLOCKS: dict[str, Block] = {
 }
 
 MODELS: dict[str, BlockAdapter] = {
-    name: BlockAdapter(encoder_read=False)
-    for name in (
-        "FluxTransformer2DModel",
-        "Flux2Transformer2DModel",
-        "ChromaTransformer2DModel",
-        "BriaTransformer2DModel",
-        "QwenImageTransformer2DModel",
-        "CogView4Transformer2DModel",
-        "HunyuanVideoTransformer3DModel",
-        "HunyuanImageTransformer2DModel",
-        "MochiTransformer3DModel",
-        "SD3Transformer2DModel",
-        "Kandinsky5Transformer3DModel",
-    )
+    **{
+        name: BlockAdapter(encoder_read=False)
+        for name in (
+            "FluxTransformer2DModel",
+            "Flux2Transformer2DModel",
+            "ChromaTransformer2DModel",
+            "BriaTransformer2DModel",
+            "QwenImageTransformer2DModel",
+            "CogView4Transformer2DModel",
+            "HunyuanVideoTransformer3DModel",
+            "HunyuanImageTransformer2DModel",
+            "MochiTransformer3DModel",
+            "SD3Transformer2DModel",
+            "Kandinsky5Transformer3DModel",
+        )
+    },
+    # holds LTX-2's audio attention for its checkpoint, and runs the video's alone
+    "SanaWMLTX2RefinerTransformer3DModel": BlockAdapter(attention=(r"\.attn[12]$",)),
+    "T5FilmDecoder": BlockAdapter(blocks=("decoders",)),
 }
 # The first normalisation with the timestep in it, where it is a module: (attribute, keyword, argument).
 MODULATIONS: dict[str, tuple[str, str, str]] = dict.fromkeys(

@@ -424,6 +424,41 @@ def test_control_residuals_between_blocks_are_neither_lost_nor_counted_twice(nam
         assert sum(r.action == "reuse" for r in cache.stats) >= 2
 
 
+class Collecting(nn.Module):
+    """Returns what each of its blocks makes, as a ControlNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, hidden_states):
+        samples = []
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+            samples.append(hidden_states)
+        return samples
+
+
+@pytest.mark.parametrize("name", ["FirstBlockCacheConfig", "MagCacheConfig"])
+def test_a_model_that_collects_what_its_blocks_return_is_refused(name):
+    """A skipped stack used to give a ControlNet one residual where there should be one per block."""
+    with torch.no_grad(), fastcache.enable(Collecting(), CONFIGS[name](fastcache)) as cache:
+        with pytest.raises(ValueError, match="keeps what each block"):
+            cache.denoisers[0].model(torch.ones(1, 3, 4))
+        assert not len(cache.stats)
+
+
+@pytest.mark.parametrize("name", ["FirstBlockCacheConfig", "MagCacheConfig"])
+def test_a_users_hook_may_collect_what_blocks_return(name):
+    model, inputs = flux()
+    collected = []
+    for block in model.transformer_blocks:
+        block.register_forward_hook(lambda module, args, output: collected.append(output))
+    with fastcache.enable(model, CONFIGS[name](fastcache)) as cache:
+        run(model, inputs)
+        assert cache.stats.reused and collected
+
+
 def test_a_run_without_a_single_context_warns_of_nothing():
     model, inputs = flux()
     with warnings.catch_warnings():

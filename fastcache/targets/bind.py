@@ -159,6 +159,8 @@ def find_modules(
 ) -> list[tuple[str, nn.Module]]:
     """The modules that a `Modules` target means, outermost first."""
     if where.kind == "any":
+        if where.fallback == "attention" and adapter.attention is not None:
+            return attention_modules(model, adapter)  # a row knows better than names do
         matches = _outermost([(n, m) for n, m in model.named_modules() if n and _matches(n, where)])
         found = matches or _fallback(model, where, adapter)
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -177,6 +178,11 @@ class Gate:
 
     def note_passed(self, io: BlockIO, output: Any, hidden: Any, encoder: Any) -> None:
         self.passed = (io, output, hidden, encoder)
+        at, _ = io.positions(output, hidden, encoder)
+        value = output if at is None else output[at]
+        # a hook of the user's may keep it too
+        if isinstance(value, Tensor) and not any(block._forward_hooks for block in self.modules):
+            self.owner.returned.append(weakref.ref(value))
 
     def note_arrival(self, hidden: Any, encoder: Any) -> None:
         """Which returned value is which, and whether the model's loop does something between blocks."""
@@ -241,6 +247,7 @@ class Gate:
         if self.owner.recording:
             self.exit = left
             self.owner.order.append((self, "leave"))
+            self.owner.refuse_collected((*args, *kwargs.values()))
         elif self.closes:
             self.owner.store(self.segment, left)
 
@@ -376,6 +383,7 @@ class StackTarget:
         self.copies = False  # some block writes into its input: keep a copy of what went in
         self.threaded = False  # the model's loop does more than call one block after the other
         self.order: list[tuple[Gate, str]] = []
+        self.returned: list[weakref.ref] = []  # what each block of a recording call has returned
         self.guide: Guide | None = (
             None  # a predictor whose weights come from this step's own blocks
         )
@@ -418,7 +426,7 @@ class StackTarget:
         if units and not units.keys() & {g.segment for g in self.gates}:
             units.clear()  # from before the stack was cut anew
         self.recording = not self.segments or not units
-        self.order = []
+        self.order, self.returned = [], []
 
     def recorded(self, state: State) -> bool:
         """Whether storage exists, so that a graph may use it; measuring is done eagerly."""
@@ -631,6 +639,21 @@ class StackTarget:
         for gate in self.gates:
             gate.clone, gate.entry, gate.exit = None, (None, None), (None, None, {})
             gate.passed = gate.probed = None
+
+    def refuse_collected(self, used: tuple) -> None:
+        """Raise where the model holds on to what its blocks return: a skipped stack would leave it without.
+
+        used: arguments of the block that has just run, which are alive for that reason.
+        """
+        ours = [v for g in self.gates for v in (*g.entry, g.exit[0], *(g.passed or ()))]
+        known = {id(v) for value in (*used, *ours) for v in (value, getattr(value, "_base", None))}
+        held = [value for ref in self.returned if (value := ref()) is not None]
+        if any(id(value) not in known and not value.requires_grad for value in held):
+            raise ValueError(
+                f"target: the model keeps what each block of {[g.name for g in self.gates]} returns, as a "
+                "ControlNet does, so they cannot be skipped together; skip modules instead: TaylorSeer, "
+                "PyramidAttentionBroadcast, FasterCache, or a recipe with where=fastcache.Modules(...)"
+            )
 
     def _apart(self) -> bool:
         """Whether the stack is cut as a threaded one is."""
