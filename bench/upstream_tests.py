@@ -1,10 +1,10 @@
 """Run diffusers' own model-level cache tests, unmodified, on fastcache.
 
-    python bench/upstream_tests.py CHECKOUT [--every-model] [pytest arguments]
+    python bench/upstream_tests.py CHECKOUT [--every-model] [--own-hooks] [pytest arguments]
 
 CHECKOUT is a clone of huggingface/diffusers; only its `tests` are used, the library is the installed one.
 Its tests instantiate the cache mixins for Flux; `--every-model` applies the five mixins to every model test
-class whose model takes a cache.
+class whose model takes a cache. `--own-hooks` runs the same tests without fastcache, for comparison.
 """
 
 from __future__ import annotations
@@ -65,14 +65,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--every-model", action="store_true")
+    parser.add_argument("--own-hooks", action="store_true")
     args, rest = parser.parse_known_args()
     checkout = args.checkout.resolve()
     if not (checkout / "tests/models/testing_utils").is_dir():
         parser.error(f"{checkout} holds no tests/models/testing_utils of diffusers")
     # before collection: upstream's tests import what they test when they are imported
-    backend.install()
+    if not args.own_hooks:
+        backend.install()
     sys.path.insert(0, str(checkout))
-    print(f"diffusers {diffusers.__version__} from {Path(diffusers.__file__).parent}, on fastcache")
+    where = "its own hooks" if args.own_hooks else "fastcache"
+    print(f"diffusers {diffusers.__version__} from {Path(diffusers.__file__).parent}, on {where}")
     with tempfile.TemporaryDirectory() as folder:
         files = (checkout / "tests/models").rglob("test_*.py")
         chosen = [str(f) for f in files if "CacheTesterMixin" in f.read_text()]
