@@ -1,35 +1,59 @@
-"""Settings that others have published, by model family; each row names its source."""
+"""Settings by name: three budgets that were measured, and what others have published by model family."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from importlib import resources
 from typing import Any
 
 import torch
 
+from . import policies, predictors
 from .configs import CONFIGS, FLUX_MAG_RATIOS, Config
+from .recipe import Recipe
 
 NAMED = {"FLUX_MAG_RATIOS": FLUX_MAG_RATIOS}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PARTS = {"when": policies, "what": predictors}
 
 
 def presets() -> dict[str, dict[str, Any]]:
-    """All rows: config, fields, the number of steps they were published for, and the source."""
+    """All rows: what they set, the number of steps they were measured or published for, the source."""
     return json.loads(resources.files(__package__).joinpath("presets.json").read_text("utf-8"))
 
 
-def preset(name: str, **changes: Any) -> Config:
-    """The config of one row, such as "flux" or "wan/taylorseer"; `changes` replace fields.
+def preset(name: str, **changes: Any) -> Config | Recipe:
+    """The recipe of a budget, "quality", "balanced" or "fast", or a config such as "flux" or "wan/taylorseer".
 
-    Raises ValueError that lists the names for an unknown one.
+    changes replace fields: of the config, or of the recipe's policy and predictor.
+    Raises ValueError that lists the names for an unknown one, TypeError for an unknown field.
     """
     rows = presets()
     if name not in rows:
         raise ValueError(f"preset: name is {name!r}, must be one of {', '.join(rows)}")
     row = rows[name]
-    fields = {key: _value(key, value) for key, value in row["fields"].items()}
-    return CONFIGS[row["config"]](**{**fields, **changes})
+    if "config" not in row:
+        return _recipe(name, row, changes)
+    given = {key: _value(key, value) for key, value in row["fields"].items()}
+    return CONFIGS[row["config"]](**{**given, **changes})
+
+
+def _recipe(name: str, row: dict[str, Any], changes: dict[str, Any]) -> Recipe:
+    """A row's policy and predictor, each with the changes that name a field of it."""
+    parts, known = {}, set()
+    for part, module in PARTS.items():
+        kind, given = row[part]
+        made = getattr(module, kind)
+        own = {f.name for f in fields(made)}
+        parts[part] = made(**{**given, **{k: v for k, v in changes.items() if k in own}})
+        known |= own
+    if unknown := changes.keys() - known:
+        raise TypeError(
+            f"preset: {name!r} has no field {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(sorted(known))}"
+        )
+    return Recipe(**parts)
 
 
 def _value(key: str, value: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,6 +16,9 @@ import fastcache
 from fastcache.presets import preset, presets
 
 MODELS = {
+    "quality": "Flux",
+    "balanced": "CogVideoX",
+    "fast": "Wan3D",
     "flux": "Flux",
     "hunyuanvideo": "HunyuanVideo",
     "wan": "Wan3D",
@@ -26,9 +32,10 @@ def test_a_preset_names_its_source_and_skips_on_its_model(name):
     row = presets()[name]
     assert len(row["source"]) > 20 and row["steps"] > 1
     model, inputs = tiny.build(MODELS[name.split("/")[0]])
-    timed = hasattr(fastcache.configs.CONFIGS[row["config"]], "current_timestep_callback")
+    kind = fastcache.configs.CONFIGS.get(row.get("config"))
+    timed = hasattr(kind, "current_timestep_callback")
     config = preset(name, **({"current_timestep_callback": lambda: 500} if timed else {}))
-    guided = row["config"] == "FasterCacheConfig"
+    guided = kind is fastcache.FasterCacheConfig
     if guided:
         inputs = {
             k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()
@@ -39,6 +46,38 @@ def test_a_preset_names_its_source_and_skips_on_its_model(name):
             with cache.context("cond_uncond" if guided else "cond", step_index=i):
                 tiny.output(model, inputs)
         assert cache.stats.reused and any(hooked.values())
+
+
+def test_the_budgets_are_recipes_that_compute_less_and_less():
+    recipes = [preset(name) for name in ("quality", "balanced", "fast")]
+    assert all(isinstance(recipe.what, fastcache.Guided) for recipe in recipes)
+    computed = [len(recipe.plan(28).computed) for recipe in recipes]
+    assert computed == sorted(set(computed), reverse=True)
+
+
+def test_changes_reach_the_policy_and_the_predictor():
+    recipe = preset("balanced", n=5, guide="modulated")
+    assert recipe.when == fastcache.Interval(5, phase=1, warmup=3, last=True, max_skips=0)
+    assert recipe.what == fastcache.Guided(guide="modulated")
+    with pytest.raises(TypeError, match=r"'fast' has no field threshold; it has .*guide.*warmup"):
+        preset("fast", threshold=0.1)
+
+
+def test_budgets_were_measured():
+    """Each names a point of the committed sweep, and dearer budgets are better."""
+    results = Path(__file__).parent.parent / "bench" / "results" / "quality-cpu.jsonl"
+    if not results.exists():
+        pytest.skip("needs the source tree")
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    found = {
+        (r["predictor"], r["setting"]): r
+        for r in rows
+        if (r["steps"], r["guidance"], r["method"]) == (28, "none", "Guided")
+    }
+    points = [found[tuple(row["point"])] for row in presets().values() if "point" in row]
+    assert len(points) == 3
+    assert [p["psnr"] for p in points] == sorted((p["psnr"] for p in points), reverse=True)
+    assert [p["compute"] for p in points] == sorted((p["compute"] for p in points), reverse=True)
 
 
 def test_an_unknown_name_lists_the_known_ones():
