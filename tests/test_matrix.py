@@ -127,12 +127,7 @@ def entry(name: str) -> dict:
 
 
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    if name not in tiny.ENTRIES:
-        return tiny.build_entry(MORE[name])
-    model, inputs = tiny.build(name)
-    if name == "QwenImage" and diffusers.__version__ < "0.37":  # later versions read the mask
-        inputs["txt_seq_lens"] = inputs["encoder_hidden_states_mask"].sum(1).tolist()
-    return model, inputs
+    return tiny.build(name) if name in tiny.ENTRIES else tiny.build_entry(MORE[name])
 
 
 def double(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
@@ -265,12 +260,12 @@ def test_every_method_skips_and_reproduces_a_still_trajectory(name):
 
 def test_every_denoiser_of_diffusers_is_in_the_table():
     listed = {entry(name)["class"] for name in NAMES} | LEFT_OUT.keys()
+    everything = {**vars(diffusers.models.transformers), **vars(diffusers.models.controlnets)}
     denoisers = set()
-    for name in dir(diffusers):
-        value = getattr(diffusers, name, None)
-        if isinstance(value, type) and issubclass(value, nn.Module):
-            cacheable = any(base.__name__ == "CacheMixin" for base in value.__mro__)
-            if cacheable or ".models.transformers." in value.__module__:
+    for name, value in everything.items():
+        if isinstance(value, type) and issubclass(value, diffusers.ModelMixin):
+            cacheable = issubclass(value, diffusers.models.cache_utils.CacheMixin)
+            if cacheable or "transformers" in value.__module__:
                 denoisers.add(name)
     assert len(denoisers) > 40
     assert denoisers - listed == set()

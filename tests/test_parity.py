@@ -33,11 +33,16 @@ MODELS = tuple(tiny.ENTRIES)
 STEPS = 10
 APPLY = {
     "FirstBlockCacheConfig": upstream.apply_first_block_cache,
-    "MagCacheConfig": upstream.apply_mag_cache,
     "TaylorSeerCacheConfig": upstream.apply_taylorseer_cache,
     "PyramidAttentionBroadcastConfig": upstream.apply_pyramid_attention_broadcast,
     "FasterCacheConfig": upstream.apply_faster_cache,
 }
+NEWEST = hasattr(registry, "CacheContext")  # diffusers 0.42; its contexts hold more than a name
+if hasattr(upstream, "apply_mag_cache"):
+    APPLY["MagCacheConfig"] = upstream.apply_mag_cache
+needs_mag_cache = pytest.mark.skipif(
+    "MagCacheConfig" not in APPLY, reason=f"diffusers {diffusers.__version__} has no MagCache"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -95,10 +100,17 @@ class Upstream:
         self.model, self.name = model, name
 
     def __enter__(self) -> None:
-        registry._set_cache_context(self.model, registry.CacheContext(self.name))
+        self._set(self.name)
 
     def __exit__(self, *_: object) -> None:
-        registry._set_cache_context(self.model, None)
+        self._set(None)
+
+    def _set(self, name: str | None) -> None:
+        if NEWEST:
+            context = None if name is None else registry.CacheContext(name)
+            registry._set_cache_context(self.model, context)
+        else:
+            registry.HookRegistry.check_if_exists_or_initialize(self.model)._set_context(name)
 
 
 def theirs(name: str, config: Callable, calls: list[dict], names=("cond",)):
@@ -219,6 +231,7 @@ def magnitude(lib, clock, name):
     return lib.MagCacheConfig(mag_ratios=WAVY, num_inference_steps=STEPS, threshold=0.1)
 
 
+@needs_mag_cache
 @pytest.mark.parametrize("name, fault", cases(STACK_FAULTS | {"Kandinsky5": None}))
 def test_mag_cache_equals_upstream(name, fault):
     calls = calls_of(name)
@@ -410,7 +423,8 @@ def test_a_models_own_cache_context_and_reset_drive_the_cache(config):
         walk(model, late[:1], clock, lambda i: model.cache_context("cond"))
         assert [r.step for r in cache.stats] == [0, 1, 2, 3, 0]
         model._reset_stateful_cache()
-        outputs, _ = walk(model, calls, clock, lambda i: model.cache_context("cond", step_index=i))
+        told = (lambda i: {"step_index": i}) if NEWEST else (lambda i: {})
+        outputs, _ = walk(model, calls, clock, lambda i: model.cache_context("cond", **told(i)))
         last = list(cache.stats)[-len(calls) :]
     assert {r.context for r in last} == {"cond"}
     assert [r.action for r in last] == [r.action for r in records]
@@ -657,6 +671,7 @@ def test_mag_cache_accumulated_errors():
     assert row(decisions[i].action for i in range(6, 14)) == "rCrCrrrC"
 
 
+@needs_mag_cache
 @pytest.mark.parametrize(
     "length, count", [(28, 10), (4, 9), (28, 50), (7, 1), (50, 28), (3, 30), (1, 4)]
 )
@@ -666,6 +681,7 @@ def test_resampled_ratios_equal_upstream(length, count):
     assert resample(tuple(values.tolist()), count) == tuple(theirs.tolist())
 
 
+@needs_mag_cache
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, "float64"])
 def test_mag_cache_decides_in_the_dtype_of_its_ratios(kind):
     """tensor(0.1) <= 0.1 holds in float32, not in float64: the host repeats that rounding."""
@@ -688,7 +704,8 @@ def test_mag_cache_decides_in_the_dtype_of_its_ratios(kind):
 # --- fields and defaults ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.skipif(not NEWEST, reason="fields and defaults are those of diffusers 0.42.1")
+@pytest.mark.parametrize("name", APPLY)
 def test_configs_have_upstreams_fields_and_defaults(name):
     needed = {"mag_ratios": [1.0]} if name == "MagCacheConfig" else {}
     mine, other = CONFIGS[name](**needed), getattr(diffusers, name)(**needed)
@@ -707,13 +724,14 @@ def test_lite_mode_has_upstreams_patterns():
     assert list(LITE_INACTIVE) == list(upstream.taylorseer_cache._BLOCK_IDENTIFIERS)
 
 
+@needs_mag_cache
 def test_flux_ratios_equal_upstreams():
     published = upstream.mag_cache.FLUX_MAG_RATIOS
     assert torch.equal(torch.tensor(fastcache.FLUX_MAG_RATIOS), published)
     assert math.isclose(sum(fastcache.FLUX_MAG_RATIOS), float(published.sum()), rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", APPLY)
 def test_upstreams_own_config_object_is_taken_and_not_written_to(name):
     """F12: upstream writes into the caller's config."""
     clock = Clock()

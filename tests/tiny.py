@@ -68,7 +68,11 @@ def build_entry(
     for p in model.parameters():
         if p.ndim > 1:
             p.normal_(0, 0.6 / math.sqrt(p.numel() // p.shape[0]), generator=g)
-    return model, {k: _make(v, g) for k, v in entry["inputs"].items()}
+    inputs = {k: _make(v, g) for k, v in entry["inputs"].items()}
+    if entry["class"].startswith("QwenImage") and diffusers.__version__ < "0.37":
+        mask = inputs["encoder_hidden_states_mask"]  # later versions read the mask itself
+        inputs["txt_seq_lens"] = mask.sum(1).tolist()
+    return model, inputs
 
 
 def timesteps(name: str, steps: int) -> list[float]:
