@@ -125,10 +125,11 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
             yield ours("Interval", label, f"every {n}", Recipe(every, what, Stack()))
     for n in INTERVALS:
         yield ours("Interval", "reuse", f"every {n}, no guards", Recipe(Interval(n)))
-    for n in SEER_INTERVALS:
-        mask = Mask(seer_schedule(steps, n))
-        recipe = Recipe(mask, Taylor(1), Stack())
-        yield ours("TaylorSeer", "order 1", f"stack, every {n}", recipe)
+    seers = {"order 1": Taylor(1), "modulated guide": Guided(guide="modulated")}
+    for label, what in seers.items():
+        for n in SEER_INTERVALS:
+            mask = Mask(seer_schedule(steps, n), warmup=0, last=False)
+            yield ours("TaylorSeer", label, f"stack, every {n}", Recipe(mask, what, Stack()))
 
 
 def guided_points(ablation: bool) -> Iterator[Point]:
