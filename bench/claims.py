@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from . import overhead
 from .common import Row
 from .quality import frontier
+from .sweeps import INTERVALS, SUBSAMPLED
 
+# Guided prediction over Taylor 1: by steps of a run, the intervals and dB that are promised
+GUIDED_GAINS = {28: ((3, 4, 5), 2.0), 50: ((5, 7), 3.0)}
 GRAPH_LIMITS = {"FirstBlockCache": 3, "MagCache": 2, "TaylorSeer": 2, "PAB": 2, "FasterCache": 4}
 
 
@@ -31,11 +34,11 @@ def all_claims(rows: Sequence[Row]) -> list[Claim]:
     for row in rows:
         by_bench.setdefault(row["bench"], []).append(row)
     makers = {
+        "quality": quality,
+        "steps": steps,
+        "graphs": graphs,
         "ops": ops,
         "overhead": python_cost,
-        "graphs": graphs,
-        "steps": steps,
-        "quality": quality,
     }
     return [c for name, make in makers.items() if name in by_bench for c in make(by_bench[name])]
 
@@ -223,11 +226,12 @@ def quality(rows: Sequence[Row]) -> Iterator[Claim]:
     for n, guidance in dict.fromkeys((r["steps"], r["guidance"]) for r in rows):
         here = [r for r in rows if (r["steps"], r["guidance"]) == (n, guidance)]
         where = f"{n} steps, " + ("no guidance" if guidance == "none" else f"{guidance} guidance")
+        yield from _frontier(here, where)
         if guidance == "none":
+            yield from _guided(here, n, where)
             yield from _forecasts(here, where)
         yield from _seer(here, where)
         yield from _broadcast(here, where)
-        yield from _frontier(here, where)
 
 
 def _pick(rows: Sequence[Row], *key: str) -> Row | None:
@@ -249,7 +253,7 @@ def _forecasts(rows: Sequence[Row], where: str) -> Iterator[Claim]:
             other = _pick(rows, "fastcache", method, "order 1", row["setting"])
             if other is None or abs(other["compute"] - row["compute"]) > 0.02:
                 continue
-            ahead = _above_fewer(other, fewer)
+            ahead = above_fewer(other, fewer)
             if ahead is not None and ahead > 0:
                 gains.append((other["psnr"] - row["psnr"], row["setting"]))
         gains.sort(reverse=True)
@@ -260,7 +264,7 @@ def _forecasts(rows: Sequence[Row], where: str) -> Iterator[Claim]:
             yield Claim("quality", text, best, "at least 5 dB at two", value >= 5)
 
 
-def _above_fewer(row: Row, fewer: Sequence[Row]) -> float | None:
+def above_fewer(row: Row, fewer: Sequence[Row]) -> float | None:
     """dB above the uncached model at fewer steps and the same compute, interpolated."""
     points = sorted((r["compute"], r["psnr"]) for r in fewer if r.get("psnr") is not None)
     for (c0, p0), (c1, p1) in itertools.pairwise(points):
@@ -269,12 +273,63 @@ def _above_fewer(row: Row, fewer: Sequence[Row]) -> float | None:
     return None
 
 
+def _guided(rows: Sequence[Row], n: int, where: str) -> Iterator[Claim]:
+    """Guided prediction against Taylor 1 on the same schedules, and what thinning the guide costs."""
+
+    def psnr(method: str, predictor: str, setting: str) -> float | None:
+        row = _pick(rows, "fastcache", method, predictor, setting)
+        return row["psnr"] if row else None
+
+    def gains(guide: str, intervals: Sequence[int]) -> list[float]:
+        pairs = [
+            (
+                psnr("Guided", f"{guide} guide", f"every {i}"),
+                psnr("Interval", "order 1", f"every {i}"),
+            )
+            for i in intervals
+        ]
+        return [ours - taylor for ours, taylor in pairs if ours is not None and taylor is not None]
+
+    intervals, bound = GUIDED_GAINS.get(n, ((), 0.0))
+    found = gains("residual", intervals)
+    if found and len(found) == len(intervals):
+        names = ", ".join(map(str, intervals))
+        text = f"residual guide, order 2, over Taylor 1 at the same computed steps, every {names}, {where}"
+        shown = ", ".join(f"{g:.1f}" for g in found) + " dB"
+        yield Claim("guided", text, shown, f"each at least {bound:g} dB", min(found) >= bound)
+    found = gains("modulated", INTERVALS)
+    if found:
+        text = f"modulated guide over Taylor 1 at equal compute, median of {len(found)} intervals, {where}"
+        yield at_least("guided", text, statistics.median(found), 1, " dB")
+        text = f"modulated guide over Taylor 1 at equal compute, lowest of {len(found)} intervals, {where}"
+        yield at_least("guided", text, min(found), -0.5, " dB")
+    costs = [
+        whole - thin
+        for i in SUBSAMPLED
+        for guide in ("residual guide", "modulated guide")
+        if (whole := psnr("Guided", guide, f"every {i}, all tokens")) is not None
+        if (thin := psnr("Guided", guide, f"every {i}")) is not None
+    ]
+    if costs:
+        text = f"largest cost of keeping every 4th token of the guide, {len(costs)} cells, {where}"
+        yield Claim("guided", text, f"{max(costs):.2f} dB", "at most 0.6 dB", max(costs) <= 0.6)
+    guided = _pick(rows, "fastcache", "Guided", "modulated guide", "every 3")
+    taylor = _pick(rows, "fastcache", "Interval", "order 2", "every 3")
+    if guided and taylor:
+        share = guided["cache_bytes"] / taylor["cache_bytes"] - 1
+        text = f"bytes of the guides, against those of the residuals, {where}"
+        # a handful of weights comes on top
+        yield Claim("guided", text, f"{share:.3f}×", "at most 0.25×", share <= 0.255)
+
+
 def _seer(rows: Sequence[Row], where: str) -> Iterator[Claim]:
-    ours = _pick(rows, "fastcache", "TaylorSeer", "order 1", "stack, every 4")
+    """Forecasts of the whole stack against upstream's forecast of the last projection's output."""
     lite = _pick(rows, "diffusers", "TaylorSeer", "order 1", "lite, every 4")
-    if ours and lite:
-        text = f"Taylor on the stack over upstream's lite mode, same computed steps, {where}"
-        yield at_least("quality", text, ours["psnr"] - lite["psnr"], 0.5, " dB")
+    for name, predictor in (("Taylor 1", "order 1"), ("guided", "modulated guide")):
+        ours = _pick(rows, "fastcache", "TaylorSeer", predictor, "stack, every 4")
+        if ours and lite:
+            text = f"{name} on the stack over upstream's lite mode, every 4, same computed steps, {where}"
+            yield at_least("quality", text, ours["psnr"] - lite["psnr"], 0.5, " dB")
 
 
 def _broadcast(rows: Sequence[Row], where: str) -> Iterator[Claim]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,78 +156,162 @@ def steps_figure(rows: Sequence[Row]) -> Figure:
 
 
 def best_line(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The upper envelope: points that no cheaper one beats."""
+    """The upper envelope of (percent, dB): points that no cheaper one beats, by more than half a percent."""
     line: list[tuple[float, float]] = []
-    for x, y in sorted(points):
+    for x, y in sorted(points, key=lambda p: (round(2 * p[0]), -p[1])):
         if not line or y > line[-1][1]:
             line.append((x, y))
     return line
 
 
-FAMILY = {  # marker by system, colour by method
-    "fastcache": "o",
-    "diffusers": "s",
-    "cache-dit": "^",
-    "uncached": "x",
-}
-METHOD_COLOURS = {
-    "fewer steps": "#616e7c",
-    "FirstBlock": "#2f6db3",
-    "MagCache": "#c8553d",
-    "Interval": "#3a8f5c",
-    "TaylorSeer": "#b8860b",
-    "PAB": "#8458b3",
-    "FasterCache": "#20808d",
-    "DBCache": "#b85c9e",
-    "Guided": "#7a1f5c",
-}
+@dataclass(frozen=True)
+class Series:
+    """One line of the quality pictures: what belongs to it and how it looks."""
+
+    label: str
+    colour: str
+    holds: Callable[[Row], bool]
+    style: str = "-"
+    width: float = 1.5
+    marker: str = "o"
+
+
+def _on_stack(r: Row) -> bool:
+    """fastcache, every block skipped at once."""
+    setting = str(r["setting"])
+    alone = r["method"] in ("FirstBlock", "MagCache", "Interval") or setting.startswith("stack")
+    return r["system"] == "fastcache" and alone
+
+
+SERIES = (
+    Series(
+        "fastcache, guided",
+        "#1d4f91",
+        lambda r: r["system"] == "fastcache" and "guide" in r["predictor"],
+        width=2.6,
+    ),
+    Series(
+        "fastcache, Taylor",
+        "#5f9bd8",
+        lambda r: _on_stack(r) and r["predictor"].startswith("order"),
+        width=1.8,
+    ),
+    Series(
+        "fastcache, plain reuse", "#9dbfe2", lambda r: _on_stack(r) and r["predictor"] == "reuse"
+    ),
+    Series("diffusers' hooks", "#d9822b", lambda r: r["system"] == "diffusers", marker="s"),
+    Series("cache-dit", "#b85c9e", lambda r: r["system"] == "cache-dit", marker="^"),
+    Series(
+        "fewer steps, no cache",
+        INK,
+        lambda r: r["method"] == "fewer steps",
+        style="--",
+        width=1.3,
+        marker="x",
+    ),
+)
+SHOWN = (0.15, 0.8)  # shares of compute that the pictures show
 
 
 def quality_figure(rows: Sequence[Row]) -> Figure:
-    """PSNR against computed share, one panel per steps and guidance: the frontier of each system."""
+    """PSNR against compute, a panel per steps and guidance; lines join what no cheaper setting beats."""
     panels = list(dict.fromkeys((r["steps"], r["guidance"]) for r in rows))
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = new(lines, columns, 7.4 * columns, 5.2 * lines)
+    figure, axes = new(lines, columns, 6.4 * columns, 0.5 + 4.2 * lines)
     for axis, (steps, guidance) in zip(axes.flat, panels, strict=False):
         here = [r for r in rows if (r["steps"], r["guidance"]) == (steps, guidance)]
-        here = [r for r in here if r["psnr"] is not None and r["compute"] < 0.995]
-        for system, marker in FAMILY.items():
-            mine = [r for r in here if r["system"] == system]
-            for method in dict.fromkeys(r["method"] for r in mine):
-                dots = [(r["compute"], r["psnr"], r["predictor"]) for r in mine]
-                dots = [d for d, r in zip(dots, mine, strict=True) if r["method"] == method]
-                tone = METHOD_COLOURS.get(method, GREY)
-                for forecast in (False, True):
-                    part = [d for d in dots if (d[2] not in ("", "reuse")) == forecast]
-                    axis.scatter(
-                        [100 * d[0] for d in part],
-                        [d[1] for d in part],
-                        s=34,
-                        marker=marker,
-                        facecolors=tone if forecast or marker == "x" else "none",
-                        edgecolors=None if marker == "x" else tone,
-                        label=f"{system}: {method}" + (", forecast" if forecast else "")
-                        if part
-                        else None,
-                    )
-            line = best_line([(r["compute"], r["psnr"]) for r in mine])
-            if len(line) > 1:
-                tone = {"uncached": "#616e7c"}.get(system, colour(system))
-                axis.plot(
-                    [100 * x for x, _ in line],
-                    [y for _, y in line],
-                    color=tone,
-                    lw=1.6 if system == "fastcache" else 1.0,
-                    ls="-" if system == "fastcache" else "--",
-                    zorder=0,
-                )
-        guided = "no guidance" if guidance == "none" else f"guidance, {guidance}"
-        axis.set_title(f"{steps} steps, {guided}", loc="left", weight="bold")
-        axis.set_xlabel("transformer compute, % of uncached")
-        axis.set_ylabel("PSNR against the uncached run, dB")
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=6.5, frameon=False, ncol=1, loc="upper left", bbox_to_anchor=(1, 1))
+        _frontier(axis, here)
+        guided = "no guidance" if guidance == "none" else f"{guidance} guidance"
+        axis.set_title(f"{steps} steps, {guided}, {here[0]['seeds']} images", loc="left")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncol=len(labels), frameon=False)
+    return figure
+
+
+def frontier_figure(rows: Sequence[Row]) -> Figure:
+    """The same for one steps and guidance, lines named where they are."""
+    figure, axes = new(1, 1, 8.6, 5.0)
+    axis = axes[0][0]
+    _frontier(axis, rows)
+    axis.legend(frameon=False, loc="upper left", fontsize=10)
+    figure.suptitle(
+        f"How close to the uncached images: {rows[0]['seeds']} images of the shipped model, "
+        f"{rows[0]['steps']} steps",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        color=INK,
+    )
+    above = axis.secondary_xaxis("top", functions=(_inverse, _inverse))
+    above.set_xticks(
+        [1.25, 1.5, 2, 2.5, 3, 4, 5], ["1.25×", "1.5×", "2×", "2.5×", "3×", "4×", "5×"]
+    )
+    above.set_xlabel("less compute", fontsize=8.5)
+    return figure
+
+
+def _inverse(percent: Any) -> Any:
+    """Percent of the compute as a factor, and back."""
+    import numpy as np
+
+    return 100 / np.maximum(percent, 1e-9)
+
+
+def _frontier(axis: Any, rows: Sequence[Row]) -> None:
+    known = [r for r in rows if r.get("psnr") is not None and SHOWN[0] <= r["compute"] <= SHOWN[1]]
+    for series in SERIES:
+        dots = [(100 * r["compute"], r["psnr"]) for r in known if series.holds(r)]
+        if not dots:
+            continue
+        axis.scatter(*zip(*dots, strict=True), s=14, marker=series.marker, color=series.colour,
+                     alpha=0.35, linewidths=1.0 if series.marker == "x" else 0)  # fmt: skip
+        axis.plot(
+            *zip(*best_line(dots), strict=True),
+            color=series.colour,
+            lw=series.width,
+            ls=series.style,
+            marker=series.marker,
+            ms=4.5,
+            label=series.label,
+            zorder=3 if series.label.endswith("guided") else 2,
+        )
+    axis.set_xlabel("compute of the transformer, % of the uncached run")
+    axis.set_ylabel("PSNR against the uncached run, dB")
+    axis.grid(alpha=0.25)
+
+
+# --- guided prediction -------------------------------------------------------------------------------
+
+
+def guided_figure(rows: Sequence[Row]) -> Figure:
+    """dB that each guide brings over Taylor 1 on the same schedule, by interval."""
+    panels = list(dict.fromkeys(r["steps"] for r in rows))
+    figure, axes = new(1, len(panels), 4.9 * len(panels), 3.6)
+    guides = {"residual": "#1d4f91", "modulated": "#3a8f5c", "input": "#b8860b"}
+    for axis, n in zip(axes[0], panels, strict=True):
+        at = {
+            (r["predictor"], r["setting"]): r["psnr"]
+            for r in rows
+            if r["steps"] == n
+            and r["system"] == "fastcache"
+            and r["method"] in ("Guided", "Interval")
+        }
+        for guide, tone in guides.items():
+            dots = [
+                (int(s.split()[1]), value - at["order 1", s])
+                for (name, s), value in at.items()
+                if name == f"{guide} guide" and ("order 1", s) in at and value is not None
+            ]
+            if dots:
+                axis.plot(*zip(*sorted(dots), strict=True), "o-", color=tone, ms=4.5, lw=1.8,
+                          label=f"{guide} guide")  # fmt: skip
+        axis.axhline(0, color=INK, lw=1)
+        axis.set_title(f"{n} steps", loc="left")
+        axis.set_xlabel("every how many-th step is computed")
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("dB above Taylor of order 1,\nsame computed steps")
+    axes[0][0].legend(frameon=False)
     return figure

@@ -1,4 +1,4 @@
-"""Render committed results: docs/benchmarks.md, one self-contained HTML page, the README's block.
+"""Render committed results: docs/benchmarks.md, one self-contained HTML page, tables in README and docs.
 
     python -m bench report --write     update them
     python -m bench report --check     exit 1 where they are stale
@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import claims, common
+from . import claims, common, snippets
 from .common import RESULTS, ROOT, Row
 from .quality import KEY, frontier
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PAGE, MARKDOWN, IMAGES = "docs/benchmarks.html", "docs/benchmarks.md", "docs/images"
-BENCHES = ("ops", "overhead", "steps", "graphs", "quality")
+BENCHES = ("quality", "steps", "graphs", "ops", "overhead")
 COMMANDS = {
     "ops": "python -m bench ops",
     "overhead": "python -m bench overhead",
@@ -38,7 +37,7 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Block:
-    """kind: "h1", "h2", "h3", "p", "code", "table" or "image"."""
+    """kind: "h1", "h2", "h3", "p", "code", "table", "image" or "folded", a table that opens on a click."""
 
     kind: str
     text: str = ""
@@ -46,9 +45,9 @@ class Block:
     rows: tuple[tuple[str, ...], ...] = ()
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Block:
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], folded: str = "") -> Block:
     filled = tuple(tuple("" if v is None else str(v) for v in row) for row in rows)
-    return Block("table", "", tuple(columns), filled)
+    return Block("folded" if folded else "table", folded, tuple(columns), filled)
 
 
 def blocks(rows: list[Row]) -> Iterator[Block]:
@@ -202,18 +201,23 @@ def _quality(rows: list[Row]) -> Iterator[Block]:
     yield from _origin(rows, "quality")
     yield Block(
         "p",
-        f"The shipped trained model, {rows[0]['seeds']} fixed seeds. Compute: floating-point "
-        "operations of the transformer against the uncached run. PSNR: dB against the uncached run "
-        "on the same noise. Always compare with fewer steps, which costs nothing to try.",
+        "The shipped trained model, fixed seeds, Euler. Compute: floating-point operations of the "
+        "transformer against the uncached run. PSNR: dB against the uncached run on the same noise. "
+        "Lines join the settings that no cheaper one beats. Always compare with fewer steps, which "
+        "costs nothing to try. Random weights would say nothing about quality; large trained models "
+        "were not measured.",
     )
     yield _image("quality", rows)
+    if any(r["guidance"] == "none" and "guide" in r["predictor"] for r in rows):
+        yield Block("h3", "Guided prediction over Taylor of order 1, same computed steps")
+        yield _image("guided", rows)
     for n, guidance in dict.fromkeys((r["steps"], r["guidance"]) for r in rows):
         here = [r for r in rows if (r["steps"], r["guidance"]) == (n, guidance)]
         guided = "no guidance" if guidance == "none" else f"{guidance} guidance"
-        yield Block("h3", f"{n} steps, {guided}: best PSNR at a compute budget")
+        title = f"{n} steps, {guided}, {here[0]['seeds']} images"
+        yield Block("h3", f"{title}: best PSNR in dB at a compute budget")
         yield frontier_table(here)
-        yield Block("h3", f"{n} steps, {guided}: all settings")
-        lines = []
+        lines: list[Sequence[object]] = []
         for r in here:
             name = (r["system"], *(r[k] for k in KEY[1:]))
             if r.get("error"):
@@ -233,7 +237,8 @@ def _quality(rows: list[Row]) -> Iterator[Block]:
                 )
             )
         columns = (*KEY, "compute", "PSNR", "rel. L2", "SSIM", "judge", "Fréchet")
-        yield table((*columns, "PSNR to 100 steps", "cache KiB"), _padded(lines, 12))
+        columns = (*columns, "PSNR to 100 steps", "cache KiB")
+        yield table(columns, _padded(lines, 12), folded=f"{title}: all {len(here)} settings")
 
 
 def frontier_table(rows: Sequence[Row]) -> Block:
@@ -284,16 +289,13 @@ def to_markdown(page: Sequence[Block]) -> str:
         elif b.kind == "image":
             parts.append(f"![{b.text.removesuffix('.png')}](images/{b.text})")
         elif b.kind == "table":
-            parts.append(_markdown_table(b))
+            parts.append(snippets.markdown(b.columns, b.rows))
+        elif b.kind == "folded":
+            parts.append(f"<details><summary>{html.escape(b.text)}</summary>")
+            parts += [snippets.markdown(b.columns, b.rows), "</details>"]
         else:
             parts.append(b.text)
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(b: Block) -> str:
-    lines = [f"| {' | '.join(b.columns)} |", f"|{'---|' * len(b.columns)}"]
-    lines += [f"| {' | '.join(c.replace('|', '/') for c in row)} |" for row in b.rows]
-    return "\n".join(lines)
 
 
 STYLE = """
@@ -319,12 +321,14 @@ def to_html(page: Sequence[Block], images: Path, mark: str) -> str:
             if path.exists():
                 data = base64.b64encode(path.read_bytes()).decode()
                 parts.append(f'<img alt="{b.text}" src="data:image/png;base64,{data}">')
-        elif b.kind == "table":
+        elif b.kind in ("table", "folded"):
             head = "".join(f"<th>{_inline(c)}</th>" for c in b.columns)
             rows = "".join(
                 "<tr>" + "".join(f"<td>{_inline(c)}</td>" for c in row) + "</tr>" for row in b.rows
             )
-            parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
+            made = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            summary = f"<details><summary>{html.escape(b.text)}</summary>{made}</details>"
+            parts.append(summary if b.kind == "folded" else made)
         else:
             parts.append(f"<p>{_inline(b.text)}</p>")
     title = "<title>fastcache benchmarks</title>"
@@ -343,41 +347,6 @@ def _inline(text: str) -> str:
     return out.replace("<b>not met</b>", '<span class="no">not met</span>')
 
 
-def readme_block(rows: list[Row]) -> str:
-    """What the README shows: the promises in short, the frontier, and where to read on."""
-    parts: list[str] = []
-    quality = [r for r in rows if r["bench"] == "quality" and r["guidance"] == "none"]
-    if quality:
-        n = quality[0]["steps"]
-        here = [r for r in quality if r["steps"] == n]
-        parts.append(
-            f"Best PSNR in dB at a compute budget, trained model, {n} steps, {here[0]['seeds']} "
-            f"seeds (`{COMMANDS['quality']}`):"
-        )
-        parts.append(_markdown_table(frontier_table(here)))
-        parts.append(f"![speed and quality](docs/images/{_image('quality', here).text})")
-    found = claims.all_claims(rows)
-    if found:
-        parts.append("What we promise and what was measured:")
-        lines = [(c.text, c.found, c.bound, "" if c.met else "not met") for c in found]
-        parts.append(_markdown_table(table(("", "measured", "bound", ""), lines)))
-    kinds = {r["kind"] for r in rows}
-    if "cuda" not in kinds:
-        parts.append("GPU numbers are still to be measured; `bench/gpu.sh` measures them.")
-    parts.append(
-        "Everything, with commands and machines: [docs/benchmarks.md](docs/benchmarks.md)."
-    )
-    return "\n\n".join(parts)
-
-
-def with_block(readme: str, block: str) -> str | None:
-    """The README with its block replaced; None where it has no markers."""
-    start, end = readme.find(BEGIN), readme.find(END)
-    if start < 0 or end < start:
-        return None
-    return readme[: start + len(BEGIN)] + f"\n{block}\n" + readme[end:]
-
-
 # --- files ---------------------------------------------------------------------------------------------
 
 
@@ -386,26 +355,34 @@ def results(folder: Path = RESULTS) -> list[Row]:
 
 
 def draw(rows: list[Row], folder: Path) -> None:
-    """The pictures that the page refers to."""
+    """The pictures that the pages refer to."""
     from . import figures
 
+    def plain(rows: list[Row]) -> list[Row]:
+        return [r for r in rows if r["guidance"] == "none"]
+
+    def first(rows: list[Row]) -> list[Row]:
+        return [r for r in plain(rows) if r["steps"] == rows[0]["steps"]]
+
     makers = {
-        "ops": figures.ops_figure,
-        "overhead": figures.overhead_figure,
-        "steps": figures.steps_figure,
-        "quality": figures.quality_figure,
+        "ops": ("ops", figures.ops_figure, list),
+        "overhead": ("overhead", figures.overhead_figure, list),
+        "steps": ("steps", figures.steps_figure, list),
+        "quality": ("quality", figures.quality_figure, list),
+        "guided": ("quality", figures.guided_figure, plain),
+        "frontier": ("quality", figures.frontier_figure, first),
     }
-    for bench, make in makers.items():
+    for name, (bench, make, choose) in makers.items():
         for kind in ("cpu", "cuda"):
-            part = [r for r in rows if r["bench"] == bench and r["kind"] == kind]
+            part = choose([r for r in rows if r["bench"] == bench and r["kind"] == kind])
             if part:
-                figures.save(make(part), folder / f"bench-{bench}-{kind}.png")
+                figures.save(make(part), folder / f"bench-{name}-{kind}.png")
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("--write", action="store_true", help="update docs and the README's block")
+    p.add_argument("--write", action="store_true", help="update the pages, the README and docs")
     p.add_argument("--check", action="store_true", help="exit 1 where they are stale")
     p.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON lines")
     p.add_argument("--root", type=Path, default=ROOT, help="where docs/ and README.md are")
@@ -414,18 +391,15 @@ def main(argv: list[str] | None = None) -> int:
     page = list(blocks(rows))
     text = to_markdown(page)
     mark = "results " + hashlib.sha256(text.encode()).hexdigest()[:16]
-    readme = args.root / "README.md"
     if args.write:
         draw(rows, args.root / IMAGES)
         (args.root / MARKDOWN).parent.mkdir(parents=True, exist_ok=True)
         (args.root / MARKDOWN).write_text(text)
         (args.root / PAGE).write_text(to_html(page, args.root / IMAGES, mark))
-        print(f"wrote {MARKDOWN}, {PAGE} and {IMAGES}")
-        new = with_block(readme.read_text(), readme_block(rows)) if readme.exists() else None
-        if new is not None:
-            readme.write_text(new)
-            print("wrote the README's block")
-    stale = list(_stale(args.root, text, mark, readme_block(rows))) if args.check else []
+        for path in marked(args.root):
+            path.write_text(snippets.fill(path.read_text(), rows))
+        print(f"wrote {MARKDOWN}, {PAGE}, {IMAGES} and the tables in README.md and docs")
+    stale = list(_stale(args.root, text, mark, rows)) if args.check else []
     for name in stale:
         print(f"{name} is stale: run `python -m bench report --write`")
     if not args.write and not args.check:
@@ -435,7 +409,14 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(stale))
 
 
-def _stale(root: Path, text: str, mark: str, block: str) -> Iterator[str]:
+def marked(root: Path) -> Iterator[Path]:
+    """Pages with tables between markers."""
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        if path.exists() and snippets.MARKED.search(path.read_text()):
+            yield path
+
+
+def _stale(root: Path, text: str, mark: str, rows: list[Row]) -> Iterator[str]:
     def read(name: str) -> str:
         path = root / name
         return path.read_text() if path.exists() else ""
@@ -444,10 +425,9 @@ def _stale(root: Path, text: str, mark: str, block: str) -> Iterator[str]:
         yield MARKDOWN
     if mark not in read(PAGE)[:2000]:
         yield PAGE
-    readme = read("README.md")
-    new = with_block(readme, block)
-    if new is not None and new != readme:
-        yield "README.md"
+    for path in marked(root):
+        if snippets.fill(path.read_text(), rows) != path.read_text():
+            yield str(path.relative_to(root))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcache
-from fastcache import FirstBlock, Mask, Recipe, Reuse, Stack, Taylor
+from fastcache import FirstBlock, Guided, Mask, Recipe, Reuse, Stack, Taylor
 
 from . import common, systems
 from .common import Row
@@ -30,6 +30,7 @@ from .systems import Attached
 STEPS, WARMUP, EVERY = 28, 4, 3
 BATCHES = (1, 8, 64)
 STACK_METHODS = ("MagCache", "FirstBlock", "Taylor on the stack")
+OUR_KEPT = {"MagCache": 0, "FirstBlock": 1, "Taylor on the stack": 0, "Guided": 1}
 
 
 def schedule(steps: int) -> list[bool]:
@@ -212,7 +213,7 @@ def _eager(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
     for method, config in _our_configs(plan).items():
         model = subject.twin()
         attached = systems.attach_fastcache(model, config)
-        kept = {"FirstBlock": 1, "MagCache": 0, "Taylor on the stack": 0}.get(method)
+        kept = OUR_KEPT.get(method)
         yield Contender("fastcache", method, "", model, attached, kept=kept)
     if not systems.missing("diffusers"):
         yield from _diffusers(subject, plan)
@@ -228,6 +229,7 @@ def _our_configs(plan: list[bool]) -> dict[str, Any]:
         "MagCache": fastcache.MagCacheConfig(**_magnitude(steps), mag_ratios=[1.0] * steps),
         "FirstBlock": Recipe(forced, Reuse(), Stack()),
         "Taylor on the stack": Recipe(mask, Taylor(1), Stack()),
+        "Guided": Recipe(mask, Guided(), Stack()),
         **_module_configs(fastcache),
     }
 

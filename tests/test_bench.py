@@ -26,6 +26,7 @@ from bench import (  # noqa: E402
     overhead,
     quality,
     report,
+    snippets,
     systems,
 )
 from bench import steps as steps_bench  # noqa: E402
@@ -171,7 +172,7 @@ def test_the_report_renders_and_notices_staleness(tmp_path, capsys):
     results = tmp_path / "results"
     shutil.copytree(report.RESULTS, results)
     readme = tmp_path / "README.md"
-    readme.write_text(f"# hello\n{report.BEGIN}\nold\n{report.END}\nbye\n")
+    readme.write_text("# hello\n<!-- bench:begin kernels -->\nold\n<!-- bench:end -->\nbye\n")
     place = ["--results", str(results), "--root", str(tmp_path)]
     assert report.main([*place, "--check"]) == 1
     assert report.main([*place, "--write"]) == 0
@@ -186,6 +187,21 @@ def test_the_report_renders_and_notices_staleness(tmp_path, capsys):
     assert report.main([*place, "--check"]) == 1
     said = capsys.readouterr().out
     assert report.MARKDOWN in said and "README.md" not in said
+
+
+def test_what_the_repository_shows_is_what_was_measured():
+    """README, docs and the benchmark pages agree with bench/results."""
+    assert report.main(["--check"]) == 0
+
+
+def test_an_unknown_table_is_an_error():
+    with pytest.raises(KeyError, match="nonsense"):
+        snippets.fill("<!-- bench:begin nonsense -->\n<!-- bench:end -->", [])
+
+
+def test_every_table_is_shown_somewhere():
+    pages = " ".join(path.read_text() for path in report.marked(ROOT))
+    assert all(f"<!-- bench:begin {name} -->" in pages for name in snippets.SNIPPETS)
 
 
 def test_claims_are_met_only_where_the_bound_is():

@@ -1,0 +1,212 @@
+"""The number tables inside README.md and docs/*.md, each between two markers:
+
+    <!-- bench:begin NAME -->
+    <!-- bench:end -->
+
+`python -m bench report --write` fills them from bench/results, `--check` notices when they are stale.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from fastcache.presets import presets
+
+from . import claims
+from .common import Row
+from .quality import frontier
+from .sweeps import INTERVALS
+
+MARKED = re.compile(r"(<!-- bench:begin (\w+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
+PICTURE = "bench-frontier-cpu.png"
+
+
+def fill(text: str, rows: Sequence[Row]) -> str:
+    """`text` with every marked table made anew; a KeyError for a name that is not in `SNIPPETS`."""
+
+    def made(found: re.Match[str]) -> str:
+        body = SNIPPETS[found[2]](rows) or "No committed results yet."
+        return f"{found[1]}{body}\n{found[3]}"
+
+    return MARKED.sub(made, text)
+
+
+def markdown(columns: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    cells = [["" if c is None else str(c).replace("|", "/") for c in line] for line in lines]
+    rule = f"|{'---|' * len(columns)}"
+    return "\n".join((f"| {' | '.join(columns)} |", rule, *(f"| {' | '.join(c)} |" for c in cells)))
+
+
+def of(rows: Sequence[Row], bench: str, **fields: object) -> list[Row]:
+    """CPU rows of one benchmark with these fields."""
+    wanted = {"bench": bench, "kind": "cpu", **fields}
+    return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
+
+
+def digits(value: float | None, places: int = 1) -> str:
+    return "" if value is None else f"{value:.{places}f}"
+
+
+# --- quality -----------------------------------------------------------------------------------------
+
+
+def frontier_short(rows: Sequence[Row]) -> str:
+    """The best of every system at a budget."""
+    here = of(rows, "quality", steps=28, guidance="none")
+    systems = ("fastcache", "diffusers", "cache-dit", "uncached")
+    lines = [(f"{f['budget']:.0%}", *(digits(f[k]) for k in systems)) for f in frontier(here)]
+    columns = ("compute at most", "fastcache", "diffusers' hooks", "cache-dit", "fewer steps")
+    return markdown(columns, lines) if here else ""
+
+
+def frontier_settings(rows: Sequence[Row]) -> str:
+    """What gives the best PSNR at a budget, for 28 and 50 steps."""
+    groups = [of(rows, "quality", steps=n, guidance="none") for n in (28, 50)]
+    lines = []
+    for here in groups:
+        for f in frontier(here) if here else ():
+            best = f["fastcache setting"].replace("Guided modulated guide", "guided (modulated)")
+            cells = (f"{f['budget']:.0%}", digits(f["fastcache"]), best)
+            lines.append((here[0]["steps"], *cells, digits(f["reuse"]), digits(f["uncached"])))
+    columns = ("steps", "compute at most", "best PSNR", "with", "best plain reuse", "fewer steps")
+    return markdown(columns, lines) if lines else ""
+
+
+def guided(rows: Sequence[Row]) -> str:
+    """Reuse, Taylor and the guides on the same schedules."""
+    rivals = {
+        "reuse": ("Interval", "reuse"),
+        "Taylor 1": ("Interval", "order 1"),
+        "residual guide": ("Guided", "residual guide"),
+        "modulated guide": ("Guided", "modulated guide"),
+        "modulated, order 1": ("Guided", "modulated guide, order 1"),
+        "input guide": ("Guided", "input guide"),
+    }
+    lines = []
+    for n in (28, 50):
+        at = {
+            (r["method"], r["predictor"], r["setting"]): r
+            for r in of(rows, "quality", steps=n, guidance="none", system="fastcache")
+        }
+        for i in INTERVALS:
+            found = [at.get((*rival, f"every {i}")) for rival in rivals.values()]
+            if taylor := found[1]:
+                psnr = [digits(r and r["psnr"]) for r in found]
+                lines.append((n, i, f"{taylor['compute']:.0%}", *psnr))
+    columns = ("steps", "every", "compute (Taylor)", *rivals)
+    return markdown(columns, lines) if lines else ""
+
+
+def budgets(rows: Sequence[Row]) -> str:
+    """The presets that were measured, each with both guides, at 28 and 50 steps."""
+    lines = []
+    for name, row in presets().items():
+        for guide in ("residual", "modulated") if "point" in row else ():
+            call = f'`preset("{name}"' + ', guide="modulated"' * (guide == "modulated") + ")`"
+            point = [f"{guide} guide", row["point"][1]]
+            cells = [c for n in (28, 50) for c in _with_lead(rows, n, point)]
+            lines.append((call, *cells))
+    columns = ("", "28 steps: compute", "PSNR", "50 steps: compute", "PSNR")
+    return markdown(columns, lines)
+
+
+def _with_lead(rows: Sequence[Row], steps: int, point: list[str]) -> tuple[str, str]:
+    """Compute and PSNR of a setting, and in brackets its lead over fewer steps."""
+    here = of(rows, "quality", steps=steps, guidance="none")
+    found = next((r for r in here if [r["predictor"], r["setting"]] == point), None)
+    if found is None:
+        return "", ""
+    ahead = claims.above_fewer(found, [r for r in here if r["method"] == "fewer steps"])
+    lead = "" if ahead is None else f" ({ahead:+.1f})"
+    return f"{found['compute']:.0%}", f"{found['psnr']:.1f} dB{lead}"
+
+
+# --- speed -------------------------------------------------------------------------------------------
+
+KERNELS = (
+    ("first-block change and store", "residual_l1 + store", "FLUX"),
+    ("first-block change and store", "residual_l1 + store", "CogVideoX"),
+    ("weighted sum of 3 (Taylor)", "linear_combine of 3", "FLUX"),
+    ("weighted sum of 3 (Taylor)", "linear_combine of 3", "CogVideoX"),
+    ("apply a residual", "residual_apply", "FLUX"),
+)
+
+
+def kernels(rows: Sequence[Row]) -> str:
+    """C++ kernels against diffusers' eager chains and torch.compile, fp32 and bf16."""
+    lines = []
+    for name, op, model in KERNELS:
+        cells: dict[str, list[str]] = {"diffusers": [], "compile": [], "copy": []}
+        here = of(rows, "ops", op=op, model=model)
+        for dtype in ("fp32", "bf16"):
+            cell = {r["contender"]: r for r in here if r["dtype"] == dtype}
+            if "C++" not in cell:
+                continue
+            ours = cell["C++"]
+            compiled = [cell[c]["p50"] for c in ("compile", "compile out=") if c in cell]
+            if "diffusers" in cell:
+                cells["diffusers"].append(f"{cell['diffusers']['p50'] / ours['p50']:.1f}×")
+            if compiled:
+                cells["compile"].append(f"{min(compiled) / ours['p50']:.2f}×")
+            cells["copy"].append(f"{ours['of_copy']:.0%}")
+        if here:
+            shape = "×".join(map(str, here[0]["shape"]))
+            lines.append((name, shape, *(" / ".join(c) for c in cells.values())))
+    columns = ("op", "shape", "against diffusers", "against torch.compile", "of a copy's bandwidth")
+    return markdown(columns, lines) if lines else ""
+
+
+def overhead(rows: Sequence[Row]) -> str:
+    """Python cost of a skipped step on trivial blocks, as a share of diffusers' hooks."""
+    cases = {r["case"]: r["p50"] for r in of(rows, "overhead")}
+    lines = []
+    for method in ("MagCache", "FirstBlock"):
+        ours, theirs = cases.get(f"{method}, fastcache"), cases.get(f"{method}, diffusers")
+        if ours and theirs:
+            lines.append((method, f"{ours / theirs:.2f}×"))
+    columns = ("a skipped step of 57 trivial blocks", "Python time against diffusers' hooks")
+    return markdown(columns, lines) if lines else ""
+
+
+def steps(rows: Sequence[Row]) -> str:
+    """Reused steps and whole runs against both peers, trained model, batch 8, eager."""
+    here = of(rows, "steps", model="digits", batch=8, compiled="")
+    at = {(r["system"], r["method"]): r for r in here}
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in here if r["system"] == "fastcache"):
+        ours = at["fastcache", method]
+        for peer in ("diffusers", "cache-dit"):
+            if other := at.get((peer, method)):
+                ratios = [f"{ours[k] / other[k]:.2f}×" for k in ("reused_ms", "run_p50")]
+                launches = f"{ours.get('launches', '')} / {other.get('launches', '')}"
+                kept = [f"{r['cache_bytes'] / 1024:.0f}" for r in (ours, other) if r["cache_bytes"]]
+                lines.append((method, peer, *ratios, launches, " / ".join(kept)))
+    columns = ("method", "against", "reused step", "whole run", "large launches", "cache KiB")
+    return markdown(columns, lines) if lines else ""
+
+
+# --- promises ----------------------------------------------------------------------------------------
+
+
+def promises(rows: Sequence[Row]) -> str:
+    """How many are met, and the others by name."""
+    found = claims.all_claims(rows)
+    unmet = [c for c in found if not c.met]
+    text = f"{len(found) - len(unmet)} of {len(found)} promises are met by the committed results."
+    if unmet:
+        lines = [(c.text, c.found, c.bound) for c in unmet]
+        text += " Not met:\n\n" + markdown(("promise", "measured", "bound"), lines)
+    return text
+
+
+SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "frontier": frontier_short,
+    "settings": frontier_settings,
+    "guided": guided,
+    "presets": budgets,
+    "kernels": kernels,
+    "overhead": overhead,
+    "steps": steps,
+    "promises": promises,
+}
