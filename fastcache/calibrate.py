@@ -252,7 +252,7 @@ def calibrate(
     Raises CalibrationError, a ValueError, where nothing usable was measured. The model is as before
     afterwards, also after an error.
     """
-    from .denoiser import eagerly
+    from .context import eagerly
     from .runtime import enable
 
     jobs = [run] if callable(run) else list(run) if isinstance(run, Sequence) else []
@@ -349,7 +349,7 @@ def _measured(cache: Cache) -> Iterator[tuple[tuple[str, str], list[Tensor], int
     for key, finished in cache._measured.items():
         yield from ((key, measured, count) for measured, count in finished)
     for denoiser in cache.denoisers:
-        for state in denoiser.states.values():
+        for state in denoiser.slots.states.values():
             if state.index and state.measured:
                 yield (denoiser.name, state.key[1]), state.measured, state.timelines[0].pushes
 

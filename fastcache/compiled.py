@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .denoiser import MARK, PENDING, Denoiser
+from .denoiser import PENDING, Denoiser
 from .runtime import denoisers_of
+from .shell import MARK
 from .state import State, allocate
 from .targets.stack import HEAD, REST, WHOLE, Stop, settle_residual
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
 from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import signal
@@ -31,16 +35,108 @@ IMPLICIT = Call()
 IMPLICIT_BRANCHES = tuple(Call(f"default#{i + 1}") for i in range(MOST + 1))
 
 
-class Frame:
-    """An open context of one cache; frames nest."""
+class Eager:
+    """Runs whatever the user has compiled uncompiled. Torch's stance is one for all threads, and those who want
+    it changed do not end in the order in which they began: the last one out puts it back."""
 
-    __slots__ = ("cache", "call", "outer")
+    def __init__(self) -> None:
+        self.lock, self.holders = threading.Lock(), 0
+        self.stance: Any = None
 
-    def __init__(self, cache: Cache, call: Call, outer: Frame | None) -> None:
-        self.cache, self.call, self.outer = cache, call, outer
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.holders:
+                self.stance = torch.compiler.set_stance("force_eager")
+                self.stance.__enter__()
+            self.holders += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.holders -= 1
+            if not self.holders:
+                self.stance.__exit__(None, None, None)
 
 
-_frames: ContextVar[Frame | None] = ContextVar("fastcache_frames", default=None)
+_eager, _as_it_is = Eager(), contextlib.nullcontext()
+
+
+def eagerly(wanted: bool) -> contextlib.AbstractContextManager:
+    """Run whatever is compiled uncompiled: calls that allocate storage are not for graphs."""
+    return _eager if wanted and "torch._dynamo" in sys.modules else _as_it_is
+
+
+LONGEST = 600.0  # seconds that a thread waits for another one's compiled call
+
+
+class Context:
+    """An open context of one cache, around one denoiser call. Contexts nest.
+
+    What a context prepares for a compiled call must not be another thread's: where there are such calls, it
+    holds the cache's lock while it is open, so it should hold its call and no waiting for other threads.
+    """
+
+    __slots__ = ("_eager", "_locked", "_token", "cache", "call", "outer")
+
+    def __init__(self, cache: Cache, call: Call) -> None:
+        self.cache, self.call = cache, call
+
+    def __enter__(self) -> None:
+        self.outer = _open.get()
+        self._token = _open.set(self)
+        self._eager = self._locked = False
+        if "torch._dynamo" not in sys.modules:
+            return
+        try:
+            if self.cache._armed_outside():
+                self.lock(LONGEST)
+            if not self.cache._expect(self):
+                _eager.__enter__()
+                self._eager = True
+        except BaseException:
+            self._close(failed=True)
+            raise
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        self._close(failed=kind is not None)
+
+    def lock(self, seconds: float) -> bool:
+        """Keep other threads out until this context closes. Raises RuntimeError where they stay too long."""
+        if not self._locked:
+            self._locked = self.cache.lock.acquire(timeout=seconds)
+            if seconds and not self._locked:
+                raise RuntimeError(
+                    f"context: another thread has held a context of this cache open for {seconds:.0f} s; put "
+                    "nothing but the model's call inside a context"
+                )
+        return self._locked
+
+    def _close(self, failed: bool) -> None:
+        _open.reset(self._token)
+        try:
+            if self._eager:
+                _eager.__exit__()
+            self.cache._settle(self, failed)
+        finally:
+            if self._locked:
+                self.cache.lock.release()
+
+    def within(self, other: Context) -> bool:
+        """Whether this one was opened inside `other`."""
+        outer = self.outer
+        while outer is not None and outer is not other:
+            outer = outer.outer
+        return outer is other
+
+
+_open: ContextVar[Context | None] = ContextVar("fastcache_context", default=None)
+
+
+def innermost(cache: Cache) -> Context | None:
+    """The open context of a cache, as this thread or task sees it."""
+    context = _open.get()
+    while context is not None and context.cache is not cache:
+        context = context.outer
+    return context
 
 
 def checked_call(
@@ -79,16 +175,17 @@ def checked_call(
 
 def call_signature(args: tuple, kwargs: dict) -> tuple:
     """Shapes, dtypes and devices of the tensors of a call: what storage must fit."""
-    return tuple(_facts((*args, *kwargs.values())))
-
-
-def _facts(values: Iterable[Any]) -> list[tuple]:
     found: list[tuple] = []
+    _note(found, args)
+    _note(found, kwargs.values())
+    return tuple(found)
+
+
+def _note(found: list[tuple], values: Iterable[Any]) -> None:
     for value in values:
         if isinstance(value, Tensor):
             found.append((value.shape, value.dtype, value.device))
-        elif isinstance(value, list | tuple):
-            found.extend(_facts(value))
+        elif isinstance(value, (list, tuple)):
+            _note(found, value)
         elif isinstance(value, dict):
-            found.extend(_facts(value.values()))
-    return found
+            _note(found, value.values())

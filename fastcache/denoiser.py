@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from . import signal
-from .adapters import BlockAdapter, parameter_names
+from .adapters import BlockAdapter
 from .branches import Branches
-from .context import IMPLICIT, IMPLICIT_BRANCHES, Call, call_signature
-from .policies import COMPUTE, REUSE, Decision, Step
+from .clock import Clock
+from .context import IMPLICIT, IMPLICIT_BRANCHES, Call, Context, call_signature, eagerly, innermost
+from .policies import COMPUTE, REUSE, Decision, Run, Step
 from .policies.magnitude import Calibrate
 from .recipe import Recipe, Rule
-from .state import State, Timeline, stage
+from .shell import Shell
+from .slots import Slots
+from .state import NoRoom, State, stage
 from .stats import Record
 from .targets.bind import NothingToHook, bind
 from .targets.guidance import GuidanceTarget
+from .targets.modules import ModulesTarget
 from .targets.stack import HEAD, WHOLE, StackTarget, first_residual, keep_residual
 
 if TYPE_CHECKING:
     from .runtime import Cache
 
-
 PENDING = "pending"  # the action of a rule that decides after the first block has run
-TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time")
-MARK = "_fastcache"
-RISES = 3  # runs of a single step in a row, each at a later timestep: time runs the other way
-POOL = 8  # storages of finished requests kept for the next ones
-_UNSET = object()
+ALL: Any = object()  # every request
+
+# Denoisers with a cache attached, to be told when something is traced.
+_attached: weakref.WeakSet[Denoiser] = weakref.WeakSet()
 
 
-def eagerly(wanted: bool) -> contextlib.AbstractContextManager:
-    """Run whatever the user has compiled uncompiled: calls that allocate storage are not for graphs."""
-    if wanted and "torch._dynamo" in sys.modules:
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
+def watch_compiling() -> None:
+    """Be told when torch.compile is about to trace something; torch._dynamo.reset() forgets who asked."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return
+    handler = dynamo.callback_handler
+    if _tell not in handler.start_callbacks:
+        handler.register_start_callback(_tell)
+
+
+def _tell(*_: Any) -> None:
+    for denoiser in tuple(_attached):
+        denoiser.graph_begins()
 
 
 class Control:
@@ -65,6 +73,15 @@ class Control:
         self.batch = "full"  # "half" while the unconditional half is skipped
 
 
+class Prepared(NamedTuple):
+    """A step decided before its call, which may run inside a graph."""
+
+    state: State
+    step: Step
+    runs: list[Run]  # what the policies remembered before
+    frame: Context
+
+
 class Denoiser:
     """One model with the rules bound to it."""
 
@@ -73,27 +90,18 @@ class Denoiser:
     ) -> None:
         self.cache, self.name, self.model, self.recipe = cache, name, model, recipe
         self.control = Control(len(recipe.rules))
-        self.states: dict[tuple[Any, str], State] = {}
-        self.pool: list[State] = []
-        self.lock = threading.RLock()
-        # a hook of accelerate keeps the forward below it there: under it, ours survives its removal
-        self.place = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
-        self.original: Callable[..., Any] = getattr(model, self.place)
-        names = parameter_names(type(model).forward)
-        self.timestep_name = next((n for n in TIMESTEP_NAMES if n in names), None)
-        self.timestep_at = names.index(self.timestep_name) if self.timestep_name else -1
-        self.ascending = False  # the model's timesteps grow during a run
-        self.rises: dict[
-            Any, int
-        ] = {}  # per state: runs of one step, each later than the one before
+        self.lock = cache.lock
+        self.shell = Shell(self)
+        self.original = self.shell.original
+        self.clock = Clock(type(model).forward, cache.evented)
         self.branches = Branches()
         self.inside = False  # the model's forward is running
         self.owns_graphs = False  # fastcache.compile drives this model
         self.untraceable = False  # torch.compile(model) has given up on the forward
-        self.prepared: tuple[State, Step, list] | None = None
+        self.prepared: Prepared | None = None
         self.decisions: list[Decision] = []
-        self._saved: list[tuple[str, Any]] = []
         self.targets = self._bind(adapter)
+        self.slots = Slots(self.recipe, functools.partial(cache._run_ended, self))
         self.guidance = next((t for t in self.targets if isinstance(t, GuidanceTarget)), None)
         for i, (rule, target) in enumerate(zip(self.recipe.rules, self.targets, strict=True)):
             if isinstance(target, StackTarget):
@@ -134,101 +142,22 @@ class Denoiser:
         self.control.actions = [COMPUTE] * len(bound)
         return [target for _, target in bound]
 
-    # --- installing ---------------------------------------------------------------------------------------
-
     def install(self) -> None:
         """Hook the model. What was done is undone by `remove`, also after a failure half way."""
-        model = self.model
-        self.shell = self._shell()
-        self._put(MARK, self)
-        self._put(self.place, self.shell)
-        if callable(getattr(type(model), "enable_cache", None)):
-            self._put("enable_cache", _enabled_already)
-        if callable(getattr(type(model), "cache_context", None)):
-            self._put("cache_context", self._cache_context(model.cache_context))
-        if callable(getattr(type(model), "_reset_stateful_cache", None)):
-            self._put("_reset_stateful_cache", self._reset_event(model._reset_stateful_cache))
+        self.shell.put_on()
         for target in self.targets:
             target.install()
+        _attached.add(self)
 
     def remove(self) -> None:
-        for state in self.states.values():
+        _attached.discard(self)
+        for state in self.slots.states.values():
             self.cache._run_ended(self, state)
         for target in reversed(self.targets):
             target.remove()
-        attributes = self.model.__dict__
-        while self._saved:
-            name, before = self._saved.pop()
-            if name == self.place and attributes.get(name) is not self.shell:
-                self.unshell()
-            elif before is _UNSET:
-                attributes.pop(name, None)
-            else:
-                attributes[name] = before
-        self.states.clear()
-        self.pool.clear()
+        self.shell.take_off()
+        self.slots.clear()
         self.control.state = None
-
-    def unshell(self) -> None:
-        """Put the model's forward back where a hook added or removed since has moved ours."""
-        attributes = self.model.__dict__
-        for name in ("forward", "_old_forward"):
-            if attributes.get(name) is self.shell:
-                attributes[name] = self.original
-                if name == "forward" and getattr(self.original, "__self__", None) is self.model:
-                    del attributes[name]
-
-    def _put(self, name: str, value: Any) -> None:
-        self._saved.append((name, self.model.__dict__.get(name, _UNSET)))
-        self.model.__dict__[name] = value
-
-    def _shell(self) -> Callable[..., Any]:
-        original = self.original
-
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.model.__dict__.get(MARK) is not self:  # disabled, but a hook still calls us
-                return original(*args, **kwargs)
-            if torch.compiler.is_compiling():
-                return self.traced(args, kwargs)
-            if get_eval_frame_callback() in (None, False):
-                return self.call(args, kwargs)
-            # torch.compile gave up on this frame: it would go on to compile our host code and the model's
-            # frames one by one, so what follows runs as it is
-            return torch._dynamo.run(self._untraced)(args, kwargs)
-
-        return forward
-
-    def _cache_context(self, original: Any) -> Callable:
-        """The model's own cache_context, which also opens ours: pipelines drive the cache through it."""
-
-        @functools.wraps(original)
-        @contextlib.contextmanager
-        def cache_context(name: str, **fields: Any) -> Iterator[None]:
-            known = {
-                k: fields[k]
-                for k in ("step_index", "num_inference_steps", "timestep", "sigma")
-                if k in fields
-            }
-            with (
-                self.cache.context(name, request=self.cache._request(), **known),
-                original(name, **fields),
-            ):
-                yield
-
-        return cache_context
-
-    def _reset_event(self, original: Any) -> Callable:
-        """The model's own reset, which pipelines call at the end of a run."""
-
-        @functools.wraps(original)
-        def reset(*args: Any, **kwargs: Any) -> Any:
-            self.reset(self.cache._request())
-            result = original(*args, **kwargs)
-            self.cache._speak()
-            return result
-
-        return reset
 
     # --- one call -----------------------------------------------------------------------------------------
 
@@ -239,25 +168,24 @@ class Denoiser:
                 return self.original(*args, **kwargs)
             call = self.cache._call()
             if call is IMPLICIT:
+                watch_compiling()
                 call = self._branch(args, kwargs)
             try:
                 if self.guidance is not None:
-                    states = self.states.values()
+                    states = self.slots.states.values()
                     began = {s.key[1] for s in states if s.index and s.key[0] == call.request}
                     self.guidance.refuse({call.name, *began})
                 state, step = self._arm(call, args, kwargs)
-                self.inside = self.control.armed = True
-                for target in self.targets:
-                    target.begin()
-                recording = not self._recorded(state)
-                with self.cache._backend(), eagerly(recording and self.control.compiled):
-                    forward = self.original if run is None or recording else run
-                    if self.guidance is not None:
-                        output = self.guidance.around(forward, args, kwargs)
-                    else:
-                        output = forward(*args, **kwargs)
-                    for target in self.targets:
-                        target.finish()
+                self.inside = True
+                if not (state.blocked or self._without_room(state)):
+                    try:
+                        output = self._cached(state, args, kwargs, run)
+                    except NoRoom as error:
+                        self._give_up(state, error)
+                if state.blocked or state.bare:
+                    self._decide_bare(state, step)
+                    with eagerly(True):
+                        output = self.original(*args, **kwargs)
             except BaseException:
                 for denoiser in self.cache.denoisers:
                     denoiser.abandon(call.request)
@@ -267,10 +195,59 @@ class Denoiser:
             self._commit(state, step)
             return output
 
+    def _cached(self, state: State, args: tuple, kwargs: dict, run: Callable | None) -> Any:
+        """The model's forward with the targets in charge."""
+        self.control.armed = True
+        for target in self.targets:
+            target.begin()
+        recorded = self._recorded(state)
+        forward = run if run is not None and recorded else self.original
+        with self.cache._backend(), eagerly(not recorded):
+            if self.guidance is None:
+                output = forward(*args, **kwargs)
+            else:
+                output = self.guidance.around(forward, args, kwargs)
+            for target in self.targets:
+                target.finish()
+        return output
+
+    # --- calls without storage ----------------------------------------------------------------------------
+
+    def _without_room(self, state: State) -> bool:
+        """Whether the cache's budget leaves nothing for this step."""
+        budget, group = self.cache.budget, self.cache.process_group
+        if budget is not None:
+            state.bare = budget.refuses(self.slots, state, group, self._device(state))
+        return state.bare
+
+    def _give_up(self, state: State, error: NoRoom) -> None:
+        """Out of memory for storage: the rest of the run goes without; the step is computed anew."""
+        if self.cache.process_group is not None:  # the other ranks would go on reusing
+            raise error
+        self.slots.drop(state)
+        state.blocked, self.control.armed = True, False
+        self.cache._warn_once(
+            "fastcache: out of memory for a cache; runs that find none are computed without"
+        )
+
+    def _decide_bare(self, state: State, step: Step) -> None:
+        """Turn the decisions of a step that has no storage into computing."""
+        state.bare = True
+        for i, (rule, target) in enumerate(zip(self.recipe.rules, self.targets, strict=True)):
+            state.timelines[i].clear()
+            if self.decisions[i].action == PENDING:
+                self.judged(i, rule, target, None)
+            elif self.decisions[i].action == REUSE:
+                rule.when.computed(state.runs[i], step)
+            self.control.actions[i] = COMPUTE
+            self.decisions[i] = self.decisions[i]._replace(
+                action=COMPUTE, reason="no room for a cache"
+            )
+
     def _branch(self, args: tuple, kwargs: dict) -> Call:
         """The call that no context describes: the first branch of guidance, or another one."""
-        timestep = self._timestep_argument(args, kwargs)
-        named = {k: v for k, v in kwargs.items() if k != self.timestep_name}
+        timestep = self.clock.argument(args, kwargs)
+        named = {k: v for k, v in kwargs.items() if k != self.clock.name}
         latents = named.pop("hidden_states", args[0] if args else None)
         rest = [v for v in (*args, *named.values()) if v is not latents and v is not timestep]
         number = self.branches.of(latents, timestep, rest)
@@ -296,10 +273,11 @@ class Denoiser:
             )
         if not control.armed:
             raise RuntimeError(
-                "fastcache: a compiled model was called without a context, so no step was decided; open "
-                "`with cache.context(name):` around the call, or use fastcache.compile(model)"
+                "fastcache: a compiled model was called without a context of its own, so no step was decided; "
+                "open `with cache.context(name):` around each call, one at a time in a thread, or use "
+                "fastcache.compile(model)"
             )
-        control.seen = self._timestep_argument(args, kwargs)
+        control.seen = self.clock.argument(args, kwargs)
         if call_signature(args, kwargs) != control.state.signature:
             control.armed = False  # the routing is off: this call runs uncached
             output = self.original(*args, **kwargs)
@@ -316,10 +294,10 @@ class Denoiser:
         """Some of the model may be compiled from now on: storage that exists is marked as staying in place."""
         if not self.control.compiled:
             self.control.compiled = True
-            for state in (*self.states.values(), *self.pool):
+            for state in (*self.slots.states.values(), *self.slots.spares):
                 state.make_static()
 
-    def _untraced(self, args: tuple, kwargs: dict) -> Any:
+    def untraced(self, args: tuple, kwargs: dict) -> Any:
         """The model's forward where torch.compile(model) could not trace it: all of it runs uncompiled."""
         self.untraceable = self.recipe.needs_signal  # further contexts do not try again
         self.cache._warn_once(
@@ -333,52 +311,85 @@ class Denoiser:
         )
         return self.call(args, kwargs)
 
-    def prepare(self, call: Call) -> bool:
-        """Arm a call that may run inside a graph; False where it must run eagerly to allocate storage."""
-        self._withdraw()
-        self.expect_graphs()
-        state = self.states.get((call.request, call.name))
-        if (
-            state is None
-            or not self._recorded(state)
-            or self.recipe.needs_signal
-            or self.owns_graphs
-        ):
+    def expect(self, frame: Context) -> bool:
+        """Get ready for a call that may run inside a graph; False where it must run eagerly.
+
+        Where nothing was ever traced there is nothing to do: `graph_begins` says when that changes.
+        """
+        state = self.slots.states.get((frame.call.request, frame.call.name))
+        if state is None or state.bare or not self._recorded(state):
+            self._withdraw()
             return self.owns_graphs or (self.recipe.needs_signal and not self.untraceable)
-        timestep = self._rule_timestep(call)
+        if self.owns_graphs or self.recipe.needs_signal:
+            return self.owns_graphs or not self.untraceable
+        if self.armed_outside:
+            self._prepare(frame, state)
+        return True
+
+    @property
+    def armed_outside(self) -> bool:
+        """Whether steps are decided by contexts, before a call that is a graph of the user's own."""
+        return self.control.compiled and not (self.owns_graphs or self.recipe.needs_signal)
+
+    def graph_begins(self) -> None:
+        """Called when torch.compile is about to trace something, perhaps this model."""
+        if self.inside:
+            if not self.control.compiled:
+                self.expect_graphs()
+                self._stage(self.control.state)
+                for target in self.targets:
+                    if isinstance(target, ModulesTarget):
+                        target.begin()
+        elif self.prepared is None and not self.control.compiled:
+            frame = innermost(self.cache)
+            # no waiting: torch holds a lock of its own here
+            if frame is not None and frame.lock(0):
+                self.expect_graphs()
+                self.expect(frame)
+
+    def _prepare(self, frame: Context, state: State) -> None:
+        """Decide the step before its call. Two open contexts of one thread, none inside the other, could
+        each be meant by a compiled call: then neither is armed, and the call says so."""
+        crossed = self.prepared is not None and not frame.within(self.prepared.frame)
+        self._withdraw()
+        if crossed:
+            return
+        call = frame.call
+        timestep = self.clock.told(call, self.cache.timestep_callback)
         index = self._index(state, call, timestep)
         before = [run.copy() for run in state.runs]  # none where a run begins
         step = self._decide_all(state, call, index, timestep, timestep)
+        if state.blocked:
+            return
         for target in self.targets:
             target.begin()
-        self.prepared = (state, step, before)
+        self.prepared = Prepared(state, step, before, frame)
         self.control.armed, self.control.missed, self.control.seen = True, False, None
-        return True
 
     def _withdraw(self) -> None:
         """Take back decisions that were prepared for a graph and not used."""
         prepared, self.prepared = self.prepared, None
         if prepared is not None:
-            state, _, runs = prepared
-            state.runs = runs
+            self.control.armed = False
+            prepared.state.runs = prepared.runs
 
     def _recorded(self, state: State) -> bool:
         """Whether all storage exists, so that a call may run inside a graph."""
-        return all(target.recorded(state) for target in self.targets)
+        for target in self.targets:
+            if not target.recorded(state):
+                return False
+        return True
 
-    def settle(self, failed: bool) -> None:
-        """Account for what happened inside the context that `prepare` was called for."""
-        prepared, self.prepared = self.prepared, None
-        if prepared is None or failed:
-            self.control.armed = False
+    def settle(self, frame: Context, failed: bool) -> None:
+        """Account for what happened inside a context that a call was prepared for."""
+        if self.prepared is None or self.prepared.frame is not frame:
             return
-        state, step, before = prepared
-        if self.control.armed:  # the context held no call
-            self.control.armed = False
-            state.runs = before
-        elif self.control.missed:  # another shape: the next call allocates
-            self._release(state)
-            del self.states[state.key]
+        if failed or self.control.armed:  # or it held no call
+            self._withdraw()
+            return
+        (state, step, _, _), self.prepared = self.prepared, None
+        if self.control.missed:  # another shape: the next call allocates
+            self.slots.forget(state.key)
         else:
             self._commit(state, step)
             self._check_clock(state, step)
@@ -386,12 +397,12 @@ class Denoiser:
     def _check_clock(self, state: State, step: Step) -> None:
         """Notice a new run that began inside a graph, where no timestep could be looked at beforehand."""
         clock = (
-            None if step.timestep is not None else self._readable(self.control.seen, state.total)
+            None if step.timestep is not None else self.clock.number(self.control.seen, state.total)
         )
         before, state.timestep = state.timestep, clock if clock is not None else state.timestep
         if clock is None or before is None or not step.index:
             return
-        if clock < before if self.ascending else clock > before:
+        if self.clock.backwards(before, clock):
             reused = any(d.action == REUSE for d in self.decisions)
             self.abandon(state.key[0])
             if not reused:
@@ -405,33 +416,34 @@ class Denoiser:
     def _arm(self, call: Call, args: tuple, kwargs: dict) -> tuple[State, Step]:
         """Find the state, notice whether a run begins, and decide what can be decided beforehand."""
         self._refuse_training()
-        key = (call.request, call.name)
-        if key not in self.states:
-            self.states[key] = self._new_state(key)
-        state = self.states[key]
-        shape = call_signature(args, kwargs)
-        told = self._rule_timestep(call) if self.prepared is None else self.prepared[1].timestep
-        clock = told if told is not None else self._clock(state, call, args, kwargs)
-        step = self._prepared_step(state, call, shape, clock)
-        if step is not None:
-            return state, step
-        self._withdraw()
+        state = self.slots.of((call.request, call.name))
+        shape, prepared, clock = call_signature(args, kwargs), self.prepared, self.clock
+        if prepared is not None and prepared.state is state:
+            told = prepared.step.timestep
+        else:  # not prepared, or what was prepared is another context's
+            told = clock.told(call, self.cache.timestep_callback)
+        now = told if told is not None else clock.read(state, call, args, kwargs)
+        if prepared is not None:
+            step = self._prepared_step(state, call, shape, now)
+            if step is not None:
+                return state, step
+            self._withdraw()
         if state.signature != shape:
-            self._adopt(state, shape)
-        index = self._index(state, call, clock)
-        return state, self._decide_all(state, call, index, clock, clock)
+            self.slots.adopt(state, shape)
+        index = self._index(state, call, now)
+        return state, self._decide_all(state, call, index, now, now)
 
     def _prepared_step(
         self, state: State, call: Call, shape: tuple, clock: float | None
     ) -> Step | None:
         """The step that a context prepared for a graph, where a call that runs eagerly would be decided alike."""
-        if self.prepared is None or self.prepared[0] is not state or state.signature != shape:
+        if self.prepared is None or self.prepared.state is not state or state.signature != shape:
             return None
-        step = self.prepared[1]
+        step = self.prepared.step
         if clock != step.timestep:  # the model's own argument tells the time
             if any(r.when.needs_timestep for r in self.recipe.rules):
                 return None
-            if self._run_is_over(state, call, clock):
+            if self.clock.run_is_over(state, call, clock):
                 return None
             state.timestep = state.step_timestep = clock
             step = step._replace(timestep=clock)
@@ -462,22 +474,34 @@ class Denoiser:
             if self.targets[i] is self.guidance and decision.action == REUSE:
                 step = step._replace(guidance_skipped=True)
                 control.batch = "half"
-            if control.compiled and (rule.what.depth > 1 or rule.what.table):
-                weights = self.targets[i].weights if decision.action == REUSE else ()
-                stage(state.timelines[i], weights, index, self._device(state))
+        if control.compiled:
+            self._stage(state)
         return step
+
+    def _stage(self, state: State) -> None:
+        """Give compiled code what it has to know of this step."""
+        try:
+            for i, rule in enumerate(self.recipe.rules):
+                if rule.what.depth > 1 or rule.what.table:
+                    reused = self.control.actions[i] == REUSE
+                    weights = self.targets[i].weights if reused else ()
+                    stage(state.timelines[i], weights, state.armed_step, self._device(state))
+        except NoRoom as error:
+            self._give_up(state, error)
 
     def _agree_on_plan(self, state: State, index: int) -> None:
         """Where ranks share samples: raise on all of them if they are about to run different plans."""
         group = self.cache.process_group
         if group is None:
             return
-        digest = self.recipe.digest(state.total, index, state.key[1])
+        budget = self.cache.budget
+        limit = None if budget is None else budget.limit
+        digest = self.recipe.digest(state.total, index, state.key[1], limit)
         if not signal.unanimous(digest, group, self._device(state)):
             raise RuntimeError(
                 "fastcache: config: the ranks of process_group begin different runs, and would part; here it is "
                 f"{self.recipe.rules} with num_inference_steps={state.total}, context {state.key[1]!r}, step "
-                f"{index}. Give every rank the same config, steps and contexts"
+                f"{index}. Give every rank the same config, steps, contexts and max_bytes"
             )
 
     def _device(self, state: State) -> torch.device:
@@ -582,7 +606,7 @@ class Denoiser:
 
     def _commit(self, state: State, step: Step) -> None:
         """Account for a step that went well."""
-        for i, rule in enumerate(self.recipe.rules):
+        for i, rule in enumerate(() if state.bare else self.recipe.rules):
             computed = self.decisions[i].action == COMPUTE
             if computed or rule.what.feeds_back:
                 timeline = state.timelines[i]
@@ -605,7 +629,6 @@ class Denoiser:
                 f"fastcache: steps past the {step.total} of num_inference_steps have no ratio and are "
                 "computed. Give the run's length with cache.context(num_inference_steps=...)"
             )
-        actions = tuple(d.action for d in self.decisions)
         late = None
         if decision.action == REUSE and decision.signal is None:
             target = self.targets[self.decisions.index(decision)]
@@ -621,133 +644,34 @@ class Denoiser:
                 decision.threshold,
                 decision.reason,
                 step.timestep,
-                actions,
+                tuple(self.control.actions),
                 self.name,
             ),
             late,
         )
+        self.slots.retire(state)
+        if self.cache.budget is not None:
+            self.cache.budget.keep(self.slots, state, self.name)
         if self.cache._unsaid:
             self.cache._speak()
 
     @staticmethod
     def _leading(decisions: list[Decision]) -> Decision:
         """The decision that a record shows: the first that reuses, else the first."""
-        return next((d for d in decisions if d.action == REUSE), decisions[0])
+        for decision in decisions:
+            if decision.action == REUSE:
+                return decision
+        return decisions[0]
 
-    # --- runs and steps -----------------------------------------------------------------------------------
-
-    def _new_state(self, key: tuple[Any, str]) -> State:
-        state = State(key, len(self.recipe.rules))
-        state.timelines = [Timeline(rule.what.depth) for rule in self.recipe.rules]
-        return state
-
-    def _adopt(self, state: State, shape: tuple) -> None:
-        """Begin a run with storage of this shape, taken from the pool where there is some."""
-        if state.signature is not None:
-            self.cache._run_ended(self, state)
-            self._release(state)
-        spare = next((s for s in self.pool if s.signature == shape), None)
-        if spare is not None:
-            self.pool.remove(spare)
-            state.units, state.timelines, state.head = spare.units, spare.timelines, spare.head
-        else:
-            fresh = self._new_state(state.key)
-            state.units, state.timelines, state.head = fresh.units, fresh.timelines, fresh.head
-        state.signature = shape
-        state.restart()
-
-    def _release(self, state: State) -> None:
-        """Give a state's storage to the pool, emptied."""
-        if state.signature is None or not any(state.units):
-            return
-        spare = State(state.key, 0)
-        spare.units, spare.timelines, spare.head = state.units, state.timelines, state.head
-        spare.signature = state.signature
-        spare.restart()
-        self.pool.append(spare)
-        del self.pool[:-POOL]
+    # --- runs ---------------------------------------------------------------------------------------------
 
     def _index(self, state: State, call: Call, clock: float | None) -> int:
         """The index of this step; restarts the state where a new run begins."""
-        started = state.index > 0
-        if call.step_index is not None:
-            last = state.index - 1
-            if started and call.step_index == last and last > 0:
-                raise ValueError(
-                    f"step_index {last} came twice for request {call.request!r}, context {call.name!r}: a second "
-                    "call at the same step is another branch, give it a name of its own, as in "
-                    "cache.context('uncond', step_index=...)"
-                )
-            if started and call.step_index <= last:
-                self._begin_anew(state)
-            return call.step_index
-        if started and self._run_is_over(state, call, clock):
-            self._begin_anew(state)
-        return state.index
-
-    def _begin_anew(self, state: State) -> None:
-        self.cache._run_ended(self, state)
-        state.restart()
-
-    def _run_is_over(self, state: State, call: Call, clock: float | None) -> bool:
-        total = call.num_inference_steps or state.total
-        complete = total is not None and state.index >= total
-        if clock is None or state.timestep is None or clock == state.timestep:
-            return complete
-        turned = clock < state.timestep if self.ascending else clock > state.timestep
-        if not turned:
-            self.rises.pop(state.key, None)
-            return False
-        rises = self.rises[state.key] = self.rises.get(state.key, 0) + 1 if state.index == 1 else 0
-        if rises >= RISES:
-            self.ascending = not self.ascending
-            self.rises.clear()
-            return False
-        return True
-
-    def _clock(self, state: State, call: Call, args: tuple, kwargs: dict) -> float | None:
-        """The timestep by which runs are told apart, from the model's own argument.
-
-        One on an accelerator is read (one wait) only where nothing else tells runs apart.
-        """
-        if call.step_index is not None:
-            return None
-        total = call.num_inference_steps or state.total
-        return self._readable(self._timestep_argument(args, kwargs), total)
-
-    def _timestep_argument(self, args: tuple, kwargs: dict) -> Any:
-        if self.timestep_name is None:
-            return None
-        if self.timestep_name in kwargs:
-            return kwargs[self.timestep_name]
-        return args[self.timestep_at] if len(args) > self.timestep_at else None
-
-    def _readable(self, value: Any, total: int | None) -> float | None:
-        if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-            return None
-        if isinstance(value, Tensor) and (
-            not value.numel()
-            or (value.device.type != "cpu" and (total is not None or self.cache.evented))
-        ):
-            return None
-        number = signal.scalar(value)
-        return number if math.isfinite(number) else None
-
-    def _rule_timestep(self, call: Call) -> float | None:
-        """The timestep that was told: by the config's callback, read once per step, or by the context."""
-        callback = self.cache.timestep_callback
-        if callback is None:
-            return call.timestep
-        value = callback()
-        if value is None:
-            return call.timestep
-        try:
-            number = signal.scalar(value)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"current_timestep_callback returned {value!r}, must return a number or a tensor of one"
-            ) from error
-        return number if math.isfinite(number) else None  # not a number: no rule may reuse
+        index, anew = self.clock.index(state, call, clock)
+        if anew:
+            self.cache._run_ended(self, state)
+            state.restart()
+        return index
 
     def _planned_total(self) -> int | None:
         return next(
@@ -766,28 +690,16 @@ class Denoiser:
 
     def abandon(self, request: Any) -> None:
         """Forget all contexts of a request: an exception passed through one of its calls."""
-        for key, state in self.states.items():
-            if key[0] == request:
-                state.restart()
+        with self.lock:
+            for key, state in self.slots.states.items():
+                if key[0] == request:
+                    state.restart()
 
-    def reset(self, request: Any = _UNSET) -> None:
+    def reset(self, request: Any = ALL) -> None:
         """Forget the runs of one request, or all; their storage serves the next ones."""
-        for key in [k for k in self.states if request is _UNSET or k[0] == request]:
-            state = self.states.pop(key)
-            self.cache._run_ended(self, state)
-            self._release(state)
-        if request is _UNSET:
-            self.ascending = False
-            self.rises.clear()
-            self.branches.clear()
-
-    def nbytes(self) -> int:
-        return sum(s.nbytes() for s in (*self.states.values(), *self.pool))
-
-
-def _enabled_already(*args: Any, **kwargs: Any) -> None:
-    """In place of a diffusers model's own `enable_cache`: two caches would each skip half of the other."""
-    raise ValueError(
-        "target: Caching has already been enabled with fastcache on this model; call cache.update(config) to "
-        "change its settings or cache.disable() first"
-    )
+        with self.lock:
+            for key in [k for k in self.slots.states if request is ALL or k[0] == request]:
+                self.slots.forget(key)
+            if request is ALL:
+                self.clock.clear()
+                self.branches.clear()

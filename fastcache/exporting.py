@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import Call, call_signature
-from .denoiser import MARK, Denoiser, eagerly
+from .context import Call, call_signature, eagerly
+from .denoiser import Denoiser
 from .policies import COMPUTE, REUSE, Step
 from .recipe import Rule
 from .runtime import denoisers_of
+from .shell import MARK
 from .state import Ring, State, Table, Timeline, stage
 from .targets.stack import WHOLE
 
@@ -175,7 +176,7 @@ def export_variants(
 
 def _recorded(denoiser: Denoiser, args: tuple, kwargs: dict) -> State:
     """A state of its own, whose storage one computed step has allocated."""
-    state = denoiser._new_state((object(), "export"))
+    state = denoiser.slots.new((object(), "export"))
     state.signature = call_signature(args, kwargs)
     denoiser._decide_all(state, Call(), 0, None, None)
     for target in denoiser.targets:

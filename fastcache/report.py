@@ -344,12 +344,16 @@ def _bytes_held(cache: Cache) -> dict[str, int]:
     """Bytes per context, and of storage that waits for the next run; empty ones are left out."""
     sizes: dict[str, int] = {}
     for denoiser in cache.denoisers:
-        for (request, context), state in denoiser.states.items():
-            name = context if len({k[0] for k in denoiser.states}) == 1 else f"{request} {context}"
+        for (request, context), state in denoiser.slots.states.items():
+            name = (
+                context
+                if len({k[0] for k in denoiser.slots.states}) == 1
+                else f"{request} {context}"
+            )
             if len(cache.denoisers) > 1:
                 name = f"{denoiser.name} {name}"
             sizes[name] = sizes.get(name, 0) + state.nbytes()
-        spare = sum(state.nbytes() for state in denoiser.pool)
+        spare = sum(state.nbytes() for state in denoiser.slots.spares)
         sizes["for the next run"] = sizes.get("for the next run", 0) + spare
     return {name: size for name, size in sizes.items() if size}
 

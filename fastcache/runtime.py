@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from . import dispatch
 from .adapters import BlockAdapter, adapter_for
 from .configs import Config, resolve
-from .context import IMPLICIT, Call, Frame, _frames, checked_call
-from .denoiser import _UNSET, MARK, Denoiser, eagerly
+from .context import IMPLICIT, Call, Context, checked_call, innermost
+from .denoiser import ALL, Denoiser, watch_compiling
+from .policies.base import whole
+from .shell import MARK
+from .slots import Budget
 from .state import State
 from .stats import Stats
 
@@ -35,6 +38,7 @@ class Cache:
         adapter: BlockAdapter | None,
         backend: str,
         process_group: Any,
+        max_bytes: int | None,
     ) -> None:
         dispatch.check_backend(backend)
         if adapter is not None and not isinstance(adapter, BlockAdapter):
@@ -58,6 +62,11 @@ class Cache:
             )
         self.target, self.backend, self.process_group = target, backend, process_group
         self.adapter = adapter
+        self.lock = threading.RLock()  # one call at a time, whichever thread it comes from
+        self.budget: Budget | None = None
+        if max_bytes is not None:
+            limit = whole("enable", "max_bytes", max_bytes, 0)
+            self.budget = Budget(limit, self._warn_once)
         self.evented = not isinstance(target, nn.Module)  # a pipeline announces the end of its runs
         self.stats = Stats()
         self.denoisers: list[Denoiser] = []
@@ -87,6 +96,8 @@ class Cache:
             warnings.warn(warning, stacklevel=4)
         self.recipe, self.config, self.timestep_callback = recipe, own, callback
         self.denoisers = denoisers
+        if self.budget is not None:
+            self.budget.members = [denoiser.slots for denoiser in denoisers]
 
     def _callback(self, own: Config | None) -> Callable[[], Any] | None:
         callback = own.timestep_callback if own is not None else None
@@ -102,7 +113,6 @@ class Cache:
 
     # --- driving ------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
     def context(
         self,
         name: str = "default",
@@ -112,7 +122,7 @@ class Cache:
         num_inference_steps: int | None = None,
         timestep: Any = None,
         sigma: Any = None,
-    ) -> Iterator[None]:
+    ) -> contextlib.AbstractContextManager[None]:
         """Around one denoiser call: whose state it uses, and which step it is.
 
         name: the branch, such as "cond" and "uncond". request: any hashable. step_index: from 0; where it
@@ -121,30 +131,29 @@ class Cache:
         Raises TypeError or ValueError that names the argument.
         """
         call = checked_call(name, request, step_index, num_inference_steps, timestep, sigma)
-        token = _frames.set(Frame(self, call, _frames.get()))
-        failed = True
-        try:
-            if "torch._dynamo" in sys.modules:
-                prepared = [denoiser.prepare(call) for denoiser in self.denoisers]
-                with eagerly(not all(prepared)):
-                    yield
-            else:
-                yield
-            failed = False
-        finally:
-            _frames.reset(token)
-            for denoiser in self.denoisers:
-                denoiser.settle(failed)
-                if failed:
-                    denoiser.abandon(request)
+        return Context(self, call)
+
+    def _armed_outside(self) -> bool:
+        return any(denoiser.armed_outside for denoiser in self.denoisers)
+
+    def _expect(self, frame: Context) -> bool:
+        """Get every denoiser ready for a compiled call; False where it must run eagerly."""
+        watch_compiling()
+        ready = True
+        for denoiser in self.denoisers:
+            ready &= denoiser.expect(frame)
+        return ready
+
+    def _settle(self, frame: Context, failed: bool) -> None:
+        """Account for a context that closes."""
+        for denoiser in self.denoisers:
+            denoiser.settle(frame, failed)
+            if failed:
+                denoiser.abandon(frame.call.request)
 
     def _call(self) -> Call:
-        frame = _frames.get()
-        while frame is not None:
-            if frame.cache is self:
-                return frame.call
-            frame = frame.outer
-        return IMPLICIT
+        frame = innermost(self)
+        return IMPLICIT if frame is None else frame.call
 
     def _request(self) -> Any:
         return self._call().request
@@ -156,10 +165,10 @@ class Cache:
             else dispatch.backend(self.backend)
         )
 
-    def reset(self, request: Any = _UNSET) -> None:
+    def reset(self, request: Any = ALL) -> None:
         """Forget the run of one request, or all runs (also with None). Storage is kept for the next."""
         for denoiser in self.denoisers:
-            denoiser.reset(_UNSET if request is None else request)
+            denoiser.reset(ALL if request is None else request)
         self._speak()
 
     def update(self, config: Any) -> Cache:
@@ -203,7 +212,7 @@ class Cache:
 
     def nbytes(self) -> int:
         """Bytes of cached tensors."""
-        return sum(d.nbytes() for d in self.denoisers)
+        return sum(d.slots.nbytes() for d in self.denoisers)
 
     def summary(self) -> str:
         """In words: what is hooked, steps computed and reused and why, bytes held, kernel backend."""
@@ -285,16 +294,19 @@ def enable(
     adapter: BlockAdapter | None = None,
     backend: str = "auto",
     process_group: Any = None,
+    max_bytes: int | None = None,
 ) -> Cache:
     """Attach a cache to a diffusers pipeline (all its denoisers) or to any nn.Module.
 
     config: one of the five configs, fastcache's or diffusers' own, which is copied, or a Recipe.
     adapter: how to find and drive the blocks of a model fastcache does not know. backend: kernels to use,
     see `fastcache.backends()`. process_group: ranks that share a sample; decisions taken from data are
-    agreed over it. All or nothing: if anything fails the model is untouched.
+    agreed over it, and errors surface within its timeout. max_bytes: what cached tensors may take after a
+    call; beyond it the run used least recently goes on without a cache until there is room again.
+    All or nothing: if anything fails the model is untouched.
     Raises TypeError or ValueError that names the argument and says what was looked for.
     """
-    return Cache(target, config, adapter, backend, process_group)
+    return Cache(target, config, adapter, backend, process_group, max_bytes)
 
 
 def denoisers_of(target: Any) -> list[tuple[str, nn.Module]]:

@@ -48,6 +48,15 @@ def unanimous(digest: bytes, group: Any, device: torch.device) -> bool:
     return most == [-word for word in least]
 
 
+def any_rank(flag: bool, group: Any, device: torch.device) -> bool:
+    """Whether it is true on any rank of `group`; every rank gets the same answer."""
+    if "gloo" in str(torch.distributed.get_backend(group)):
+        device = torch.device("cpu")
+    one = torch.tensor([int(flag)], device=device)
+    _meet(one, group, torch.distributed.ReduceOp.MAX)
+    return bool(one.item())
+
+
 def _meet(values: Tensor, group: Any, op: Any) -> None:
     """Reduce in place over the ranks. Fails within the group's timeout where one of them is missing.
 

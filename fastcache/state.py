@@ -24,10 +24,22 @@ _update = torch.ops.fastcache.taylor_update_.default
 KERNEL_TERMS = 5
 
 
+class NoRoom(RuntimeError):
+    """There was no memory for a cached tensor."""
+
+
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A zeroed tensor that may be written in place in any mode and whose address compiled code may keep."""
-    with torch.inference_mode(False):
-        return static(torch.zeros(shape, dtype=dtype, device=device))
+    """A zeroed tensor that may be written in place in any mode and whose address compiled code may keep.
+
+    Raises NoRoom where the memory for it is not there.
+    """
+    try:
+        with torch.inference_mode(False):
+            return static(torch.zeros(shape, dtype=dtype, device=device))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+            raise NoRoom(f"no memory for a cached tensor of {tuple(shape)}: {error}") from error
+        raise
 
 
 def static(t: Tensor) -> Tensor:
@@ -355,8 +367,12 @@ class State:
 
     __slots__ = (
         "armed_step",
+        "bare",
+        "blocked",
+        "evicted",
         "halved",
         "head",
+        "held",
         "index",
         "key",
         "measured",
@@ -367,6 +383,7 @@ class State:
         "timestep",
         "total",
         "units",
+        "used",
     )
 
     def __init__(self, key: tuple[Any, str], rules: int) -> None:
@@ -375,11 +392,16 @@ class State:
         self.units: list[dict[Any, Unit]] = [{} for _ in range(rules)]
         self.timelines: list[Timeline] = []
         self.head: dict[str, Any] = {}
+        self.held = 0  # bytes after the last call, and
+        self.used = 0  # number of that call: both kept where there is a budget
         self.restart()
 
     def restart(self) -> None:
         """Begin a run: nothing of an earlier one can be read any more, buffers included."""
         self.index = 0  # of the next step
+        self.bare = False  # the running step does without a cache
+        self.evicted = False  # its storage went to other runs
+        self.blocked = False  # memory ran out: the rest of the run does without
         self.total: int | None = None  # steps in the run, where known
         self.timestep: float | None = None  # of the last step, as the run's clock reads it
         self.step_timestep: float | None = None  # of the running step, as the rules read it
@@ -415,6 +437,11 @@ class State:
                     static(t)
             elif isinstance(held, Tensor):
                 static(held)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps of the run are done, where their number is known."""
+        return self.total is not None and self.index >= self.total
 
     def nbytes(self) -> int:
         """Bytes of cached tensors."""

@@ -56,6 +56,7 @@ SIGNATURES = {
         ("adapter", None, True),
         ("backend", "auto", True),
         ("process_group", None, True),
+        ("max_bytes", None, True),
     ],
     "Cache.context": [
         ("name", "default", False),
@@ -292,7 +293,7 @@ def test_grad_modes_give_the_same_run(method, mode):
         with mode(), cache.context():
             outputs.append(target(**call).detach())
     assert equal(outputs, expected)
-    held = [t for d in cache.denoisers for s in d.states.values() for t in tensors_of(s)]
+    held = [t for d in cache.denoisers for s in d.slots.states.values() for t in tensors_of(s)]
     assert held and not any(t.requires_grad or t.grad_fn is not None for t in held)
 
 
@@ -767,10 +768,10 @@ def test_nothing_survives_a_reset_not_even_nan(method):
     cache, target, clock = enabled(method)
     poisoned = [{**c, "hidden_states": c["hidden_states"] * math.nan} for c in calls]
     toys.run(cache, target, poisoned, clock)
-    held = [t for d in cache.denoisers for s in d.states.values() for t in tensors_of(s)]
+    held = [t for d in cache.denoisers for s in d.slots.states.values() for t in tensors_of(s)]
     assert any(torch.isnan(t).any() for t in held)
     cache.reset()
-    states = [s for d in cache.denoisers for s in (*d.states.values(), *d.pool)]
+    states = [s for d in cache.denoisers for s in (*d.slots.states.values(), *d.slots.spares)]
     assert not any(t.any() for s in states for t in tensors_of(s)), "a buffer kept its values"
     outputs = toys.run(cache, target, calls, clock)
     assert equal(outputs, toys.alone(lambda: toys.build(method), method, calls))
@@ -936,7 +937,10 @@ def test_disable_frees_what_was_cached():
     cache, target, clock = enabled("taylor_seer")
     toys.run(cache, target, toys.inputs(), clock)
     held = [
-        weakref.ref(t) for d in cache.denoisers for s in d.states.values() for t in tensors_of(s)
+        weakref.ref(t)
+        for d in cache.denoisers
+        for s in d.slots.states.values()
+        for t in tensors_of(s)
     ]
     assert held and cache.nbytes() > 0
     cache.disable()

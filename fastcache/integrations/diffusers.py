@@ -20,8 +20,8 @@ import diffusers.hooks
 from diffusers.hooks.hooks import HookFunctionReference, HookRegistry, ModelHook, StateManager
 from torch import nn
 
-from ..denoiser import MARK
 from ..runtime import Cache, enable
+from ..shell import MARK
 
 # diffusers' function -> the hook names that it registers and that `disable_cache` removes (0.36 to 0.42)
 HOOKS: dict[str, tuple[str, ...]] = {
@@ -104,7 +104,7 @@ def _mark(registry: HookRegistry, name: str, marker: Marker) -> None:
     reference: Any = HookFunctionReference()
     reference.pre_forward, reference.post_forward = marker.pre_forward, marker.post_forward
     below = (
-        marker.denoiser.place == "forward"
+        marker.denoiser.shell.place == "forward"
     )  # otherwise a hook of accelerate lies above the cache
     reference.forward = marker.below if below else registry._module_ref.forward
     marker.fn_ref = reference
@@ -141,9 +141,9 @@ class Marker(ModelHook):
         denoiser = module.__dict__.get(MARK, self.denoiser)
         if getattr(module.__dict__.get("forward"), "__func__", None) is Marker.below:
             # the registry has just put that where the cache's forward was
-            module.__dict__["forward"] = denoiser.shell
+            module.__dict__["forward"] = denoiser.shell.forward
         self.cache.disable()
-        denoiser.unshell()
+        denoiser.shell.restore_forward()
         return module
 
 

@@ -423,7 +423,7 @@ class StackTarget:
     def begin(self) -> None:
         """Called by the runtime before the model's forward."""
         units = self.state.units[self.rule]
-        if units and not units.keys() & {g.segment for g in self.gates}:
+        if units and not any(g.segment in units for g in self.gates):
             units.clear()  # from before the stack was cut anew
         self.recording = not self.segments or not units
         self.order, self.returned = [], []
@@ -439,14 +439,23 @@ class StackTarget:
             return False  # steps of the conditional half alone have left the other half behind
         if self.guide is not None and len(timeline.steps) < timeline.depth:
             return False
-        return bool(units) and all(u.ready(timeline) for u in units.values())
+        for unit in units.values():
+            if not unit.ready(timeline):
+                return False
+        return bool(units)
 
     def route(self, modules: nn.ModuleList) -> Iterator:
         """What the model's loop gets. Traced by torch.compile: reads `control` and nothing that counts."""
-        gate = next(g for g in self.gates if g.modules is modules)
+        gate = self._gate(modules)
         if self.control.phase == WHOLE and self.action not in (COMPUTE, REUSE):
             return self._route_probed(gate)
         return iter(self._ported(gate, self._listed(gate)))
+
+    def _gate(self, modules: nn.ModuleList) -> Gate:
+        for gate in self.gates:
+            if gate.modules is modules:
+                return gate
+        raise KeyError("a list that is not of this target")
 
     def _ported(self, gate: Gate, handed: list) -> list:
         """The same items, roles replaced by what plays them in the place of each block."""
@@ -528,7 +537,7 @@ class StackTarget:
 
     def pick(self, modules: nn.ModuleList, index: Any) -> Any:
         """`blocks[i]` or `blocks[a:b]` inside a model's forward, routed like iteration."""
-        gate = next(g for g in self.gates if g.modules is modules)
+        gate = self._gate(modules)
         blocks = list(modules._modules.values())
         head = self.start if gate is self.gates[0] else 0
         if self.action == REUSE:
