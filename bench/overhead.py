@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
     blocks = 5 if args.quick else BLOCKS
-    rounds, repeat = args.rounds or (3 if args.quick else 100), 3 if args.quick else 5
+    rounds, repeat = args.rounds or (3 if args.quick else 60), 3 if args.quick else 20
     cases = dict(_cases(blocks, "eager" if args.quick else "inductor"))
     environment = common.environment()
     with common.bar(rounds, "overhead") as progress, torch.no_grad():
