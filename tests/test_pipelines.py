@@ -1,11 +1,12 @@
-"""Real diffusers pipelines of tiny random parts, offline, end to end, with a cache and without."""
+"""Real diffusers pipelines of tiny random parts, offline, end to end: uncached, cached, compiled."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ diffusers = pytest.importorskip("diffusers", minversion="0.36")
 import tiny  # noqa: E402
 
 import fastcache  # noqa: E402
+from fastcache.adapters import adapter_for  # noqa: E402
+from fastcache.targets.bind import block_lists  # noqa: E402
 
 STEPS = 8
 METHODS: dict[str, Callable[[Any], Any]] = {
@@ -269,6 +272,24 @@ def interrupt(pipe: Any, step: int, *rest: Any) -> dict:
     return {}
 
 
+def strike(pipe: Any, inputs: dict) -> None:
+    """A run that ends inside the model: Ctrl-C in the second call of its first block."""
+    calls = []
+
+    def hook(module: nn.Module, args: Any) -> None:
+        calls.append(module)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    _, blocks = block_lists(pipe.transformer, adapter_for(pipe.transformer))[0]
+    handle = blocks[0].register_forward_pre_hook(hook)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipe, inputs)
+    finally:
+        handle.remove()
+
+
 @pytest.fixture(scope="module", params=PIPELINES)
 def made(request):
     torch.set_num_threads(1)  # this fixture runs before the one that does it for a test
@@ -288,12 +309,13 @@ def test_a_pipeline_runs_cached_repeats_itself_and_is_restored(made, method):
             records = list(cache.stats)
             with pytest.raises(Interrupted):
                 generate(pipe, inputs, callback_on_step_end=interrupt)
-            again = generate(pipe, inputs)
+            assert same(generate(pipe, inputs), outputs), "a run after an interrupted one differs"
+            strike(pipe, inputs)
+            assert same(generate(pipe, inputs), outputs), "a run after Ctrl-C differs"
     assert {r.context for r in records} == contexts
     assert any("reuse" in r.actions for r in records)
     assert outputs.shape == uncached.shape and torch.isfinite(outputs).all()
     assert not same(outputs, uncached)
-    assert same(again, outputs), "a run after an interrupted one differs"
     assert same(generate(pipe, inputs), uncached)
 
 
@@ -301,3 +323,71 @@ def test_threshold_zero_is_bit_identical(made):
     pipe, inputs, _, uncached = made
     with fastcache.enable(pipe, fastcache.FirstBlockCacheConfig(0.0)):
         assert same(generate(pipe, inputs), uncached)
+
+
+def guided(pipe: Any) -> Any:
+    """FasterCache with its guidance half, for pipelines that batch both."""
+    return fastcache.FasterCacheConfig(
+        tensor_format="BFCHW",
+        spatial_attention_timestep_skip_range=(1, 950),
+        unconditional_batch_timestep_skip_range=(1, 950),
+        unconditional_batch_skip_range=2,
+    )
+
+
+def test_the_unconditional_half_is_skipped_and_a_run_repeats_itself():
+    pipe, inputs = cogvideox()
+    uncached = generate(pipe, inputs)
+    with fastcache.enable(pipe, guided(pipe)) as cache:
+        outputs = generate(pipe, inputs)
+        strike(pipe, inputs)
+        assert same(generate(pipe, inputs), outputs)
+        assert any(r.actions[-1] == "reuse" for r in cache.stats)
+    assert not same(outputs, uncached)
+
+
+# --- compiled ------------------------------------------------------------------------------------
+
+# tracing takes seconds: every pipeline once, every method at least once
+COMPILED = {
+    "Flux": "TaylorSeer",
+    "Flux, true guidance": "FirstBlock",
+    "Flux img2img": "MagCache",
+    "Flux Kontext": "FirstBlock",
+    "SD3": "PAB",
+    "Wan": "FasterCache",
+    "Wan, two experts": "FirstBlock",
+    "CogVideoX": "guidance",
+    "QwenImage": "FirstBlock",
+    "LTX": "FirstBlock",
+}
+
+
+@contextlib.contextmanager
+def compiled(pipe: Any) -> Iterator[None]:
+    """The pipeline's denoisers replaced by compiled ones."""
+    own = {n: m for n, m in pipe.components.items() if n.startswith("transformer") and m}
+    try:
+        for name, model in own.items():
+            setattr(pipe, name, fastcache.compile(model, backend="eager"))
+        yield
+    finally:
+        for name, model in own.items():
+            setattr(pipe, name, model)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_compiled_pipeline_gives_the_same_bits(name):
+    torch._dynamo.reset()
+    pipe, inputs = PIPELINES[name][0]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        config = {**METHODS, "guidance": guided}[COMPILED[name]]
+        with fastcache.enable(pipe, config(pipe)):
+            outputs = generate(pipe, inputs)
+            with compiled(pipe):
+                assert same(generate(pipe, inputs), outputs)
+                with pytest.raises(Interrupted):
+                    generate(pipe, inputs, callback_on_step_end=interrupt)
+                assert same(generate(pipe, inputs), outputs), "after an interrupted run"
+            assert same(generate(pipe, inputs), outputs)
