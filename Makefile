@@ -9,13 +9,21 @@ STAMP := $(VENV)/.installed
 INPUTS := constraints.txt pyproject.toml setup.py $(shell find csrc -type f)
 RUN := HF_HUB_OFFLINE=1 $(BIN)/
 
-.PHONY: demo test lint bench venv clean
+# the oldest diffusers that is supported, over everything else in $(VENV)
+OLDEST := .venv-oldest
+site = $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+FACING := $(addprefix tests/test_,diffusers_backend.py diffusers_presets.py pipelines.py parity.py matrix.py)
+
+.PHONY: demo test test-oldest lint bench venv clean
 
 demo: venv
 	$(RUN)fastcache demo
 
 test: venv
 	$(RUN)python -m pytest -n 2 --dist worksteal -q $(PYTEST_FLAGS)
+
+test-oldest: $(OLDEST)/.installed
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q $(PYTEST_FLAGS) $(FACING)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -37,5 +45,12 @@ $(STAMP): $(INPUTS)
 	$(PIP) --no-build-isolation -e .[test,dev]
 	touch $@
 
+# what $(VENV) holds is seen through a .pth file, so that only what differs is installed
+$(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
+	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
+	echo "import site; site.addsitedir('$(call site,$(VENV))')" > $(call site,$(OLDEST))/base.pth
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt $(PIP_FLAGS) diffusers
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastcache/*.so
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info fastcache/*.so
