@@ -34,14 +34,15 @@ FIRST_BLOCK = (0.08, 0.12, 0.15, 0.20, 0.30, 0.40)
 MAGNITUDE = (0.06, 0.12, 0.18, 0.24, 0.36, 0.50)
 MISFIT = (0.15, 0.2, 0.3)
 INTERVALS = (2, 3, 4, 5, 6, 7, 9)
-GUIDES = (  # guide, order, warm-up, whether it is ablation only
-    ("residual", 2, 2, False),
-    ("modulated", 2, 2, False),
-    ("modulated", 1, 2, False),
-    ("residual", 2, 4, True),
-    ("modulated", 2, 4, True),
-    ("modulated", 1, 4, True),
-    ("input", 2, 4, True),
+GUIDES = (  # guide, order, warm-up, whether the last step is computed, whether it is ablation only
+    ("residual", 2, 2, True, False),
+    ("modulated", 2, 2, True, False),
+    ("modulated", 1, 2, True, False),
+    ("modulated", 1, 2, False, False),
+    ("residual", 2, 4, True, True),
+    ("modulated", 2, 4, True, True),
+    ("modulated", 1, 4, True, True),
+    ("input", 2, 4, True, True),
 )
 SUBSAMPLED = (3, 5, 7)  # where a guide of all tokens is measured too
 SEER_INTERVALS = (3, 4, 5, 6)
@@ -134,11 +135,13 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
 
 def guided_points(ablation: bool) -> Iterator[Point]:
     """Guided prediction; ablation: also guides, warm-ups and tokens that are no candidates for the frontier."""
-    for guide, order, warmup, extra in GUIDES:
+    for guide, order, warmup, last, extra in GUIDES:
         for n in INTERVALS if ablation or not extra else ():
             label = f"{guide} guide" + ", order 1" * (order == 1)
-            setting = f"every {n}" + f", warm-up {warmup}" * (warmup != 4)
-            when = Interval(n, warmup=warmup, last=True)
+            setting = (
+                f"every {n}" + f", warm-up {warmup}" * (warmup != 4) + ", no last" * (not last)
+            )
+            when = Interval(n, warmup=warmup, last=last)
             yield ours("Guided", label, setting, Recipe(when, Guided(order, guide)))
     for n in SUBSAMPLED if ablation else ():
         for guide in ("residual", "modulated"):
