@@ -227,7 +227,7 @@ def quality_figure(rows: Sequence[Row]) -> Figure:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncol=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncol=3 * columns, frameon=False)
     return figure
 
 
