@@ -20,10 +20,11 @@ from .clock import Clock
 from .context import IMPLICIT, IMPLICIT_BRANCHES, Call, Context, call_signature, eagerly, innermost
 from .policies import COMPUTE, REUSE, Decision, Run, Step
 from .policies.magnitude import Calibrate
+from .predictors import Guided
 from .recipe import Recipe, Rule
 from .shell import Shell
 from .slots import Slots
-from .state import NoRoom, State, stage
+from .state import FP8, NoRoom, State, stage
 from .stats import Record
 from .targets.bind import NothingToHook, bind
 from .targets.guidance import GuidanceTarget
@@ -128,6 +129,7 @@ class Denoiser:
                     adapter,
                     self.control,
                     taken,
+                    self._cache_dtype(rule),
                 )
                 bound.append((rule, target))
             except NothingToHook as error:
@@ -141,6 +143,26 @@ class Denoiser:
         self.recipe = Recipe.of([rule for rule, _ in bound], self.recipe.name)
         self.control.actions = [COMPUTE] * len(bound)
         return [target for _, target in bound]
+
+    def _cache_dtype(self, rule: Rule) -> torch.dtype | None:
+        """What a rule's cached values are kept in. Raises ValueError where it cannot be had."""
+        dtype = self.cache.cache_dtype
+        refused = None
+        if dtype is None:
+            return None
+        if rule.what.table:
+            refused = (
+                "TaylorSeerCacheConfig keeps its factors in taylor_factors_dtype; set that instead"
+            )
+        elif isinstance(rule.when, Calibrate):
+            refused = "a calibration measures residuals as they are; leave it out"
+        elif dtype == FP8 and isinstance(rule.what, Guided):
+            refused = (
+                "Guided weighs values on the device, which float8 rows cannot be yet; take bfloat16"
+            )
+        if refused:
+            raise ValueError(f"cache_dtype: {refused}")
+        return dtype
 
     def install(self) -> None:
         """Hook the model. What was done is undone by `remove`, also after a failure half way."""

@@ -148,6 +148,10 @@ def export_variants(
         or getattr(rules[0].what, "guide", None)
         or callable(getattr(rules[0].what, "weight", None))
     )
+    if denoiser.cache.cache_dtype is not None:
+        raise ValueError(
+            "export_variants: an exported cache keeps values as they are; leave cache_dtype out"
+        )
     if decided_inside or denoiser.guidance is not None or len(rules) > 1:
         raise ValueError(
             f"export_variants: {denoiser.recipe.name} has {len(rules)} rules or decides from values inside the "

@@ -19,7 +19,7 @@ from .denoiser import ALL, Denoiser, watch_compiling
 from .policies.base import whole
 from .shell import MARK
 from .slots import Budget
-from .state import State
+from .state import FP8, State
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Cache:
         backend: str,
         process_group: Any,
         max_bytes: int | None,
+        cache_dtype: torch.dtype | None,
     ) -> None:
         dispatch.check_backend(backend)
         if adapter is not None and not isinstance(adapter, BlockAdapter):
@@ -61,7 +62,7 @@ class Cache:
                 f"process_group is {process_group!r}, must be a torch.distributed.ProcessGroup or None"
             )
         self.target, self.backend, self.process_group = target, backend, process_group
-        self.adapter = adapter
+        self.adapter, self.cache_dtype = adapter, checked_dtype(cache_dtype)
         self.lock = threading.RLock()  # one call at a time, whichever thread it comes from
         self.budget: Budget | None = None
         if max_bytes is not None:
@@ -295,6 +296,7 @@ def enable(
     backend: str = "auto",
     process_group: Any = None,
     max_bytes: int | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Cache:
     """Attach a cache to a diffusers pipeline (all its denoisers) or to any nn.Module.
 
@@ -303,10 +305,12 @@ def enable(
     see `fastcache.backends()`. process_group: ranks that share a sample; decisions taken from data are
     agreed over it, and errors surface within its timeout. max_bytes: what cached tensors may take after a
     call; beyond it the run used least recently goes on without a cache until there is room again.
+    cache_dtype: what floating values are kept in, torch.bfloat16, torch.float16 or torch.float8_e4m3fn (with
+    one scale per token); None keeps them as they are.
     All or nothing: if anything fails the model is untouched.
     Raises TypeError or ValueError that names the argument and says what was looked for.
     """
-    return Cache(target, config, adapter, backend, process_group, max_bytes)
+    return Cache(target, config, adapter, backend, process_group, max_bytes, cache_dtype)
 
 
 def denoisers_of(target: Any) -> list[tuple[str, nn.Module]]:
@@ -326,6 +330,19 @@ def denoisers_of(target: Any) -> list[tuple[str, nn.Module]]:
             f"{DENOISERS}"
         )
     return found
+
+
+KEPT_IN = (torch.float32, torch.float16, torch.bfloat16, FP8)
+
+
+def checked_dtype(value: Any) -> torch.dtype | None:
+    """`cache_dtype`, checked."""
+    if value is not None and value not in KEPT_IN:
+        kind = ValueError if isinstance(value, torch.dtype) else TypeError
+        raise kind(
+            f"cache_dtype is {value!r}, must be None or one of {', '.join(map(str, KEPT_IN))}"
+        )
+    return value
 
 
 def _process_groups() -> tuple[type, ...]:

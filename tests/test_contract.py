@@ -57,6 +57,7 @@ SIGNATURES = {
         ("backend", "auto", True),
         ("process_group", None, True),
         ("max_bytes", None, True),
+        ("cache_dtype", None, True),
     ],
     "Cache.context": [
         ("name", "default", False),

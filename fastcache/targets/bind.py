@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapters import LIST_NAMES, BlockAdapter
@@ -49,13 +52,16 @@ def bind(
     adapter: BlockAdapter,
     control: Any,
     taken: set[int],
+    dtype: torch.dtype | None = None,
 ) -> BoundTarget:
     """The target of one rule in one model; nothing is changed yet. Raises ValueError where nothing fits.
 
-    taken: ids of modules that earlier rules have claimed; those found here are added.
+    taken: ids of modules that earlier rules have claimed; those found here are added. dtype: what cached
+    values are kept in; None for their own.
     """
+    make = functools.partial(make_store, predictor, dtype=dtype)
     if isinstance(where, Stack):
-        return _stack(model, rule, predictor, start, adapter, control)
+        return _stack(model, rule, predictor, start, adapter, control, make)
     if isinstance(where, Guidance):
         return GuidanceTarget(rule, model, where, control)
     assert isinstance(where, Modules)
@@ -68,7 +74,7 @@ def bind(
         found,
         predictor,
         control,
-        lambda value, timeline: make_store(predictor, value, timeline),
+        make,
     )
 
 
@@ -117,6 +123,7 @@ def _stack(
     start: int,
     adapter: BlockAdapter,
     control: Any,
+    make: Callable,
 ) -> StackTarget:
     lists = block_lists(model, adapter)
     if not lists:
@@ -138,7 +145,7 @@ def _stack(
         control,
         adapter.block,
         adapter.encoder_read,
-        lambda value, timeline: make_store(predictor, value, timeline),
+        make,
     )
     if isinstance(predictor, Guided):
         if predictor.guide == "modulated" and target.gates[0].first_io.modulation is None:
