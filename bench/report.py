@@ -66,9 +66,13 @@ def blocks(rows: list[Row]) -> Iterator[Block]:
             "**GPU numbers are still to be measured**: no kernel has been timed on a GPU. "
             "`bench/gpu.sh` measures everything on a machine that has one.",
         )
+    if plain := [r for r in rows if r["bench"] == "quality" and r["guidance"] == "none"]:
+        yield _image("frontier", plain)
     found = claims.all_claims(rows)
     if found:
         yield Block("h2", "Promises")
+        met = sum(c.met for c in found)
+        yield Block("p", f"{met} of {len(found)} are met by the committed results.")
         verdicts = [
             (c.area, c.text, c.found, c.bound, "met" if c.met else "**not met**") for c in found
         ]

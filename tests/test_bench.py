@@ -21,6 +21,7 @@ from bench import (  # noqa: E402
     chains,
     claims,
     common,
+    figures,
     graphs,
     ops,
     overhead,
@@ -202,6 +203,11 @@ def test_an_unknown_table_is_an_error():
 def test_every_table_is_shown_somewhere():
     pages = " ".join(path.read_text() for path in report.marked(ROOT))
     assert all(f"<!-- bench:begin {name} -->" in pages for name in snippets.SNIPPETS)
+
+
+def test_a_frontier_joins_what_no_cheaper_setting_beats():
+    dots = [(25.0, 31.0), (25.1, 40.0), (30.0, 39.0), (40.0, 50.0)]
+    assert figures.best_line(dots) == [(25.1, 40.0), (40.0, 50.0)]
 
 
 def test_claims_are_met_only_where_the_bound_is():
