@@ -17,6 +17,7 @@ from .denoiser import Denoiser
 from .policies import COMPUTE
 from .predictors import Guided
 from .recipe import Plan, Recipe, Rule
+from .reentry import happens_twice
 from .report import describe
 from .runtime import Cache, enable
 from .targets.bind import attention_modules
@@ -61,6 +62,7 @@ class Inspection:
     plan: str | None  # None: decided while running
     graphs: int
     graphs_note: str
+    reentry: str | None  # None: no rule asks for it
     memory: dict[str, int]  # bytes of one context, per rule
     shapes: Shapes
 
@@ -83,6 +85,8 @@ class Inspection:
         )
         lines.append(("plan", plan.replace("\n", "\n" + " " * 12)))
         lines.append(("graphs", f"{self.graphs} expected under compile: {self.graphs_note}"))
+        if self.reentry is not None:
+            lines.append(("re-entry", self.reentry))
         lines.append(
             (
                 "memory",
@@ -124,6 +128,7 @@ def inspect_model(
             None if plan is None else str(plan),
             graphs,
             note,
+            _reentry(denoiser),
             {
                 f"{i + 1}: {describe(rule)}": _bytes(denoiser, rule, target, known)
                 for i, (rule, target) in enumerate(zip(rules, denoiser.targets, strict=True))
@@ -152,6 +157,19 @@ def _graphs(denoiser: Denoiser, plan: Plan | None) -> tuple[int, str]:
     modes = dict.fromkeys(zip(*plan.rows, strict=True))
     named = ["compute" if set(m) == {COMPUTE} else "/".join(m) for m in modes]
     return len(modes), ", ".join(named)
+
+
+def _reentry(denoiser: Denoiser) -> str | None:
+    """Whether the graphs of FirstBlock, which enter the model's code twice in a step, may do so."""
+    for rule, target in zip(denoiser.recipe.rules, denoiser.targets, strict=True):
+        if rule.when.needs_signal and isinstance(target, StackTarget):
+            found = happens_twice(denoiser.original, [gate.name for gate in target.gates])
+            if found is None:
+                return "not known from its source whether graphs may enter its code twice in a step"
+            if found:
+                return f"graphs enter its code twice in a step, with this in it: {'; '.join(found)}"
+            return "yes: graphs may enter its code twice in a step, nothing in it counts or draws"
+    return None
 
 
 def _close_by(denoiser: Denoiser) -> tuple[str, ...]:

@@ -195,6 +195,31 @@ def test_inspect_full_size_model_without_memory(capsys):
     assert "11,8" in out and "transformer_blocks (19 blocks)" in out and "99.0 MiB" in out
 
 
+class Counting(Plain):
+    """What graphs that enter a forward twice in a step would do twice."""
+
+    def forward(self, x, bias=0.0):
+        x = x + 0.0 * len(self.blocks)
+        x += 1.0  # its own by now
+        self.calls = getattr(self, "calls", 0) + 1
+        x = x + torch.randn_like(x) + bias
+        for block in self.blocks:
+            x = block(x)
+            self.seen = x  # in the loop: a block runs once
+        return x
+
+
+def test_inspect_says_whether_the_code_before_the_blocks_may_run_twice():
+    def reentry(model, config="firstblock"):
+        return inspect_model(model, config_from(config)).reentry
+
+    assert reentry(Plain()).startswith("yes")
+    found = reentry(Counting())
+    assert "self.calls = " in found and "randn_like" in found
+    assert found.count("line ") == 2
+    assert reentry(Counting(), FORECAST) is None
+
+
 def test_inspect_prints_json(capsys):
     out = said(
         capsys,
