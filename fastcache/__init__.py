@@ -6,6 +6,7 @@ cache = fastcache.enable(pipe, fastcache.FirstBlockCacheConfig(threshold=0.12))
 
 from . import ops  # registers the ops; everything else uses them
 from .adapters import Block, BlockAdapter, register_adapter
+from .batching import split_batch
 from .calibrate import Calibration, calibrate
 from .compiled import compile
 from .configs import (
@@ -67,4 +68,5 @@ __all__ = [
     "preset",
     "progress",
     "register_adapter",
+    "split_batch",
 ]

@@ -75,7 +75,7 @@ class Compiled:
         state = control.state
         rule, target = self._denoiser.recipe.rules[probed], self._denoiser.targets[probed]
         misfit = rule.when.measures == "misfit"
-        if not (target.ready(state) if misfit else self._enter_head(state)):
+        if not (target.ready(state) if misfit else self._enter_head(state, rule.when)):
             return self._denoiser.original(*args, **kwargs)
         if misfit:
             self._denoiser.stage_prior(probed)
@@ -87,14 +87,15 @@ class Compiled:
         control.phase = REST
         return self._program(*control.actions, control.batch, REST)(*args, **kwargs)
 
-    def _enter_head(self, state: State) -> bool:
+    def _enter_head(self, state: State, when: Any) -> bool:
         """Whether the first block has a reference to be compared with, laid out as the graphs expect."""
         head = state.head
         if head.get("base") is None or "hidden" not in head:
             return False
         settle_residual(state)
         if "sums" not in head:
-            head["sums"] = allocate((2,), torch.float32, head["hidden"].device)
+            shape = when.sums(head["residual"])
+            head["sums"] = allocate(shape, torch.float32, head["hidden"].device)
         return True
 
     def _program(self, *mode: Any) -> Callable:

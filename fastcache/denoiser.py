@@ -24,7 +24,7 @@ from .predictors import Guided
 from .recipe import Recipe, Rule
 from .shell import Shell
 from .slots import Slots
-from .state import FP8, NoRoom, State, stage
+from .state import FP8, NoRoom, State, stage, tail
 from .stats import Record
 from .targets.bind import NothingToHook, bind
 from .targets.guidance import GuidanceTarget
@@ -574,9 +574,9 @@ class Denoiser:
         if rule.when.measures == "misfit":
             measured = self._measure_misfit(i, rule, target, hidden, x)
         else:
-            measured = first_residual(state, hidden, x)
-            if control.phase == HEAD:
-                state.head["sums"].copy_(measured)
+            measured = first_residual(state, hidden, x, getattr(rule.when, "per_sample", False))
+            if control.phase == HEAD and measured is not None:
+                tail(state.head["sums"], measured).copy_(measured)
         if control.phase != HEAD:
             self.judged(i, rule, target, measured)
 
@@ -606,8 +606,9 @@ class Denoiser:
         change = None
         if group is not None and (measured is None or not target.ready(state)):
             # the other ranks wait for a number: join them with none, so that all compute
-            numbers = 1 if rule.when.measures == "misfit" else 2
-            signal.agreed(torch.full((numbers,), math.nan, device=self._device(state)), group)
+            held = state.head.get("residual")  # without one, no rank has one
+            shape = (1,) if held is None else rule.when.sums(held)
+            signal.agreed(torch.full(shape, math.nan, device=self._device(state)), group)
         elif measured is not None and rule.when.measures == "misfit":
             change = signal.mean(measured, group)
         elif measured is not None:

@@ -11,11 +11,16 @@ from torch import Tensor
 def relative_change(sums: Tensor, group: Any = None) -> float:
     """First over second of the two sums of `ops.residual_l1`, summed over the ranks of `group` first.
 
-    One device read. NaN or infinity comes back as it is: policies compute then.
+    Of sums per sample, [B, 2], the largest ratio. One device read. NaN or infinity comes back as it is:
+    policies compute then.
     """
     if group is not None:
         sums = agreed(sums, group)
-    change, size = sums.tolist()
+    ratios = [_ratio(*pair) for pair in sums.reshape(-1, 2).tolist()]
+    return next((r for r in ratios if r != r), max(ratios))
+
+
+def _ratio(change: float, size: float) -> float:
     return (
         change / size
         if size

@@ -199,3 +199,63 @@ def test_finished_requests_that_are_never_reset_leave_nothing(method):
         toys.run(cache, target, calls, clock, request=request, num_inference_steps=toys.STEPS)
         sizes.append((len(cache.denoisers[0].slots.states), cache.nbytes()))
     assert sizes[-1] == sizes[20] and sizes[-1][0] <= 16
+
+
+# --- batches of several requests --------------------------------------------------------------------------
+
+
+def pair(still: int, moving: int) -> list[dict[str, Tensor]]:
+    """Calls on a batch of two samples: one whose first block barely changes, one that does."""
+    a, b = toys.inputs(seed=still, batch=1), toys.inputs(seed=moving, batch=1)
+    calls = []
+    for x, y in zip(a, b, strict=True):
+        calm = {**a[0], "timestep": y["timestep"]}  # the same latents on every step
+        both = {k: torch.cat([calm[k], y[k]]) for k in x if isinstance(x[k], Tensor)}
+        calls.append({**x, **both})
+    return calls
+
+
+def actions(config: Any, calls: list[dict[str, Any]], compiled: bool = False) -> str:
+    target = toys.Model()
+    with fastcache.enable(target, config) as cache, torch.no_grad():
+        call = fastcache.compile(target, backend="eager") if compiled else target
+        toys.run(cache, call, calls)
+        return "".join("." if r.action == "reuse" else "C" for r in cache.stats)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_computes_if_any_sample_must(compiled):
+    calls = pair(0, 1)
+    apart = [
+        [{k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in c.items()} for c in calls]
+        for i in range(2)
+    ]
+    rule = fastcache.FirstBlock(0.4, warmup=0, last=False, per_sample=True)
+    alone = [actions(fastcache.Recipe(rule), one) for one in apart]
+    assert alone[0] == "C" + "." * (toys.STEPS - 1) != alone[1]  # the moving one computes
+    assert actions(fastcache.Recipe(rule), calls, compiled) == alone[1]
+
+
+def test_a_batch_is_split_into_the_requests_of_its_samples():
+    """Two requests at different steps in one batch: each as if it were alone."""
+    runs = {r: toys.inputs(seed=r, batch=1) for r in range(2)}
+    target = toys.build("first_block")
+    cache = fastcache.enable(target, toys.config("first_block"))
+    outputs: dict[int, list[Tensor]] = {0: [], 1: []}
+    late = 3  # request 1 joins three steps after request 0
+    for i in range(toys.STEPS + late):
+        members = [(r, i - late * r) for r in range(2) if 0 <= i - late * r < toys.STEPS]
+        inputs = {
+            k: torch.cat([runs[r][step][k] for r, step in members]) if isinstance(v, Tensor) else v
+            for k, v in runs[members[0][0]][members[0][1]].items()
+        }
+        contexts = [cache.context("cond", request=r, step_index=step) for r, step in members]
+        with torch.no_grad():
+            output = fastcache.split_batch(target, contexts, inputs)
+        for n, (r, _) in enumerate(members):
+            outputs[r].append(output[n : n + 1])
+    for r, found in outputs.items():
+        one = toys.alone(lambda: toys.build("first_block"), "first_block", runs[r])
+        assert equal(found, one), r
+    with pytest.raises(ValueError, match="inputs"):
+        fastcache.split_batch(target, contexts * 7, inputs)

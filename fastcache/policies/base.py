@@ -62,6 +62,10 @@ class Policy:
     needs_timestep = False
     measures = "change"  # what the signal is: the "change" of the first block, or the "misfit" of its guide
 
+    def sums(self, residuals: Any) -> tuple[int, ...]:
+        """Shape of what is measured, where the first block's residuals are [2, B, ...]."""
+        return (1,)
+
     def __post_init__(self) -> None:
         for name in ("warmup", "max_skips"):
             value = getattr(self, name)

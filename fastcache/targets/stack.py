@@ -735,9 +735,10 @@ def _chained(before: Gate, after: Gate) -> bool:
     return joined and signal.same(left, entered[:, -left.shape[1] :])
 
 
-def first_residual(state: State, hidden: Tensor, x: Tensor) -> Tensor | None:
+def first_residual(state: State, hidden: Tensor, x: Tensor, per_sample: bool) -> Tensor | None:
     """The two sums of the first block's residual against that of the last computed step; None without one.
 
+    [2], or per sample [B, 2].
     The new residual goes to a spare row; `keep_residual` makes it the reference after a computed step.
     """
     head = state.head
@@ -754,7 +755,7 @@ def first_residual(state: State, hidden: Tensor, x: Tensor) -> Tensor | None:
             torch.ops.fastcache.residual_store_.default(spare, hidden.detach(), x.detach())
             return None
         return torch.ops.fastcache.residual_l1_.default(
-            spare, hidden.detach(), x.detach(), rows[base]
+            spare, hidden.detach(), x.detach(), rows[base], per_sample
         )
 
 
