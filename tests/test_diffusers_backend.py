@@ -333,6 +333,68 @@ def test_adapters_come_and_go_while_enabled(name):
     assert all(not hasattr(m, "_fastcache_node") for m in model.modules())
 
 
+# --- what else may stand around a block ----------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    """As FSDP's first version and others wrap a block: another class, whose signature says nothing."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+    def forward(self, *args, **kwargs):
+        return self._fsdp_wrapped_module(*args, **kwargs)
+
+
+def wrap(model):
+    for blocks in (model.transformer_blocks, model.single_transformer_blocks):
+        for i, block in enumerate(blocks):
+            blocks[i] = Wrapped(block)
+
+
+def shard(model):
+    """FSDP's second version gives every block a class of its own."""
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks, model):
+        torch.distributed.fsdp.fully_shard(block, mesh=mesh)
+
+
+def offload(model):
+    if diffusers.__version__ < "0.42" and not torch.accelerator.is_available():
+        pytest.skip(f"diffusers {diffusers.__version__} offloads groups from an accelerator only")
+    diffusers.hooks.apply_group_offloading(
+        model,
+        onload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+    )
+
+
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("change", [wrap, shard, offload])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_may_be_wrapped_sharded_or_offloaded_in_groups(one_rank, name, change):
+    def cached(model):
+        with fastcache.enable(model, CONFIGS[name](fastcache)) as cache:
+            outputs = run(model, inputs)
+        return outputs, [r.actions for r in cache.stats]
+
+    model, inputs = flux()
+    expected, actions = cached(model)
+    change(model)
+    outputs, changed = cached(model)
+    assert torch.equal(outputs, expected) and changed == actions
+
+
 # --- copies, training, sharing -------------------------------------------------------------------
 
 
