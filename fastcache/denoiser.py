@@ -199,11 +199,11 @@ class Denoiser:
                     self.guidance.refuse({call.name, *began})
                 state, step = self._arm(call, args, kwargs)
                 self.inside = True
-                if not (state.blocked or self._without_room(state)):
-                    try:
+                try:
+                    if not (state.blocked or self._without_room(state)):
                         output = self._cached(state, args, kwargs, run)
-                    except NoRoom as error:
-                        self._give_up(state, error)
+                except NoRoom as error:
+                    self._give_up(state, error)
                 if state.blocked or state.bare:
                     self._decide_bare(state, step)
                     with eagerly(True):
@@ -315,7 +315,7 @@ class Denoiser:
     def expect_graphs(self) -> None:
         """Some of the model may be compiled from now on: storage that exists is marked as staying in place."""
         if not self.control.compiled:
-            self.control.compiled = True
+            self.control.compiled = self.slots.fixed = True
             for state in (*self.slots.states.values(), *self.slots.spares):
                 state.make_static()
 
@@ -339,7 +339,7 @@ class Denoiser:
         Where nothing was ever traced there is nothing to do: `graph_begins` says when that changes.
         """
         state = self.slots.states.get((frame.call.request, frame.call.name))
-        if state is None or state.bare or not self._recorded(state):
+        if state is None or state.bare or state.away or not self._recorded(state):
             self._withdraw()
             return self.owns_graphs or (self.recipe.needs_signal and not self.untraceable)
         if self.owns_graphs or self.recipe.needs_signal:

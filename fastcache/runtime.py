@@ -16,7 +16,7 @@ from .adapters import BlockAdapter, adapter_for
 from .configs import Config, resolve
 from .context import IMPLICIT, Call, Context, checked_call, innermost
 from .denoiser import ALL, Denoiser, watch_compiling
-from .policies.base import whole
+from .policies.base import flag, whole
 from .shell import MARK
 from .slots import Budget
 from .state import FP8, State
@@ -40,6 +40,7 @@ class Cache:
         process_group: Any,
         max_bytes: int | None,
         cache_dtype: torch.dtype | None,
+        offload: bool,
     ) -> None:
         dispatch.check_backend(backend)
         if adapter is not None and not isinstance(adapter, BlockAdapter):
@@ -67,7 +68,9 @@ class Cache:
         self.budget: Budget | None = None
         if max_bytes is not None:
             limit = whole("enable", "max_bytes", max_bytes, 0)
-            self.budget = Budget(limit, self._warn_once)
+            self.budget = Budget(limit, flag("enable", "offload", offload), self._warn_once)
+        elif offload:
+            raise ValueError("enable: offload is True, needs max_bytes, beyond which to offload")
         self.evented = not isinstance(target, nn.Module)  # a pipeline announces the end of its runs
         self.stats = Stats()
         self.denoisers: list[Denoiser] = []
@@ -297,6 +300,7 @@ def enable(
     process_group: Any = None,
     max_bytes: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    offload: bool = False,
 ) -> Cache:
     """Attach a cache to a diffusers pipeline (all its denoisers) or to any nn.Module.
 
@@ -304,13 +308,14 @@ def enable(
     adapter: how to find and drive the blocks of a model fastcache does not know. backend: kernels to use,
     see `fastcache.backends()`. process_group: ranks that share a sample; decisions taken from data are
     agreed over it, and errors surface within its timeout. max_bytes: what cached tensors may take after a
-    call; beyond it the run used least recently goes on without a cache until there is room again.
+    call; beyond it the run used least recently goes on without a cache until there is room again, or with
+    offload=True waits in host memory for its next call (not in compiled models, whose storage stays in place).
     cache_dtype: what floating values are kept in, torch.bfloat16, torch.float16 or torch.float8_e4m3fn (with
     one scale per token); None keeps them as they are.
     All or nothing: if anything fails the model is untouched.
     Raises TypeError or ValueError that names the argument and says what was looked for.
     """
-    return Cache(target, config, adapter, backend, process_group, max_bytes, cache_dtype)
+    return Cache(target, config, adapter, backend, process_group, max_bytes, cache_dtype, offload)
 
 
 def denoisers_of(target: Any) -> list[tuple[str, nn.Module]]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from . import signal
 from .recipe import Recipe
-from .state import State, Timeline
+from .state import State, Timeline, allocate
 
 SPARES = 8  # storages of forgotten runs kept for the next ones, and complete runs kept, per model
 
@@ -20,6 +23,7 @@ class Slots:
         self.states: dict[tuple[Any, str], State] = {}
         self.spares: list[State] = []
         self.finished: dict[tuple[Any, str], None] = {}  # complete runs, oldest first
+        self.fixed = False  # compiled code may know the addresses of storage
         self.sizes: dict[Any, int] = {}  # bytes that a run takes, by the signature of its calls
 
     def new(self, key: tuple[Any, str]) -> State:
@@ -56,9 +60,20 @@ class Slots:
             self._take(spare, state)
             spare.signature = state.signature
             spare.restart()
-            self.spares.append(spare)
+            if not spare.away:
+                self.spares.append(spare)
             del self.spares[:-SPARES]
         self._take(state, self.new(state.key))
+
+    def send_away(self, state: State) -> None:
+        """Move the storage of a state to host memory, in order with what the device has still to do."""
+        state.move(_to_host)
+        state.away, state.held = state.held, 0
+
+    def bring_back(self, state: State, device: Any) -> None:
+        """Move it back to the device, without waiting for it."""
+        state.move(lambda t: allocate(t.shape, t.dtype, device).copy_(t, non_blocking=True))
+        state.held, state.away = state.away, 0
 
     def drop(self, state: State) -> None:
         """Free the storage of a state; its run goes on."""
@@ -98,29 +113,35 @@ class Slots:
     @staticmethod
     def _take(state: State, other: State) -> None:
         state.units, state.timelines, state.head = other.units, other.timelines, other.head
-        state.held = other.held
+        state.held, state.away = other.held, other.away
+
+
+def _to_host(t: Tensor) -> Tensor:
+    host = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+    return host.copy_(t, non_blocking=True)
 
 
 class Budget:
     """At most so many bytes of cached tensors after a call, over all denoisers of a cache.
 
     Beyond it spares are freed, then complete runs, then the run used least recently, which goes on without a
-    cache until there is room for it again. Never an error: what does not fit is computed.
+    cache until there is room for it again. Never an error: what does not fit is computed. offload: instead,
+    that run's storage goes to host memory (pinned, where there is CUDA) and comes back for its next call.
     """
 
-    def __init__(self, limit: int, warn: Callable[[str], None]) -> None:
-        self.limit, self.warn = limit, warn
+    def __init__(self, limit: int, offload: bool, warn: Callable[[str], None]) -> None:
+        self.limit, self.offload, self.warn = limit, offload, warn
         self.members: list[Slots] = []
         self.calls = 0
 
     def refuses(self, slots: Slots, state: State, group: Any, device: Any) -> bool:
         """Whether the next step of a state has to do without storage; ranks of `group` agree."""
-        refused = self._refuses(slots, state)
+        refused = self._refuses(slots, state, device)
         if group is not None:
             refused = signal.any_rank(refused, group, device)
         return refused
 
-    def _refuses(self, slots: Slots, state: State) -> bool:
+    def _refuses(self, slots: Slots, state: State, device: Any) -> bool:
         size = slots.sizes.get(state.signature, 0)
         if size > self.limit:
             return True
@@ -130,7 +151,9 @@ class Budget:
                 return True
             state.evicted = False
         if not state.held:
-            self._make_room(size, state)
+            self._make_room(max(size, state.away), state)
+        if state.away:
+            slots.bring_back(state, device)
         return False
 
     def keep(self, slots: Slots, state: State, name: str) -> None:
@@ -159,6 +182,10 @@ class Budget:
                 every, key=lambda pair: (not pair[1].complete, pair[1].used)
             ):
                 if over > 0 and state.held:
-                    over, state.evicted = over - state.held, True
-                    slots.drop(state)
+                    over -= state.held
+                    if self.offload and not (slots.fixed or state.complete):
+                        slots.send_away(state)
+                    else:
+                        state.evicted = True
+                        slots.drop(state)
         return over

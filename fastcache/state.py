@@ -7,7 +7,7 @@ code may hold its addresses. Whether it holds anything valid is a host fact kept
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +134,7 @@ class Ring:
     def __init__(self, value: Tensor, timeline: Timeline, kept: torch.dtype | None = None) -> None:
         self.timeline, self.dtype = timeline, value.dtype
         self.copies = False  # a consumer has written into what it was handed: hand out copies
+        self.version = 0
         self.buffer = allocate((timeline.depth, *value.shape), kept or value.dtype, value.device)
         self.views = [static(view) for view in self.buffer.unbind(0)]
 
@@ -229,6 +230,13 @@ class Ring:
     def tensors(self) -> list[Tensor]:
         return [self.buffer]
 
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Keep everything in other storage from now on."""
+        intact = self.intact()
+        self.buffer = to(self.buffer)
+        self.views = [static(view) for view in self.buffer.unbind(0)]
+        self.version = self.buffer._version if intact else -1  # -1: never intact again
+
 
 class Quantized(Ring):
     """A ring whose rows lie in float8 e4m3, with one scale per token: a quarter of the bytes of float32."""
@@ -296,6 +304,10 @@ class Quantized(Ring):
     def tensors(self) -> list[Tensor]:
         return [self.buffer, self.scales]
 
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        super().move(to)
+        self.scales = to(self.scales)
+
 
 class Table:
     """A difference table of one tensor, refreshed in place: TaylorSeer's factors."""
@@ -337,6 +349,10 @@ class Table:
     def tensors(self) -> list[Tensor]:
         return [self.buffer]
 
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        self.buffer = to(self.buffer)
+        self.views = [static(view) for view in self.buffer.unbind(0)]
+
 
 class Blank:
     """No history: a skipped tensor becomes zeros of the same shape."""
@@ -364,6 +380,9 @@ class Blank:
 
     def tensors(self) -> list[Tensor]:
         return []
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Nothing is held."""
 
 
 def make_store(
@@ -445,6 +464,7 @@ class State:
 
     __slots__ = (
         "armed_step",
+        "away",
         "bare",
         "blocked",
         "evicted",
@@ -470,6 +490,7 @@ class State:
         self.units: list[dict[Any, Unit]] = [{} for _ in range(rules)]
         self.timelines: list[Timeline] = []
         self.head: dict[str, Any] = {}
+        self.away = 0  # bytes that lie in host memory for the time being
         self.held = 0  # bytes after the last call, and
         self.used = 0  # number of that call: both kept where there is a budget
         self.restart()
@@ -522,7 +543,9 @@ class State:
         return self.total is not None and self.index >= self.total
 
     def nbytes(self) -> int:
-        """Bytes of cached tensors."""
+        """Bytes of cached tensors; those in host memory for the time being are not counted."""
+        if self.away:
+            return 0
         return sum(
             t.numel() * t.element_size()
             for units in self.units
@@ -530,6 +553,18 @@ class State:
             for stream in unit.streams
             for t in stream.tensors()
         ) + sum(t.numel() * t.element_size() for t in self._head_tensors())
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Keep all cached tensors in other storage from now on; compiled code must not know the old one."""
+        for units in self.units:
+            for unit in units.values():
+                for stream in unit.streams:
+                    stream.move(to)
+        for name, held in self.head.items():
+            if isinstance(held, Ring):
+                held.move(to)
+            elif isinstance(held, Tensor):
+                self.head[name] = to(held)
 
     def _head_tensors(self) -> list[Tensor]:
         held = (v.buffer if isinstance(v, Ring) else v for v in self.head.values())

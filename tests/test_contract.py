@@ -58,6 +58,7 @@ SIGNATURES = {
         ("process_group", None, True),
         ("max_bytes", None, True),
         ("cache_dtype", None, True),
+        ("offload", False, True),
     ],
     "Cache.context": [
         ("name", "default", False),
