@@ -530,6 +530,22 @@ def test_a_run_without_a_single_context_warns_of_nothing():
             assert {r.context for r in cache.stats} == {"default"}
 
 
+@pytest.mark.parametrize("branches", [("cond", "uncond"), ("pred_cond", "pred_uncond")])
+def test_a_batch_of_two_prompts_is_not_taken_for_two_halves(branches):
+    """Guiders of modular pipelines run one call per branch too, under names of their own."""
+    model, inputs = tiny.build("CogVideoX")
+    calls = [{k: torch.cat([v, v]) for k, v in inputs.items()} for _ in branches]
+    config = fastcache.FasterCacheConfig(
+        tensor_format="BFCHW", current_timestep_callback=lambda: 500
+    )
+    with fastcache.enable(model, config):
+        with model.cache_context(branches[0]):
+            tiny.output(model, calls[0])
+        with pytest.raises(ValueError, match="one call per branch"):
+            with model.cache_context(branches[1]):
+                tiny.output(model, calls[1])
+
+
 def test_copied_latents_that_cannot_be_compared_are_told_apart_by_their_timestep():
     """On an accelerator no values are read; tensors without values stand for that here."""
     from fastcache.branches import Branches

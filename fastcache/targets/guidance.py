@@ -89,7 +89,8 @@ class GuidanceTarget:
 
     def refuse(self, names: set[str]) -> None:
         """Raise where a request's contexts say that the two halves come in calls of their own."""
-        if "cond" in names and any(name.startswith("uncond") for name in names):
+        plain = {name.removeprefix("pred_") for name in names}  # as guiders of diffusers call them
+        if "cond" in plain and any(name.startswith("uncond") for name in plain):
             raise ValueError(
                 f"target: contexts {sorted(names)} say that guidance runs one call per branch, and the "
                 "guidance half of FasterCache needs both in one batch [unconditional; conditional]; batch "
