@@ -272,7 +272,23 @@ def interrupt(pipe: Any, step: int, *rest: Any) -> dict:
     return {}
 
 
-def strike(pipe: Any, inputs: dict) -> None:
+def raises(pipe: Any, inputs: dict) -> None:
+    """A run that ends between two steps."""
+    with pytest.raises(Interrupted):
+        generate(pipe, inputs, callback_on_step_end=interrupt)
+
+
+def stops(pipe: Any, inputs: dict) -> None:
+    """A run whose later steps are left out, as a button in a user interface asks for."""
+
+    def ask(pipe: Any, step: int, *rest: Any) -> dict:
+        pipe._interrupt = step >= STEPS // 2
+        return {}
+
+    generate(pipe, inputs, callback_on_step_end=ask)
+
+
+def strikes(pipe: Any, inputs: dict) -> None:
     """A run that ends inside the model: Ctrl-C in the second call of its first block."""
     calls = []
 
@@ -307,11 +323,11 @@ def test_a_pipeline_runs_cached_repeats_itself_and_is_restored(made, method):
         with fastcache.enable(pipe, METHODS[method](pipe)) as cache:
             outputs = generate(pipe, inputs)
             records = list(cache.stats)
-            with pytest.raises(Interrupted):
-                generate(pipe, inputs, callback_on_step_end=interrupt)
-            assert same(generate(pipe, inputs), outputs), "a run after an interrupted one differs"
-            strike(pipe, inputs)
-            assert same(generate(pipe, inputs), outputs), "a run after Ctrl-C differs"
+            for ends in (raises, stops, strikes):
+                ends(pipe, inputs)
+                assert same(generate(pipe, inputs), outputs), (
+                    f"a run after one that {ends.__name__}"
+                )
     assert {r.context for r in records} == contexts
     assert any("reuse" in r.actions for r in records)
     assert outputs.shape == uncached.shape and torch.isfinite(outputs).all()
@@ -340,7 +356,7 @@ def test_the_unconditional_half_is_skipped_and_a_run_repeats_itself():
     uncached = generate(pipe, inputs)
     with fastcache.enable(pipe, guided(pipe)) as cache:
         outputs = generate(pipe, inputs)
-        strike(pipe, inputs)
+        strikes(pipe, inputs)
         assert same(generate(pipe, inputs), outputs)
         assert any(r.actions[-1] == "reuse" for r in cache.stats)
     assert not same(outputs, uncached)
@@ -387,7 +403,6 @@ def test_a_compiled_pipeline_gives_the_same_bits(name):
             outputs = generate(pipe, inputs)
             with compiled(pipe):
                 assert same(generate(pipe, inputs), outputs)
-                with pytest.raises(Interrupted):
-                    generate(pipe, inputs, callback_on_step_end=interrupt)
-                assert same(generate(pipe, inputs), outputs), "after an interrupted run"
+                raises(pipe, inputs)
+                assert same(generate(pipe, inputs), outputs), "after a run that raises"
             assert same(generate(pipe, inputs), outputs)
