@@ -12,6 +12,7 @@ NAMES = {
     "quality": "speed and quality of every method on the trained model",
     "graphs": "torch.compile: graphs, breaks, recompiles",
     "guards": "what warm-up, last step and cap are worth on the trained model",
+    "soak": "memory of a long run with requests coming and going",
     "report": "render bench/results into docs/benchmarks.md and one HTML page",
 }
 

@@ -28,6 +28,7 @@ from bench import (  # noqa: E402
     quality,
     report,
     snippets,
+    soak,
     systems,
 )
 from bench import steps as steps_bench  # noqa: E402
@@ -84,6 +85,13 @@ def test_overhead(tmp_path):
     cases = {r["case"] for r in rows}
     assert {"uncached model", "MagCache, diffusers", "MagCache, fastcache.compile"} <= cases
     assert {c["claim"] for c in overhead.claims(rows)} == {name for name, *_ in overhead.WANT}
+
+
+def test_soak(tmp_path):
+    pytest.importorskip("diffusers")
+    rows = rows_of(soak.main, tmp_path / "soak.jsonl", "--quick")
+    assert len(rows) == len(soak.configs())
+    assert all(0 < r["most_bytes"] <= r["max_bytes"] and r["reused"] for r in rows)
 
 
 def test_graphs(tmp_path):
