@@ -87,7 +87,7 @@ def world(model):
         "denoise": denoise,
         "latents": initial_noise(1, seed=0),
         "timesteps": sigmas(28)[:-1],
-        "calls": [inputs(sigma) for sigma in sigmas(5)[:-1]],
+        "calls": [inputs(sigma) for sigma in sigmas(12)[:-1]],
     }
     if attached := model.__dict__.get("_fastcache"):  # the page failed half way
         attached.cache.disable()
