@@ -34,16 +34,20 @@ FIRST_BLOCK = (0.08, 0.12, 0.15, 0.20, 0.30, 0.40)
 MAGNITUDE = (0.06, 0.12, 0.18, 0.24, 0.36, 0.50)
 MISFIT = (0.15, 0.2, 0.3)
 INTERVALS = (2, 3, 4, 5, 6, 7, 9)
-GUIDES = (  # guide, order, warm-up, whether the last step is computed, whether it is ablation only
-    ("residual", 2, 2, True, False),
-    ("modulated", 2, 2, True, False),
-    ("modulated", 1, 2, True, False),
-    ("modulated", 1, 2, False, False),
-    ("residual", 2, 4, True, True),
-    ("modulated", 2, 4, True, True),
-    ("modulated", 1, 4, True, True),
-    ("input", 2, 4, True, True),
+GUIDES = (  # guide, order, warm-up, how many last steps are computed, whether it is ablation only
+    ("residual", 2, 2, 1, False),
+    ("residual", 2, 2, 2, False),
+    ("modulated", 2, 2, 1, False),
+    ("modulated", 2, 2, 2, False),
+    ("modulated", 1, 2, 0, False),
+    ("modulated", 1, 2, 1, False),
+    ("modulated", 1, 2, 2, False),
+    ("residual", 2, 4, 1, True),
+    ("modulated", 2, 4, 1, True),
+    ("modulated", 1, 4, 1, True),
+    ("input", 2, 4, 1, True),
 )
+LAST = (", no last", "", ", last 2")
 SUBSAMPLED = (3, 5, 7)  # where a guide of all tokens is measured too
 SEER_INTERVALS = (3, 4, 5, 6)
 BROADCAST = (2, 3)
@@ -100,7 +104,7 @@ def points(steps: int, guidance: str, ratios: Sequence[float]) -> Iterator[Point
         yield from half_points()
         return
     yield from stack_points(steps, ratios)
-    yield from guided_points(ablation=guidance == "none")
+    yield from guided_points(steps, ablation=guidance == "none")
     yield from module_points(guidance)
     if not systems.missing("diffusers"):
         yield from diffusers_points(steps, guidance, ratios)
@@ -133,7 +137,7 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
             yield ours("TaylorSeer", label, f"stack, every {n}", Recipe(mask, what, Stack()))
 
 
-def guided_points(ablation: bool) -> Iterator[Point]:
+def guided_points(steps: int, ablation: bool) -> Iterator[Point]:
     """Guided prediction; ablation: also guides, warm-ups and tokens that are no candidates for the frontier."""
     for guide, order, warmup, last, extra in GUIDES:
         for n in INTERVALS if ablation or not extra else ():
