@@ -142,10 +142,8 @@ def guided_points(steps: int, ablation: bool) -> Iterator[Point]:
     for guide, order, warmup, last, extra in GUIDES:
         for n in INTERVALS if ablation or not extra else ():
             label = f"{guide} guide" + ", order 1" * (order == 1)
-            setting = (
-                f"every {n}" + f", warm-up {warmup}" * (warmup != 4) + ", no last" * (not last)
-            )
-            when = Interval(n, warmup=warmup, last=last)
+            setting = f"every {n}" + f", warm-up {warmup}" * (warmup != 4) + LAST[last]
+            when = Interval(n, warmup=warmup, stop=steps - last, last=False)
             yield ours("Guided", label, setting, Recipe(when, Guided(order, guide)))
     for n in SUBSAMPLED if ablation else ():
         for guide in ("residual", "modulated"):
