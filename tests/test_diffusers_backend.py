@@ -487,10 +487,11 @@ def test_control_residuals_between_blocks_are_neither_lost_nor_counted_twice(nam
 
 
 class Collecting(nn.Module):
-    """Returns what each of its blocks makes, as a ControlNet does."""
+    """Returns what each of its blocks makes, as a ControlNet does; or leaves it in cycles of garbage."""
 
-    def __init__(self):
+    def __init__(self, cycles=False):
         super().__init__()
+        self.cycles = cycles
         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
 
     def forward(self, hidden_states):
@@ -498,7 +499,10 @@ class Collecting(nn.Module):
         for block in self.blocks:
             hidden_states = block(hidden_states)
             samples.append(hidden_states)
-        return samples
+            if self.cycles:
+                samples.append(samples)
+                samples = []
+        return hidden_states if self.cycles else samples
 
 
 @pytest.mark.parametrize("name", ["FirstBlockCacheConfig", "MagCacheConfig"])
@@ -508,6 +512,26 @@ def test_a_model_that_collects_what_its_blocks_return_is_refused(name):
         with pytest.raises(ValueError, match="keeps what each block"):
             cache.denoisers[0].model(torch.ones(1, 3, 4))
         assert not len(cache.stats)
+    with (
+        torch.no_grad(),
+        fastcache.enable(Collecting(cycles=True), CONFIGS[name](fastcache)) as cache,
+    ):
+        for _ in range(3):
+            cache.denoisers[0].model(torch.ones(1, 3, 4))
+        assert cache.stats.reused
+
+
+@pytest.mark.parametrize("model", ["Flux", "Chroma", "HunyuanVideo", "Latte", "Wan3D", "LTX"])
+def test_lists_of_a_single_block_are_not_taken_for_collected(model):
+    """What the runtime itself still held of a list of one block used to look like that."""
+    made, inputs = tiny.build(model, depth=1)
+    names = ["MagCacheConfig"]
+    if sum(isinstance(m, nn.ModuleList) and bool(len(m)) for m in made.children()) > 1:
+        names.append("FirstBlockCacheConfig")
+    for name in names:
+        with fastcache.enable(made, CONFIGS[name](fastcache)) as cache:
+            run(made, inputs, model)
+            assert cache.stats.reused
 
 
 @pytest.mark.parametrize("name", ["FirstBlockCacheConfig", "MagCacheConfig"])

@@ -8,6 +8,7 @@ first and the last one wrapped; on a reused step one callable in place of all of
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .. import signal
 from ..adapters import Block, BlockIO
@@ -654,10 +656,20 @@ class StackTarget:
 
         used: arguments of the block that has just run, which are alive for that reason.
         """
-        ours = [v for g in self.gates for v in (*g.entry, g.exit[0], *(g.passed or ()))]
-        known = {id(v) for value in (*used, *ours) for v in (value, getattr(value, "_base", None))}
-        held = [value for ref in self.returned if (value := ref()) is not None]
-        if any(id(value) not in known and not value.requires_grad for value in held):
+        ours = [(gate.entry, gate.exit, gate.passed) for gate in self.gates]
+        known = {
+            id(v)
+            for leaf in tree_leaves((used, ours))
+            for v in (leaf, getattr(leaf, "_base", None))
+        }
+
+        def held() -> bool:
+            values = [value for reference in self.returned if (value := reference()) is not None]
+            return any(id(value) not in known and not value.requires_grad for value in values)
+
+        if held():
+            gc.collect()  # perhaps only in a cycle that nobody refers to
+        if held():
             raise ValueError(
                 f"target: the model keeps what each block of {[g.name for g in self.gates]} returns, as a "
                 "ControlNet does, so they cannot be skipped together; skip modules instead: TaylorSeer, "
