@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
+import threading
+
 import pytest
 import torch
 import torch._dynamo
@@ -126,3 +129,97 @@ def test_a_timestep_callback_is_read_once_per_step():
             with cache.context("cond", step_index=i):
                 flux(**inputs)
             assert len(read) == 1
+
+
+# --- graphs that begin while a cache is attached ----------------------------------------------------------
+
+
+def outputs_of(model, cache, calls, compiled_from: int, forget: bool = False) -> list[Tensor]:
+    """A run whose calls go through torch.compile(model) from a step on, each in a context."""
+    call, outputs = model, []
+    for i, x in enumerate(calls):
+        if i == compiled_from:
+            call = torch.compile(model, backend="eager", fullgraph=True)
+        if forget and i == compiled_from + 2:
+            torch._dynamo.reset()  # forgets the graphs, and who wants to be told of new ones
+        with torch.no_grad(), cache.context("cond", step_index=i, num_inference_steps=STEPS):
+            outputs.append(call(x))
+    return outputs
+
+
+@pytest.mark.parametrize("forget", [False, True])
+@pytest.mark.parametrize("compiled_from", [0, 1, 5])
+def test_a_model_may_be_compiled_at_any_step(model, compiled_from, forget):
+    torch._dynamo.reset()
+    calls = list(torch.randn(STEPS, 1, 4, 8))
+    with fastcache.enable(model, config()) as cache:
+        expected, decided = outputs_of(model, cache, calls, STEPS), strip(cache)
+    with fastcache.enable(model, config()) as cache:
+        assert not cache.denoisers[0].control.compiled
+        found = outputs_of(model, cache, calls, compiled_from, forget)
+        assert strip(cache) == decided and "." in decided
+        assert cache.denoisers[0].control.compiled
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_contexts_of_an_eager_model_prepare_nothing(model):
+    """Deciding twice would double the cost of a skipped step."""
+    x = torch.randn(1, 4, 8)
+    with fastcache.enable(model, config()) as cache, torch.no_grad():
+        for i in range(STEPS):
+            with cache.context("cond", step_index=i):
+                assert cache.denoisers[0].prepared is None
+                model(x)
+
+
+def test_two_open_contexts_of_one_thread_arm_no_graph(model):
+    """Either could be meant by a compiled call: it says so instead of taking the wrong one's state."""
+    torch._dynamo.reset()
+    x, places = torch.randn(1, 4, 8), [contextvars.copy_context() for _ in range(2)]
+    with fastcache.enable(model, config()) as cache, torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        for i in range(3):
+            for request in range(2):
+                with cache.context("cond", request=request, step_index=i):
+                    compiled(x)
+        opened = [cache.context("cond", request=r, step_index=3) for r in range(2)]
+        for place, context in zip(places, opened, strict=True):
+            place.run(context.__enter__)
+        with pytest.raises(RuntimeError, match="context of its own"):
+            places[0].run(compiled, x)
+        for place, context in zip(places, opened, strict=True):
+            place.run(context.__exit__, None, None, None)
+        with cache.context("cond", request=0, step_index=3):
+            compiled(x)
+
+
+def test_threads_with_a_compiled_model_wait_for_each_other(model):
+    torch._dynamo.reset()
+    runs = {r: list(torch.randn(STEPS, 1, 4, 8)) for r in range(3)}
+    alone, found = {}, {}
+    with fastcache.enable(model, config()) as cache:
+        for r, calls in runs.items():
+            alone[r] = outputs_of(model, cache, calls, STEPS)
+            cache.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+        def serve(request: int) -> None:
+            outputs = []
+            for i, x in enumerate(runs[request]):
+                with torch.no_grad(), cache.context("cond", request=request, step_index=i):
+                    outputs.append(compiled(x))
+            found[request] = outputs
+
+        with torch.no_grad(), cache.context("cond", request="first", step_index=0):
+            compiled(runs[0][0])  # graphs exist before threads ask for them
+        for i in range(1, STEPS):
+            with torch.no_grad(), cache.context("cond", request="first", step_index=i):
+                compiled(runs[0][i])
+        threads = [threading.Thread(target=serve, args=(r,)) for r in runs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert sorted(found) == sorted(runs)
+    for r in runs:
+        assert all(torch.equal(a, b) for a, b in zip(found[r], alone[r], strict=True)), r
