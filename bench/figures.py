@@ -122,33 +122,35 @@ def overhead_figure(rows: Sequence[Row]) -> Figure:
 
 
 def steps_figure(rows: Sequence[Row]) -> Figure:
-    """Cost of a reused step by method and system, one panel per model and batch."""
-    rows = [r for r in rows if r.get("reused_ms") is not None]
-    panels = list(dict.fromkeys((r["model"], r["batch"]) for r in rows))
-    columns = min(3, max(1, len(panels)))
+    """A reused step as a share of an uncached one, by method and system, one panel per model and batch."""
+    whole = {
+        (r["model"], r["batch"]): r["computed_ms"]
+        for r in rows
+        if r["method"] == "uncached" and not r["compiled"]
+    }
+    rows = [r for r in rows if r.get("reused_ms") is not None and not r["compiled"]]
+    panels = sorted({(r["model"], r["batch"]) for r in rows} & whole.keys())
+    columns = min(2, max(1, len(panels)))
     lines = max(1, -(-len(panels) // columns))
-    figure, axes = new(lines, columns, 4.6 * columns, 3.4 * lines)
+    figure, axes = new(lines, columns, 6.0 * columns, 3.6 * lines)
+    systems = list(dict.fromkeys(r["system"] for r in rows))
     for axis, (model, batch) in zip(axes.flat, panels, strict=False):
         here = [r for r in rows if (r["model"], r["batch"]) == (model, batch)]
         methods = list(dict.fromkeys(r["method"] for r in here))
-        systems = list(dict.fromkeys(r["system"] for r in here))
-        width = 0.84 / len(systems)
-        for k, system in enumerate(systems):
-            points = [
-                (methods.index(r["method"]) - 0.42 + (k + 0.5) * width, r["reused_ms"])
-                for r in here
-                if r["system"] == system
-            ]
-            x, y = zip(*points, strict=True)
-            axis.bar(x, y, width * 0.92, color=colour(system, k), label=system)
+        for place, method in enumerate(methods):
+            bars = [r for r in here if r["method"] == method]
+            for k, r in enumerate(bars):
+                share = 100 * r["reused_ms"] / whole[model, batch]
+                at = place + 0.27 * (k - (len(bars) - 1) / 2)
+                axis.bar(at, share, 0.25, color=colour(r["system"]))
+                axis.text(at, share + 0.6, f"{share:.0f}", ha="center", fontsize=7.5, color=INK)
         axis.set_xticks(range(len(methods)), methods, rotation=20, ha="right")
         axis.set_title(f"{model}, batch {batch}", loc="left", weight="bold")
-        axis.set_ylabel("ms per reused step")
-        axis.set_yscale("log")
+        axis.set_ylabel("reused step, % of an uncached one")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncol=len(labels), frameon=False)
+    handles = [axes[0][0].bar(0, 0, color=colour(s), label=s) for s in systems]
+    figure.legend(handles, systems, loc="outside upper center", ncol=len(systems), frameon=False)
     return figure
 
 

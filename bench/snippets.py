@@ -170,19 +170,27 @@ def overhead(rows: Sequence[Row]) -> str:
 
 
 def steps(rows: Sequence[Row]) -> str:
-    """Reused steps and whole runs against both peers, trained model, batch 8, eager."""
-    here = of(rows, "steps", model="digits", batch=8, compiled="")
-    at = {(r["system"], r["method"]): r for r in here}
+    """Reused steps and whole runs against both peers, trained model, eager."""
+    here = of(rows, "steps", model="digits", compiled="")
+    at = {(r["system"], r["method"], r["batch"]): r for r in here}
     lines = []
     for method in dict.fromkeys(r["method"] for r in here if r["system"] == "fastcache"):
-        ours = at["fastcache", method]
         for peer in ("diffusers", "cache-dit"):
-            if other := at.get((peer, method)):
-                ratios = [f"{ours[k] / other[k]:.2f}×" for k in ("reused_ms", "run_p50")]
-                launches = f"{ours.get('launches', '')} / {other.get('launches', '')}"
-                kept = [f"{r['cache_bytes'] / 1024:.0f}" for r in (ours, other) if r["cache_bytes"]]
-                lines.append((method, peer, *ratios, launches, " / ".join(kept)))
-    columns = ("method", "against", "reused step", "whole run", "large launches", "cache KiB")
+            pairs = [(at["fastcache", method, b], at.get((peer, method, b))) for b in (1, 8)]
+            known = [(ours, other) for ours, other in pairs if other]
+            if not known:
+                continue
+            times = [
+                " / ".join(f"{ours[k] / other[k]:.2f}×" for ours, other in known)
+                for k in ("reused_ms", "run_p50")
+            ]
+            counts = [
+                " / ".join(f"{r[k] / unit:.0f}" for r in known[-1] if r.get(k) is not None)
+                for k, unit in (("launches", 1), ("cache_bytes", 1024))
+            ]
+            lines.append((method, peer, *times, *counts))
+    columns = ("method", "against", "reused step, batch 1 / 8", "whole run, batch 1 / 8")
+    columns += ("launches, ours / theirs", "cache KiB, ours / theirs")
     return markdown(columns, lines) if lines else ""
 
 
