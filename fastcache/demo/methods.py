@@ -20,6 +20,7 @@ from fastcache import (
     Taylor,
     TaylorSeerCacheConfig,
     TimestepRange,
+    preset,
 )
 from fastcache.policies import Policy
 
@@ -27,6 +28,7 @@ REUSE = "reuse"
 ORDER_1 = "order 1"
 GUIDED = "guided"
 SCALE = 2.5  # classifier-free guidance
+BUDGETS = ("quality", "balanced", "fast")
 GRID = (8, 8)  # tokens of an image of the shipped model
 
 
@@ -98,7 +100,11 @@ def methods(steps: int, mag_ratios: Sequence[float]) -> list[Method]:
         *both("MagCache 0.12", "MagCache", magnitude(0.12)),
         *both("MagCache 0.24", "MagCache", magnitude(0.24), pictured=True),
         Method("every 4th step", "Interval", ORDER_1, interval),
-        Method("every 4th step", "Guided", GUIDED, guided, pictured=True),
+        Method("every 4th step", "Interval", GUIDED, guided),
+        *(
+            Method(f"preset {name}", "presets", GUIDED, preset(name), pictured=name == "balanced")
+            for name in BUDGETS
+        ),
         Method("TaylorSeer 4", "TaylorSeer", ORDER_1, TaylorSeerCacheConfig(cache_interval=4)),
         Method("PAB 2", "PAB", REUSE, pab),
         Method("FasterCache 2", "FasterCache", "extrapolate", faster),
@@ -113,5 +119,5 @@ def methods(steps: int, mag_ratios: Sequence[float]) -> list[Method]:
             guidance=SCALE,
             batched_guidance=True,
         ),
-        Method("guidance, every 4th", "Guided", GUIDED, guided, guidance=SCALE),
+        Method("guidance, balanced", "presets", GUIDED, preset("balanced"), guidance=SCALE),
     ]
