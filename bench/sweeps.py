@@ -209,6 +209,18 @@ def diffusers_points(steps: int, guidance: str, ratios: Sequence[float]) -> Iter
         fields = {"num_inference_steps": steps, "mag_ratios": torch.tensor(ratios)}
         yield theirs("MagCache", "reuse", f"{t:g}", "MagCacheConfig", threshold=t, **fields)
     yield from _module_points(guidance, theirs)
+    for n in SEER_INTERVALS:  # the best of upstream, on the steps that serve ours best
+        for last in (1, 2):
+            yield theirs(
+                "TaylorSeer",
+                "order 1",
+                f"lite, every {n}, last {last}",
+                "TaylorSeerCacheConfig",
+                cache_interval=n,
+                use_lite_mode=True,
+                taylor_factors_dtype=torch.float32,
+                disable_cache_after_step=steps - last,
+            )
 
 
 def _module_points(guidance: str, make: Callable[..., Point]) -> Iterator[Point]:
@@ -247,6 +259,11 @@ def cache_dit_points(steps: int, separate_cfg: bool) -> Iterator[Point]:
         for n in (3, 4, 5, 6):
             mask = [int(i < 4 or (i - 3) % n == 0 or i == steps - 1) for i in range(steps)]
             yield _dbcache(steps, separate_cfg, label, f"every {n}", order=order, mask=mask)
+    for n in (2, 3, 4, 5, 6):  # on the steps that serve ours best
+        for last in (1, 2):
+            mask = [int(i < 3 or (i - 1) % n == 0 or i >= steps - last) for i in range(steps)]
+            setting = f"every {n}, early, last {last}"
+            yield _dbcache(steps, separate_cfg, "order 1", setting, order=1, mask=mask, warmup=3)
 
 
 def _dbcache(steps: int, separate_cfg: bool, predictor: str, setting: str, **fields: Any) -> Point:
