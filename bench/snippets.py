@@ -194,6 +194,19 @@ def steps(rows: Sequence[Row]) -> str:
     return markdown(columns, lines) if lines else ""
 
 
+def graphs(rows: Sequence[Row]) -> str:
+    """Totals under torch.compile by system and entry."""
+    here = [r for r in of(rows, "graphs") if r["system"] != "uncached"]
+    lines = []
+    for key in dict.fromkeys((r["system"], r["entry"]) for r in here):
+        mine = [r for r in here if (r["system"], r["entry"]) == key]
+        totals = [sum(r.get(k, 0) for r in mine) for k in ("graphs", "breaks", "recompiles")]
+        full = sum(r["fullgraph"] == "yes" for r in mine)
+        lines.append((key[0], f"`{key[1]}`", len(mine), *totals, f"{full} of {len(mine)}"))
+    columns = ("", "compiled by", "models × methods", "graphs", "breaks", "recompiles", "fullgraph")
+    return markdown(columns, lines) if lines else ""
+
+
 # --- promises ----------------------------------------------------------------------------------------
 
 
@@ -216,5 +229,6 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "kernels": kernels,
     "overhead": overhead,
     "steps": steps,
+    "graphs": graphs,
     "promises": promises,
 }
