@@ -178,7 +178,16 @@ MODULATIONS: dict[str, tuple[str, str, str]] = dict.fromkeys(
     ),
     ("norm1", "emb", "temb"),
 )
+# Calls that fill a key/value cache for those after them, by argument: every module must run in them.
+KEEPING: dict[str, tuple[str, ...]] = {
+    "kv_cache_mode": ("extract", "capture_pre_rope", "inject_and_capture_post_rope"),
+}
 _registered: dict[str, BlockAdapter] = {}
+
+
+def keeps(kwargs: dict) -> bool:
+    """Whether a call of a model leaves something behind that later calls read."""
+    return any(kwargs.get(name) in values for name, values in KEEPING.items())
 
 
 def register_adapter(model: type | str, adapter: BlockAdapter) -> None:

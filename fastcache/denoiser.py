@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import signal
-from .adapters import BlockAdapter
+from .adapters import BlockAdapter, keeps
 from .branches import Branches
 from .clock import Clock
 from .context import IMPLICIT, IMPLICIT_BRANCHES, Call, Context, call_signature, eagerly, innermost
@@ -188,6 +188,9 @@ class Denoiser:
         with self.lock:
             if self.inside:  # the model calls itself inside its own forward
                 return self.original(*args, **kwargs)
+            if keeps(kwargs):  # it fills a cache of its own, and is no step
+                self._withdraw()
+                return self.original(*args, **kwargs)
             call = self.cache._call()
             if call is IMPLICIT:
                 watch_compiling()
@@ -300,7 +303,7 @@ class Denoiser:
                 "fastcache.compile(model)"
             )
         control.seen = self.clock.argument(args, kwargs)
-        if call_signature(args, kwargs) != control.state.signature:
+        if keeps(kwargs) or call_signature(args, kwargs) != control.state.signature:
             control.armed = False  # the routing is off: this call runs uncached
             output = self.original(*args, **kwargs)
             control.missed = True

@@ -25,7 +25,7 @@ from .stats import Stats
 if TYPE_CHECKING:
     from .calibrate import Calibration
 
-DENOISERS = ("transformer", "transformer_2", "transformer_3")
+DENOISERS = ("transformer", "transformer_2", "transformer_3", "unconditional_transformer")
 
 
 class Cache:

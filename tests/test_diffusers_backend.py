@@ -545,6 +545,37 @@ def test_a_users_hook_may_collect_what_blocks_return(name):
         assert cache.stats.reused and collected
 
 
+class Extracting(nn.Module):
+    """Keeps keys of a reference in a call of its own, as Wan-Animate 2 and QwenImage 2.1 do."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, hidden_states, timestep, kv_cache, kv_cache_mode):
+        if kv_cache_mode == "cached":  # QwenImage's blocks see fewer tokens from here on
+            hidden_states = hidden_states[:, 1:]
+        for block in self.blocks:
+            hidden_states = hidden_states + block(hidden_states)
+            if kv_cache_mode == "extract":
+                kv_cache.append(hidden_states)
+        return hidden_states
+
+
+@pytest.mark.parametrize("name", ["FirstBlockCacheConfig", "MagCacheConfig"])
+def test_calls_that_fill_a_cache_of_the_models_own_are_never_skipped(name):
+    """They were counted as steps: one was skipped, and a step after one met storage of another shape."""
+    model, kept = Extracting().eval(), []
+    with torch.no_grad(), fastcache.enable(model, CONFIGS[name](fastcache)) as cache:
+        for segment in range(2):
+            model(torch.ones(1, 5, 4), torch.tensor(900.0), kept, kv_cache_mode="extract")
+            assert len(kept) == 3 * (segment + 1)
+            for i in range(5):
+                model(torch.ones(1, 5, 4), torch.tensor(900.0 - i), None, kv_cache_mode="cached")
+    assert [r.step for r in cache.stats] == 2 * [0, 1, 2, 3, 4]
+    assert cache.stats.reused
+
+
 def test_a_run_without_a_single_context_warns_of_nothing():
     model, inputs = flux()
     with warnings.catch_warnings():
