@@ -208,8 +208,9 @@ def _quality(rows: list[Row]) -> Iterator[Block]:
         "The shipped trained model, fixed seeds, Euler. Compute: floating-point operations of the "
         "transformer against the uncached run. PSNR: dB against the uncached run on the same noise. "
         "Lines join the settings that no cheaper one beats. Always compare with fewer steps, which "
-        "costs nothing to try. Random weights would say nothing about quality; large trained models "
-        "were not measured.",
+        "costs nothing to try. Upstream's best method and cache-dit were also given the computed "
+        "steps that serve guided prediction best ('last 1', 'last 2'). Random weights would say "
+        "nothing about quality; large trained models were not measured.",
     )
     yield _image("quality", rows)
     if any(r["guidance"] == "none" and "guide" in r["predictor"] for r in rows):

@@ -135,6 +135,11 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
         for n in SEER_INTERVALS:
             mask = Mask(seer_schedule(steps, n), warmup=0, last=False)
             yield ours("TaylorSeer", label, f"stack, every {n}", Recipe(mask, what, Stack()))
+    for n in SEER_INTERVALS:
+        for last in (1, 2):
+            plan = [int(c or i >= steps - last) for i, c in enumerate(seer_schedule(steps, n))]
+            recipe = Recipe(Mask(plan, warmup=0, last=False), Guided(guide="modulated"), Stack())
+            yield ours("TaylorSeer", "modulated guide", f"stack, every {n}, last {last}", recipe)
 
 
 def guided_points(steps: int, ablation: bool) -> Iterator[Point]:
