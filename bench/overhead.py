@@ -177,6 +177,9 @@ def _cases(blocks: int, backend: str) -> Iterator[Case]:
     )
     alone = torch.compile(fresh(), fullgraph=True, backend=backend)
     yield "uncached, torch.compile", ("compile", lambda: alone(x))
+    # what no compiled step can be cheaper than
+    least = torch.compile(lambda x: x + 1, fullgraph=True, backend=backend)
+    yield "one addition, torch.compile", ("compile", lambda: least(x))
 
 
 def _driven(

@@ -130,6 +130,12 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
             yield ours("Interval", label, f"every {n}", Recipe(every, what, Stack()))
     for n in INTERVALS:
         yield ours("Interval", "reuse", f"every {n}, no guards", Recipe(Interval(n)))
+    # two steps, then every n-th so that the third from the end is one, and the last; step 0 forgotten soon
+    for order in (1, 2):
+        for n in INTERVALS:
+            early = Interval(n, phase=(steps - 3) % n, warmup=2, last=True)
+            recipe = Recipe(early, Taylor(order, skip_first=True), Stack())
+            yield ours("Interval", f"order {order}", f"every {n}, early start", recipe)
     seers = {"order 1": Taylor(1), "modulated guide": Guided(guide="modulated")}
     for label, what in seers.items():
         for n in SEER_INTERVALS:
