@@ -178,6 +178,11 @@ class Recipe:
             for k, rule in enumerate(self.rules):
                 step = Step(i, n, times[i], None, skipped)
                 action = rule.when.decide(runs[k], step).action
+                # what a step is predicted from has to be there; a guide wants all of its history
+                wanted = rule.what.depth if hasattr(rule.what, "guide") else 1
+                if action == REUSE and rows[k].count(COMPUTE) < wanted:
+                    rule.when.computed(runs[k], step)
+                    action = COMPUTE
                 rows[k].append(action)
                 skipped |= isinstance(rule.where, Guidance) and action == REUSE
         return Plan(tuple(map(tuple, rows)), tuple(_label(r) for r in self.rules))

@@ -241,3 +241,15 @@ def test_ops_of_a_reused_step(recipe: Recipe, limit: list[str]) -> None:
                 assert seen.large == made[0] - block + looks * block + 1
                 assert not seen.reads
         assert cache.stats.reused
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 3])
+def test_the_plan_counts_the_steps_that_a_guide_needs_first(warmup: int) -> None:
+    model, inputs = tiny.build("Wan3D")
+    recipe = Recipe(Interval(3, warmup=warmup), Guided(2))
+    with fastcache.enable(model, recipe) as cache:
+        for i, call in enumerate(tiny.trajectory("Wan3D", inputs, 12)):
+            with cache.context("cond", step_index=i, num_inference_steps=12):
+                tiny.output(model, call)
+        computed = tuple(r.step for r in cache.stats if r.action == "compute")
+    assert recipe.plan(12).computed == computed
