@@ -39,7 +39,7 @@ def configs() -> dict[str, Any]:
         "PAB": fastcache.PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2, current_timestep_callback=lambda: None
         ),
-        "Guided": fastcache.preset("balanced"),
+        "Guided": fastcache.preset("quality"),
     }
 
 

@@ -136,6 +136,8 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
             early = Interval(n, phase=(steps - 3) % n, warmup=2, last=True)
             recipe = Recipe(early, Taylor(order, skip_first=True), Stack())
             yield ours("Interval", f"order {order}", f"every {n}, early start", recipe)
+    for name in ("balanced", "fast"):
+        yield ours("Interval", "order 2", f"preset {name}", fastcache.preset(name))
     seers = {"order 1": Taylor(1), "modulated guide": Guided(guide="modulated")}
     for label, what in seers.items():
         for n in SEER_INTERVALS:

@@ -46,7 +46,7 @@ def test_interleaved_requests_get_the_pictures_they_get_alone(example, capsys):
 
 
 def test_the_budget_holds_while_requests_come_and_go(example, capsys):
-    budget = 2**20
+    budget = 2**19
     pictures, server = served(example, 5, rate=1000.0, max_bytes=budget)
     assert len(pictures) == 5 and 0 < server.most <= budget
     assert any(r.reason == "no room for a cache" for r in server.cache.stats)

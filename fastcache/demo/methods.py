@@ -28,7 +28,7 @@ REUSE = "reuse"
 ORDER_1 = "order 1"
 GUIDED = "guided"
 SCALE = 2.5  # classifier-free guidance
-BUDGETS = ("quality", "balanced", "fast")
+BUDGETS = {"quality": GUIDED, "balanced": "order 2", "fast": "order 2"}
 GRID = (8, 8)  # tokens of an image of the shipped model
 
 
@@ -102,8 +102,8 @@ def methods(steps: int, mag_ratios: Sequence[float]) -> list[Method]:
         Method("every 4th step", "Interval", ORDER_1, interval),
         Method("every 4th step", "Interval", GUIDED, guided),
         *(
-            Method(f"preset {name}", "presets", GUIDED, preset(name), pictured=name == "balanced")
-            for name in BUDGETS
+            Method(f"preset {name}", "presets", label, preset(name), pictured=name == "balanced")
+            for name, label in BUDGETS.items()
         ),
         Method("TaylorSeer 4", "TaylorSeer", ORDER_1, TaylorSeerCacheConfig(cache_interval=4)),
         Method("PAB 2", "PAB", REUSE, pab),
@@ -119,5 +119,5 @@ def methods(steps: int, mag_ratios: Sequence[float]) -> list[Method]:
             guidance=SCALE,
             batched_guidance=True,
         ),
-        Method("guidance, balanced", "presets", GUIDED, preset("balanced"), guidance=SCALE),
+        Method("guidance, balanced", "presets", "order 2", preset("balanced"), guidance=SCALE),
     ]
