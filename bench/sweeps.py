@@ -97,6 +97,9 @@ def fewer(steps: int) -> Iterator[Point]:
         yield Point("uncached", "fewer steps", "", f"{n} steps", None, n)
 
 
+RIDGE = 0.03  # ten times the default pull toward Taylor
+
+
 def points(steps: int, guidance: str, ratios: Sequence[float]) -> Iterator[Point]:
     """Every setting for runs of `steps` steps; guidance is "none", "sequential" or "batched"."""
     yield from fewer(steps)
@@ -158,6 +161,9 @@ def guided_points(steps: int, ablation: bool) -> Iterator[Point]:
             setting = f"every {n}" + f", warm-up {warmup}" * (warmup != 4) + LAST[last]
             when = Interval(n, warmup=warmup, stop=steps - last, last=False)
             yield ours("Guided", label, setting, Recipe(when, Guided(order, guide)))
+    for n in INTERVALS if ablation else ():
+        recipe = Recipe(Interval(n, warmup=4, last=True), Guided(guide="modulated", ridge=RIDGE))
+        yield ours("Guided", "modulated guide", f"every {n}, ridge {RIDGE:g}", recipe)
     for n in SUBSAMPLED if ablation else ():
         for guide in ("residual", "modulated"):
             recipe = Recipe(Interval(n, warmup=4, last=True), Guided(guide=guide, tokens=1))
