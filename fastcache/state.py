@@ -126,6 +126,13 @@ def tail(row: Tensor, like: Tensor | None) -> Tensor:
     return row[row.shape[0] - like.shape[0] :]
 
 
+def part(rows: Tensor, like: Tensor | None) -> Tensor:
+    """Stacked rows, or of each the end of its batch, as `tail` has it."""
+    if like is None or like.shape[0] == rows.shape[1]:
+        return rows
+    return rows[:, rows.shape[1] - like.shape[0] :]
+
+
 class Ring:
     """The last `depth` raw values of one tensor, stacked in one buffer."""
 
@@ -143,11 +150,7 @@ class Ring:
         if torch.compiler.is_compiling():
             value = y if x is None else y.float() - x.float()
             value = value.to(self.buffer.dtype)
-            buffer = self._buffer(value)
-            if self.timeline.depth == 1:
-                buffer.copy_(value[None])
-            else:
-                buffer.index_copy_(0, self.timeline.staged.row, value[None])
+            self._write(part(self.buffer, value), value)
             return
         view = tail(self.views[self.timeline.next_row], y)
         if x is None:
@@ -167,22 +170,24 @@ class Ring:
         rows = [tail(self.views[r], base) for r in self.timeline.rows[: len(weights)]]
         return weighted(rows, weights, base, self.dtype)
 
-    def _buffer(self, like: Tensor | None) -> Tensor:
-        """The buffer, or the part of its batch that `like` holds."""
-        if like is None or like.shape[0] == self.buffer.shape[1]:
-            return self.buffer
-        return self.buffer[:, self.buffer.shape[1] - like.shape[0] :]
+    def _write(self, held: Tensor, value: Tensor) -> None:
+        """Put a value into the row that is next, in compiled code."""
+        if self.timeline.depth == 1:
+            held.copy_(value[None])
+        else:
+            held.index_copy_(0, self.timeline.staged.row, value[None])
+
+    def _read(self, held: Tensor) -> list[Tensor]:
+        """All rows, newest first, in compiled code."""
+        if self.timeline.depth == 1:
+            return [held[0]]
+        order = self.timeline.staged.order
+        return [held.index_select(0, order[i : i + 1])[0] for i in range(self.timeline.depth)]
 
     def newest_first(self, like: Tensor | None) -> list[Tensor]:
         """All rows of a full history, newest first, for the batch of `like`."""
         if torch.compiler.is_compiling():
-            if self.timeline.depth == 1:
-                return [self._buffer(like)[0]]
-            order = self.timeline.staged.order
-            return [
-                self._buffer(like).index_select(0, order[i : i + 1])[0]
-                for i in range(self.timeline.depth)
-            ]
+            return self._read(part(self.buffer, like))
         return [tail(self.views[r], like) for r in self.timeline.rows]
 
     def predict_weighted(self, base: Tensor | None, weights: Tensor) -> Tensor:
@@ -259,14 +264,8 @@ class Quantized(Ring):
         )  # as in reference.quantize_store
         q = (r * (1 / scale)[..., None]).to(FP8)
         # moved as bytes: not every backend indexes float8
-        for held, value in (
-            (self._buffer(y).view(torch.uint8), q.view(torch.uint8)),
-            (self._scales(y), scale),
-        ):
-            if self.timeline.depth == 1:
-                held.copy_(value[None])
-            else:
-                held.index_copy_(0, self.timeline.staged.row, value[None])
+        self._write(part(self.buffer, y).view(torch.uint8), q.view(torch.uint8))
+        self._write(part(self.scales, y), scale)
 
     def predict(self, base: Tensor | None, weights: Sequence[float] | Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -285,21 +284,9 @@ class Quantized(Ring):
 
     def newest_first(self, like: Tensor | None) -> list[Tensor]:
         """All rows as values, newest first, in compiled code."""
-        held = (self._buffer(like).view(torch.uint8), self._scales(like))
-        if self.timeline.depth == 1:
-            picked = [[t[0] for t in held]]
-        else:
-            order = self.timeline.staged.order
-            picked = [
-                [t.index_select(0, order[i : i + 1])[0] for t in held]
-                for i in range(self.timeline.depth)
-            ]
-        return [q.view(FP8).float() * scale[..., None] for q, scale in picked]
-
-    def _scales(self, like: Tensor | None) -> Tensor:
-        if like is None or like.shape[0] == self.scales.shape[1]:
-            return self.scales
-        return self.scales[:, self.scales.shape[1] - like.shape[0] :]
+        rows = self._read(part(self.buffer, like).view(torch.uint8))
+        scales = self._read(part(self.scales, like))
+        return [q.view(FP8).float() * s[..., None] for q, s in zip(rows, scales, strict=True)]
 
     def tensors(self) -> list[Tensor]:
         return [self.buffer, self.scales]
