@@ -383,7 +383,7 @@ class Denoiser:
         timestep = self.clock.told(call, self.cache.timestep_callback)
         index = self._index(state, call, timestep)
         before = [run.copy() for run in state.runs]  # none where a run begins
-        step = self._decide_all(state, call, index, timestep, timestep)
+        step = self._decide_all(state, call, index, timestep)
         if state.blocked:
             return
         for target in self.targets:
@@ -456,7 +456,7 @@ class Denoiser:
         if state.signature != shape:
             self.slots.adopt(state, shape)
         index = self._index(state, call, now)
-        return state, self._decide_all(state, call, index, now, now)
+        return state, self._decide_all(state, call, index, now)
 
     def _prepared_step(
         self, state: State, call: Call, shape: tuple, clock: float | None
@@ -475,9 +475,7 @@ class Denoiser:
         self.prepared = None
         return step
 
-    def _decide_all(
-        self, state: State, call: Call, index: int, clock: float | None, timestep: float | None
-    ) -> Step:
+    def _decide_all(self, state: State, call: Call, index: int, timestep: float | None) -> Step:
         """Decide for every rule, and hand the decisions to `control`."""
         if not state.runs:
             state.total = call.num_inference_steps or self._planned_total()
@@ -486,8 +484,8 @@ class Denoiser:
         elif call.num_inference_steps is not None:
             state.total = call.num_inference_steps
         state.armed_step, state.step_timestep = index, timestep
-        if clock is not None:
-            state.timestep = clock
+        if timestep is not None:
+            state.timestep = timestep
         control = self.control
         control.state, control.batch, control.phase = state, "full", WHOLE
         step = Step(index, state.total, timestep, call.sigma)

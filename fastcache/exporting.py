@@ -182,7 +182,7 @@ def _recorded(denoiser: Denoiser, args: tuple, kwargs: dict) -> State:
     """A state of its own, whose storage one computed step has allocated."""
     state = denoiser.slots.new((object(), "export"))
     state.signature = call_signature(args, kwargs)
-    denoiser._decide_all(state, Call(), 0, None, None)
+    denoiser._decide_all(state, Call(), 0, None)
     for target in denoiser.targets:
         target.begin()
     denoiser.inside = denoiser.control.armed = True

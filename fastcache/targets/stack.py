@@ -409,9 +409,6 @@ class StackTarget:
     def hooked(self) -> list[str]:
         return [f"{gate.name} ({len(gate.modules)} blocks)" for gate in self.gates]
 
-    def blocks(self) -> int:
-        return sum(len(gate.modules) for gate in self.gates)
-
     # --- one call ---------------------------------------------------------------------------------------
 
     @property
