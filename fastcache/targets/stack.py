@@ -406,6 +406,11 @@ class StackTarget:
             if isinstance(gate.modules, Routing):
                 gate.modules.__class__ = type(gate.modules).__mro__[2]
 
+    @property
+    def cut(self) -> tuple:
+        """What later recording calls may change of how the lists are driven."""
+        return len(self.segments), self.threaded, self.copies
+
     def hooked(self) -> list[str]:
         return [f"{gate.name} ({len(gate.modules)} blocks)" for gate in self.gates]
 
