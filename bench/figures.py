@@ -114,7 +114,7 @@ def overhead_figure(rows: Sequence[Row]) -> Figure:
     axis.set_xlim(min(values) / 2, max(values) * 3)
     axis.set_yticks(range(len(rows)), names)
     axis.invert_yaxis()
-    axis.set_xlabel("Python time of one step, 57 trivial blocks")
+    axis.set_xlabel("Python time of one step, 57 blocks of next to no work")
     return figure
 
 

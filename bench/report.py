@@ -143,7 +143,7 @@ def _overhead(rows: list[Row]) -> Iterator[Block]:
     yield _image("overhead", rows)
     empty = rows[0]["p50"]
     lines = [(r["case"], common.spread(r, 1e6, 1), f"{r['p50'] / empty:.2f}×") for r in rows]
-    title = f"one step of {rows[0]['blocks']} trivial blocks"
+    title = f"one step of {rows[0]['blocks']} blocks of next to no work"
     yield table((title, "µs p20 / p50 / p80", "of the uncached model"), lines)
 
 

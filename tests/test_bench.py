@@ -83,7 +83,7 @@ def test_overhead(tmp_path):
     pytest.importorskip("diffusers")
     rows = rows_of(overhead.main, tmp_path / "overhead.jsonl", "--quick")
     cases = {r["case"] for r in rows}
-    assert {"uncached model", "MagCache, diffusers", "MagCache, fastcache.compile"} <= cases
+    assert {"uncached model", "MagCache, diffusers", "MagCache, fastcache, compile"} <= cases
     assert {c["claim"] for c in overhead.claims(rows)} == {name for name, *_ in overhead.WANT}
 
 
