@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .denoiser import PENDING, Denoiser
+from .ondevice import OnDevice
 from .runtime import denoisers_of
 from .shell import MARK
 from .state import State, allocate
@@ -70,10 +71,15 @@ class Compiled:
     """A callable with the model's signature. Attributes are the model's own."""
 
     def __init__(
-        self, denoiser: Denoiser, options: dict[str, Any], captured: bool, frozen: bool
+        self,
+        denoiser: Denoiser,
+        options: dict[str, Any],
+        captured: bool,
+        frozen: bool,
+        on_device: bool,
     ) -> None:
         self._model, self._options = denoiser.model, options
-        self._captured, self._frozen = captured, frozen
+        self._captured, self._frozen, self._on_device = captured, frozen, on_device
         self.__signature__ = inspect.signature(denoiser.original)
         functools.update_wrapper(self, denoiser.original, updated=())
         self._follow(denoiser)
@@ -82,6 +88,7 @@ class Compiled:
         """Drive this denoiser: the model's first one, or what `update` or another `enable` put in its place."""
         self._denoiser = denoiser
         self._programs: dict[tuple, Callable] = {}
+        self._decider = OnDevice(denoiser, self._compiled) if self._on_device else None
         self._probed = next(
             (i for i, rule in enumerate(denoiser.recipe.rules) if rule.when.needs_signal), None
         )
@@ -113,6 +120,8 @@ class Compiled:
         misfit = rule.when.measures == "misfit"
         if not (target.ready(state) if misfit else self._enter_head(state, rule.when)):
             return self._denoiser.original(*args, **kwargs)
+        if self._decider is not None:
+            return self._decider.run(state, args, kwargs)
         if misfit:
             self._denoiser.stage_prior(probed)
         control.phase = HEAD
@@ -144,11 +153,21 @@ class Compiled:
                 with contextlib.suppress(Stop):
                     return original(*args, **kwargs)
 
-            self._programs[mode] = compile_alone(program, self._options)
+            self._programs[mode] = self._compiled(program)
         return self._programs[mode]
 
+    def _compiled(self, program: Callable) -> Callable:
+        return compile_alone(program, self._options)
 
-def compile(model: Any, *, cudagraphs: bool = False, frozen: bool = False, **kwargs: Any) -> Any:
+
+def compile(
+    model: Any,
+    *,
+    cudagraphs: bool = False,
+    frozen: bool = False,
+    on_device: bool = False,
+    **kwargs: Any,
+) -> Any:
     """Compile an enabled model: one fullgraph callable per mode, no recompiles between steps.
 
     model: an nn.Module on which `fastcache.enable` was called. kwargs: as for torch.compile; fullgraph is
@@ -157,6 +176,9 @@ def compile(model: Any, *, cudagraphs: bool = False, frozen: bool = False, **kwa
     frozen: a promise that the model's modules, attributes and adapters stay as they are at its first calls
     (weights may change in place); then only the arguments are guarded, which halves the host time of a reused
     step. After a change of the model, compile it anew.
+    on_device: experimental, for FirstBlockCacheConfig: the device decides inside one graph, and nothing is read
+    back before the run ends or `cache.stats` is looked at; as with frozen, changes of the model go unnoticed.
+    Not yet run on a GPU.
     Returns a callable with the model's signature, driven like the model itself.
     Raises ValueError where the model is not enabled, or cudagraphs cannot be had.
     """
@@ -173,7 +195,7 @@ def compile(model: Any, *, cudagraphs: bool = False, frozen: bool = False, **kwa
         options["mode"] = "reduce-overhead"
     if frozen:
         options = frozen_options(options)
-    return Compiled(denoiser, options, cudagraphs, frozen)
+    return Compiled(denoiser, options, cudagraphs, frozen, on_device)
 
 
 def _allow_cudagraphs(model: nn.Module, options: dict[str, Any]) -> None:

@@ -661,6 +661,8 @@ class Denoiser:
             target = self.targets[self.decisions.index(decision)]
             if getattr(target, "guide", None) is not None:
                 late = state.head["misfit"].clone()
+            elif "seen" in state.head:  # the device has decided
+                late = state.head["seen"].clone()
         self.cache.stats.add(
             Record(
                 state.key[0],

@@ -38,8 +38,12 @@ def run(cache: fastcache.Cache, call: Callable, start: Tensor, drift: Tensor) ->
     return outputs
 
 
-@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"cudagraphs": True}], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+GRAPHED = [{"mode": "reduce-overhead"}, {"cudagraphs": True}, {"cudagraphs": True, "frozen": True}]
+CASES = [(method, options) for method in METHODS for options in GRAPHED]
+CASES += [("first_block", {"cudagraphs": True, "on_device": True})]
+
+
+@pytest.mark.parametrize(("method", "options"), CASES, ids=str)
 @pytest.mark.filterwarnings("ignore:fastcache. each of:UserWarning")
 def test_replayed_steps_agree_with_eager(method: str, options: dict) -> None:
     fresh()
