@@ -96,9 +96,9 @@ def _guidance_combine_(
 def _guided_weights(
     guide: Tensor, guides: Sequence[Tensor], prior: Tensor, ridge: float, per_sample: bool = False
 ) -> tuple[Tensor, Tensor]:
-    name = dispatch.active(guide.device.type)
-    sums = dispatch.function(name, "guided_sums")(guide, guides, per_sample)
-    return dispatch.function(name, "guided_solve")(sums, prior, ridge, True)
+    sums = dispatch.kernel("guided_sums", [guide, *guides])(guide, guides, per_sample)
+    solve = dispatch.function(dispatch.active(guide.device.type), "guided_solve")
+    return solve(sums, prior, ridge, True)
 
 
 def _quantize_store_(q: Tensor, scale: Tensor, y: Tensor, x: Tensor | None = None) -> None:
@@ -507,8 +507,10 @@ def guided_weights(
     if len(guides) not in (2, 3):
         raise ValueError(f"guided_weights: guides has {len(guides)} entries, must have 2 or 3")
     _check("guided_weights", guide=guide, **{f"guides[{i}]": t for i, t in enumerate(guides)})
-    if not isinstance(prior, Tensor) or prior.dtype != torch.float32:
-        raise TypeError("guided_weights: prior must be a float32 tensor")
+    _check_samples("guided_weights", guide, per_sample)
+    _check("guided_weights", prior=prior)
+    if prior.dtype != torch.float32:
+        raise TypeError(f"guided_weights: prior is {prior.dtype}, must be float32")
     if prior.shape != (len(guides) - 1,) or prior.device != guide.device:
         raise ValueError(
             f"guided_weights: prior must be [{len(guides) - 1}] on {guide.device}, got {tuple(prior.shape)}"

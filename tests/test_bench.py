@@ -57,13 +57,14 @@ def test_ops(tmp_path):
     picture = tmp_path / "ops.png"
     rows = rows_of(
         ops.main, tmp_path / "ops.jsonl", "--quick", "--op", "residual_l1 + store", "of 3",
-        "--compile", "of 3", "--dtype", "bf16", "--plot", str(picture),
+        "guided", "--compile", "of 3", "--dtype", "bf16", "--plot", str(picture),
     )  # fmt: skip
     cells = {(r["op"], r["contender"]): r for r in rows}
     for op in ("residual_l1 + store", "linear_combine of 3"):
         assert cells[op, "copy"]["of_copy"] == pytest.approx(1.0)
         assert cells[op, "diffusers"]["passes"] > cells[op, "diffusers"]["min_passes"]
         assert {"diffusers", "cache-dit", "reference"} <= {c for o, c in cells if o == op}
+    assert {"reference", "copy"} <= {c for o, c in cells if o == "guided_weights of order 2"}
     assert ("linear_combine of 3", "compile") in cells
     assert ("residual_l1 + store", "compile") not in cells
     assert all(r["p20"] <= r["p50"] <= r["p80"] for r in rows)
