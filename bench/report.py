@@ -306,7 +306,7 @@ def to_markdown(page: Sequence[Block]) -> str:
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1f2933;max-width:76rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto;font-size:13px}
-th,td{padding:.25rem .6rem;border-bottom:1px solid #e4e7eb;text-align:left;white-space:nowrap}
+th,td{padding:.25rem .6rem;border-bottom:1px solid #e4e7eb;text-align:left}.short{white-space:nowrap}
 th{background:#f5f7fa}td{font-variant-numeric:tabular-nums}
 img{max-width:100%}code,pre{background:#f5f7fa;padding:.1rem .3rem}
 h2{margin-top:2.5rem;border-bottom:2px solid #2f6db3}.no{color:#b3261e;font-weight:600}
@@ -328,9 +328,7 @@ def to_html(page: Sequence[Block], images: Path, mark: str) -> str:
                 parts.append(f'<img alt="{b.text}" src="data:image/png;base64,{data}">')
         elif b.kind in ("table", "folded"):
             head = "".join(f"<th>{_inline(c)}</th>" for c in b.columns)
-            rows = "".join(
-                "<tr>" + "".join(f"<td>{_inline(c)}</td>" for c in row) + "</tr>" for row in b.rows
-            )
+            rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in b.rows)
             made = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
             summary = f"<details><summary>{html.escape(b.text)}</summary>{made}</details>"
             parts.append(summary if b.kind == "folded" else made)
@@ -340,6 +338,14 @@ def to_html(page: Sequence[Block], images: Path, mark: str) -> str:
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8">{title}'
     body = "\n".join(parts)
     return f"{head}<!-- {mark} --><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+
+
+SHORT = 28  # characters of a cell that is not broken over lines
+
+
+def _cell(text: str) -> str:
+    short = ' class="short"' if len(text) <= SHORT else ""
+    return f"<td{short}>{_inline(text)}</td>"
 
 
 def _inline(text: str) -> str:
