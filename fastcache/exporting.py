@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .context import Call, call_signature, eagerly
 from .denoiser import Denoiser
-from .policies import COMPUTE, REUSE, Step
-from .recipe import Rule
+from .policies import COMPUTE, REUSE
+from .recipe import Recipe, Rule
 from .runtime import denoisers_of
 from .shell import MARK
 from .state import Ring, State, Table, Timeline, stage
@@ -44,16 +44,14 @@ class Exported:
     def plan(
         self, steps: int, timesteps: Sequence[float] | None = None
     ) -> list[tuple[str, dict[str, Tensor]]]:
-        """Per step of a run: the variant to call, and what to copy into its cache before the call."""
+        """Per step of a run: the variant to call, and what to copy into its cache before the call.
+
+        timesteps: of the run, as `Recipe.plan` takes them.
+        """
         rule, timeline = self.rule, Timeline(self.rule.what.depth)
-        run, cpu = rule.when.begin(steps), torch.device("cpu")
+        cpu = torch.device("cpu")
         planned: list[tuple[str, dict[str, Tensor]]] = []
-        for i in range(steps):
-            step = Step(i, steps, None if timesteps is None else float(timesteps[i]))
-            action = rule.when.decide(run, step).action
-            if action == REUSE and not timeline.pushes:
-                rule.when.computed(run, step)
-                action = COMPUTE
+        for i, action in enumerate(Recipe.of([rule]).plan(steps, timesteps).rows[0]):
             reused = action == REUSE and rule.what.depth
             stage(timeline, rule.what.weights(timeline.steps, i) if reused else (), i, cpu)
             facts = {

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from test_compile import PlainModel, fresh
+from test_static_addresses import METHODS, STEPS
 from torch import Tensor
 
 import fastcache
@@ -15,15 +15,6 @@ import fastcache
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.version.cuda is None, reason="needs a CUDA device"
 )
-STEPS = 12
-METHODS: dict[str, Callable[[], Any]] = {
-    "mag": lambda: fastcache.MagCacheConfig(
-        mag_ratios=torch.ones(STEPS), num_inference_steps=STEPS, retention_ratio=0.1
-    ),
-    "first_block": lambda: fastcache.FirstBlockCacheConfig(0.3),
-    "interval_taylor2": lambda: fastcache.Recipe(fastcache.Interval(3), fastcache.Taylor(2)),
-    "taylorseer": lambda: fastcache.TaylorSeerCacheConfig(cache_interval=3),
-}
 
 
 def run(cache: fastcache.Cache, call: Callable, start: Tensor, drift: Tensor) -> list[Tensor]:
