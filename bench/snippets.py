@@ -44,6 +44,18 @@ def of(rows: Sequence[Row], bench: str, **fields: object) -> list[Row]:
     return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
 
 
+def cell(
+    rows: Sequence[Row],
+    steps: int,
+    guidance: str = "none",
+    model: str = "flux",
+    dtype: str = "fp32",
+) -> list[Row]:
+    """CPU rows of one cell of the quality benchmark."""
+    fields = {"steps": steps, "guidance": guidance, "model": model, "dtype": dtype}
+    return of(rows, "quality", **fields)
+
+
 def digits(value: float | None, places: int = 1) -> str:
     return "" if value is None else f"{value:.{places}f}"
 
@@ -53,7 +65,7 @@ def digits(value: float | None, places: int = 1) -> str:
 
 def frontier_short(rows: Sequence[Row]) -> str:
     """The best of every system at a budget."""
-    here = of(rows, "quality", steps=28, guidance="none")
+    here = cell(rows, 28)
     systems = ("fastcache", "diffusers", "cache-dit", "uncached")
     lines = [(f"{f['budget']:.0%}", *(digits(f[k]) for k in systems)) for f in frontier(here)]
     columns = ("compute at most", "fastcache", "diffusers' hooks", "cache-dit", "fewer steps")
@@ -62,7 +74,7 @@ def frontier_short(rows: Sequence[Row]) -> str:
 
 def frontier_settings(rows: Sequence[Row]) -> str:
     """What gives the best PSNR at a budget, for 28 and 50 steps."""
-    groups = [of(rows, "quality", steps=n, guidance="none") for n in (28, 50)]
+    groups = [cell(rows, n) for n in (28, 50)]
     lines = []
     for here in groups:
         for f in frontier(here) if here else ():
@@ -87,7 +99,8 @@ def guided(rows: Sequence[Row]) -> str:
     for n in (28, 50):
         at = {
             (r["method"], r["predictor"], r["setting"]): r
-            for r in of(rows, "quality", steps=n, guidance="none", system="fastcache")
+            for r in cell(rows, n)
+            if r["system"] == "fastcache"
         }
         for i in INTERVALS:
             found = [at.get((*rival, f"every {i}")) for rival in rivals.values()]
@@ -117,7 +130,7 @@ def budgets(rows: Sequence[Row]) -> str:
 
 def _with_lead(rows: Sequence[Row], steps: int, point: list[str]) -> tuple[str, str]:
     """Compute and PSNR of a setting, and in brackets its lead over fewer steps."""
-    here = of(rows, "quality", steps=steps, guidance="none")
+    here = cell(rows, steps)
     found = next((r for r in here if [r["predictor"], r["setting"]] == point), None)
     if found is None:
         return "", ""
