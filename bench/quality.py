@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from . import common, systems
 from .common import Row
-from .subjects import DTYPES, SUBJECTS, Subject
+from .subjects import DTYPES, MODES, SUBJECTS, Cell, Subject
 from .sweeps import Point, points
 
 SOLUTION = 100  # steps of the run that stands for the exact solution
 BUDGETS = tuple(b / 100 for b in range(25, 61, 5))
-MODES = ("none", "sequential", "batched")
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -53,22 +52,6 @@ class Announced:
         systems.CLOCK["t"] = timestep
         with self.attached.context(name, step_index, num_inference_steps, timestep):
             yield
-
-
-class Cell(NamedTuple):
-    """What all rows of one comparison have in common."""
-
-    model: str
-    dtype: str
-    steps: int
-    guidance: str
-
-    @property
-    def title(self) -> str:
-        """The shipped model in fp32 goes without saying."""
-        guidance = "no guidance" if self.guidance == "none" else f"{self.guidance} guidance"
-        others = [v for v, usual in ((self.model, "flux"), (self.dtype, "fp32")) if v != usual]
-        return ", ".join([*others, f"{self.steps} steps", guidance])
 
 
 class Bench:
@@ -180,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
 def _sweep(args: Any, rows: list[Row], cell: Cell, environment: Row) -> None:
     """Measure what `rows` does not hold yet; every finished point is written at once."""
     subject = SUBJECTS[cell.model]()
-    work = list(points(cell.steps, cell.guidance, calibrate(subject, cell), subject.output))
+    work = list(points(cell, calibrate(subject, cell), subject.output))
     if args.quick:
         kinds = {p.key[:2]: p for p in work}
         work = list(kinds.values())

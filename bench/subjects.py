@@ -1,17 +1,34 @@
-"""The trained models of the quality benchmark: how each is loaded, sampled and judged."""
+"""What the quality benchmark measures: trained models, how each is sampled and judged, and cells."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .common import Row
 
+MODES = ("none", "sequential", "batched")  # guidance
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Cell(NamedTuple):
+    """What all rows of one comparison have in common."""
+
+    model: str
+    dtype: str
+    steps: int
+    guidance: str
+
+    @property
+    def title(self) -> str:
+        """The shipped model in fp32 goes without saying."""
+        guidance = "no guidance" if self.guidance == "none" else f"{self.guidance} guidance"
+        others = [v for v, usual in ((self.model, "flux"), (self.dtype, "fp32")) if v != usual]
+        return ", ".join([*others, f"{self.steps} steps", guidance])
 
 
 @dataclass(frozen=True)

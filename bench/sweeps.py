@@ -28,6 +28,7 @@ from fastcache import (
 )
 
 from . import systems
+from .subjects import Cell
 from .systems import Attached
 
 FIRST_BLOCK = (0.08, 0.12, 0.15, 0.20, 0.30, 0.40)
@@ -76,21 +77,31 @@ GUIDES = (
     Guide("modulated", 1, warmup=2),
     Guide("modulated", 1, warmup=2, last=2),
 )
-# no candidates for the frontier, but they say what a setting is worth
+# without guidance also these, which are no candidates for the frontier: Taylor's schedule, and promises
 ABLATED = (3, 5, 7)
-ABLATIONS = (
+COMPARED = (
     Guide("residual"),
     Guide("modulated"),
     Guide("modulated", 1),
     Guide("input"),
     Guide("modulated", ridge=RIDGE),
-    *(Guide(g, 1, intervals=ABLATED) for g in ("residual", "input")),
     *(Guide(g, tokens=1, intervals=ABLATED) for g in ("residual", "modulated")),
-    *(Guide(g, ridge=0.0, intervals=ABLATED) for g in ("residual", "modulated")),
-    Guide("residual", ridge=RIDGE, intervals=ABLATED),
-    *(Guide(g, ridge=0.3, intervals=ABLATED) for g in ("residual", "modulated")),
-    *(Guide(g, warmup=1, intervals=ABLATED) for g in ("residual", "modulated")),
-    *(Guide(g, last=last, intervals=ABLATED) for g in ("residual", "modulated") for last in (0, 2)),
+)
+# and what each setting is worth, for which one number of steps has to do
+ABLATION_STEPS = 28
+ABLATIONS = tuple(
+    Guide(guide, intervals=ABLATED, **changed)
+    for guide in ("residual", "modulated")
+    for changed in (
+        {"order": 1},
+        {"ridge": 0.0},
+        {"ridge": RIDGE},
+        {"ridge": 0.3},
+        {"warmup": 1},
+        {"last": 0},
+        {"last": 2},
+    )
+    if Guide(guide, **changed) not in COMPARED
 )
 SEER_INTERVALS = (3, 4, 5, 6)
 BROADCAST = (2, 3)
@@ -139,19 +150,15 @@ def fewer(steps: int) -> Iterator[Point]:
         yield Point("uncached", "fewer steps", "", f"{n} steps", None, n)
 
 
-def points(
-    steps: int, guidance: str, ratios: Sequence[float], output: Mapping[str, Any]
-) -> Iterator[Point]:
-    """Every setting for runs of `steps` steps; guidance is "none", "sequential" or "batched".
-
-    ratios: MagCache's, of this model. output: tensor_format and grid of the model's output.
-    """
+def points(cell: Cell, ratios: Sequence[float], output: Mapping[str, Any]) -> Iterator[Point]:
+    """Every setting of a cell; ratios: MagCache's, output: tensor_format and grid of the model's output."""
+    steps, guidance = cell.steps, cell.guidance
     yield from fewer(steps)
     if guidance == "batched":
         yield from half_points(output)
         return
     yield from stack_points(steps, ratios)
-    yield from guided_points(steps, ablation=guidance == "none")
+    yield from guided_points(cell)
     yield from module_points(guidance)
     if not systems.missing("diffusers"):
         yield from diffusers_points(steps, guidance, ratios)
@@ -197,13 +204,15 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
             yield ours("TaylorSeer", "modulated guide", f"stack, every {n}, last {last}", recipe)
 
 
-def guided_points(steps: int, ablation: bool) -> Iterator[Point]:
-    """Guided prediction; ablation: also guides, warm-ups and tokens that are no candidates for the frontier."""
-    for guide in GUIDES + (ABLATIONS if ablation else ()):
+def guided_points(cell: Cell) -> Iterator[Point]:
+    """Guided prediction, in some cells also what is no candidate for the frontier."""
+    plain = cell.guidance == "none"
+    ablation = (cell.dtype, cell.steps, cell.guidance) == ("fp32", ABLATION_STEPS, "none")
+    for guide in GUIDES + COMPARED * plain + ABLATIONS * ablation:
         for n in guide.intervals:
             setting = f"every {n}{guide.setting}"
-            yield ours("Guided", guide.label, setting, guide.recipe(n, steps))
-    for t in MISFIT if ablation else ():
+            yield ours("Guided", guide.label, setting, guide.recipe(n, cell.steps))
+    for t in MISFIT if plain else ():
         recipe = Recipe(Misfit(t, warmup=4, last=True), Guided())
         yield ours("Guided", "residual guide", f"misfit {t:g}", recipe)
     for t in FIRST_BLOCK:

@@ -112,7 +112,7 @@ def contact_sheet(out: Path, held_out: Digits, path: Path) -> None:
     }
     figure, axes = new(1, len(sheets), 9.0, 5.6)
     for axis, (title, videos) in zip(axes[0], sheets.items(), strict=True):
-        axis.imshow(_tiled(videos), cmap="gray", vmin=-1, vmax=1)
+        axis.imshow(_tiled(videos).numpy(), cmap="gray", vmin=-1, vmax=1)
         axis.set_title(title)
         axis.set_axis_off()
     save(figure, path)
