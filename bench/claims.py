@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from . import overhead
 from .common import Row
-from .quality import frontier
-from .sweeps import INTERVALS, RIDGE, SUBSAMPLED
+from .quality import cells, frontier
+from .sweeps import ABLATED, INTERVALS, RIDGE
 
 # Guided prediction over Taylor 1: by steps of a run, the intervals and dB that are promised
 GUIDED_GAINS = {28: ((3, 4, 5), 2.0), 50: ((5, 7), 3.0)}
@@ -223,16 +223,14 @@ def steps(rows: Sequence[Row]) -> Iterator[Claim]:
 
 
 def quality(rows: Sequence[Row]) -> Iterator[Claim]:
-    for n, guidance in dict.fromkeys((r["steps"], r["guidance"]) for r in rows):
-        here = [r for r in rows if (r["steps"], r["guidance"]) == (n, guidance)]
-        where = f"{n} steps, " + ("no guidance" if guidance == "none" else f"{guidance} guidance")
-        if guidance != "batched":  # swept for the guidance half alone
-            yield from _frontier(here, where)
-        if guidance == "none":
-            yield from _guided(here, n, where)
-            yield from _forecasts(here, where)
-        yield from _seer(here, where)
-        yield from _broadcast(here, where)
+    for cell, here in cells(rows):
+        if cell.guidance != "batched":  # swept for the guidance half alone
+            yield from _frontier(here, cell.title)
+        if cell.guidance == "none":
+            yield from _guided(here, cell.steps, cell.title)
+            yield from _forecasts(here, cell.title)
+        yield from _seer(here, cell.title)
+        yield from _broadcast(here, cell.title)
 
 
 def _pick(rows: Sequence[Row], *key: str) -> Row | None:
@@ -308,7 +306,7 @@ def _guided(rows: Sequence[Row], n: int, where: str) -> Iterator[Claim]:
             yield at_least("guided", text, min(found), -0.5, " dB")
     costs = [
         whole - thin
-        for i in SUBSAMPLED
+        for i in ABLATED
         for guide in ("residual guide", "modulated guide")
         if (whole := psnr("Guided", guide, f"every {i}, all tokens")) is not None
         if (thin := psnr("Guided", guide, f"every {i}")) is not None

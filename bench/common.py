@@ -246,11 +246,16 @@ def _finite(value: Any) -> Any:
     return value
 
 
+# what older rows of a benchmark leave out
+DEFAULTS: dict[str, Row] = {"quality": {"model": "flux", "dtype": "fp32"}}
+
+
 def read_lines(path: Path | None) -> list[Row]:
     """The rows of a file; none where there is no file."""
     if path is None or not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [DEFAULTS.get(row.get("bench"), {}) | row for row in rows]
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

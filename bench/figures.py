@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .quality import cells
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -216,16 +218,14 @@ SHOWN = (0.15, 0.8)  # shares of compute that the pictures show
 
 
 def quality_figure(rows: Sequence[Row]) -> Figure:
-    """PSNR against compute, a panel per steps and guidance; lines join what no cheaper setting beats."""
-    panels = list(dict.fromkeys((r["steps"], r["guidance"]) for r in rows))
+    """PSNR against compute, a panel per cell; lines join what no cheaper setting beats."""
+    panels = list(cells(rows))
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = new(lines, columns, 6.4 * columns, 0.5 + 4.2 * lines)
-    for axis, (steps, guidance) in zip(axes.flat, panels, strict=False):
-        here = [r for r in rows if (r["steps"], r["guidance"]) == (steps, guidance)]
+    for axis, (cell, here) in zip(axes.flat, panels, strict=False):
         _frontier(axis, here)
-        guided = "no guidance" if guidance == "none" else f"{guidance} guidance"
-        axis.set_title(f"{steps} steps, {guided}, {here[0]['seeds']} images", loc="left")
+        axis.set_title(f"{cell.title}, {here[0]['seeds']} seeds", loc="left")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -289,17 +289,17 @@ def _frontier(axis: Any, rows: Sequence[Row]) -> None:
 
 
 def guided_figure(rows: Sequence[Row]) -> Figure:
-    """dB that each guide brings over Taylor 1 on the same schedule, by interval."""
-    panels = list(dict.fromkeys(r["steps"] for r in rows))
-    figure, axes = new(1, len(panels), 4.9 * len(panels), 3.6)
+    """dB that each guide brings over Taylor 1 on the same schedule, by interval; a panel per cell."""
+    panels = list(cells(rows))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = new(lines, columns, 4.9 * columns, 3.6 * lines)
     guides = {"residual": "#1d4f91", "modulated": "#3a8f5c", "input": "#b8860b"}
-    for axis, n in zip(axes[0], panels, strict=True):
+    for axis, (cell, here) in zip(axes.flat, panels, strict=False):
         at = {
             (r["predictor"], r["setting"]): r["psnr"]
-            for r in rows
-            if r["steps"] == n
-            and r["system"] == "fastcache"
-            and r["method"] in ("Guided", "Interval")
+            for r in here
+            if r["system"] == "fastcache" and r["method"] in ("Guided", "Interval")
         }
         for guide, tone in guides.items():
             dots = [
@@ -311,9 +311,12 @@ def guided_figure(rows: Sequence[Row]) -> Figure:
                 axis.plot(*zip(*sorted(dots), strict=True), "o-", color=tone, ms=4.5, lw=1.8,
                           label=f"{guide} guide")  # fmt: skip
         axis.axhline(0, color=INK, lw=1)
-        axis.set_title(f"{n} steps", loc="left")
+        axis.set_title(cell.title, loc="left")
         axis.set_xlabel("every how many-th step is computed")
         axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("dB above Taylor of order 1,\nsame computed steps")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for line in axes:
+        line[0].set_ylabel("dB above Taylor of order 1,\nsame computed steps")
     axes[0][0].legend(frameon=False)
     return figure

@@ -1,16 +1,20 @@
-"""Speed and quality on the shipped trained model: every method's sweep, peers, and fewer steps.
+"""Speed and quality on trained models: every method's sweep, peers, and fewer steps.
 
     python -m bench quality --json out.jsonl
+    python -m bench quality --model video --dtype bf16
 
 The same noise for all. Compute is floating-point operations of the transformer, as a share of the
-uncached run. With --resume, points that the file holds are not measured again.
+uncached run. Rows compare within a cell: one model, dtype, number of steps and guidance. With
+--resume, points that the file holds are not measured again.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from . import common, systems
 from .common import Row
+from .subjects import DTYPES, MODES, SUBJECTS, Cell, Subject
 from .sweeps import Point, points
 
 SOLUTION = 100  # steps of the run that stands for the exact solution
 BUDGETS = tuple(b / 100 for b in range(25, 61, 5))
-MODES = ("none", "sequential", "batched")
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -51,36 +55,46 @@ class Announced:
 
 
 class Bench:
-    """The model, its judge, the noise and the reference images of one steps and guidance."""
+    """A model, the noise and the reference samples of one cell."""
 
-    def __init__(self, seeds: int, steps: int, guidance: str) -> None:
-        from fastcache.demo.data import load_digits
-        from fastcache.demo.model import load_judge, load_model
+    def __init__(self, subject: Subject, cell: Cell, seeds: int) -> None:
         from fastcache.demo.sample import GUIDANCE
 
-        self.model, self.judge = load_model(), load_judge()
+        self.subject, self.cell = subject, cell
+        self.model = subject.load()
         self.labels = torch.arange(seeds) % 10
-        self.steps, self.guidance = steps, guidance
-        self.scale = None if guidance == "none" else GUIDANCE
-        self.real = load_digits()[0].images
-        self.reference, self.flops = self.generate(self.model, steps)
+        self.scale = None if cell.guidance == "none" else GUIDANCE
+        self.exact = None  # the uncached run in fp32, where rounding alone makes a difference
+        if cell.dtype != "fp32":
+            self.exact = self._generate(self.model, cell.steps, torch.float32)
+            with systems.quietly():
+                self.model = self.model.to(DTYPES[cell.dtype])
+        self.reference, self.flops = self.generate(self.model, cell.steps)
 
     def generate(
         self, model: nn.Module, steps: int, attached: systems.Attached | None = None
     ) -> tuple[Tensor, int]:
-        """Images and the operations that they took."""
-        from fastcache.demo.sample import generate
-
+        """Samples and the operations that they took."""
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-            images = generate(
-                model,
-                self.labels,
-                steps=steps,
-                guidance=self.scale,
-                batched_guidance=self.guidance == "batched",
-                cache=None if attached is None else Announced(attached),  # type: ignore[arg-type]
-            )
-        return images, counter.get_total_flops()
+            samples = self._generate(model, steps, DTYPES[self.cell.dtype], attached)
+        return samples, counter.get_total_flops()
+
+    def _generate(
+        self,
+        model: nn.Module,
+        steps: int,
+        dtype: torch.dtype,
+        attached: systems.Attached | None = None,
+    ) -> Tensor:
+        return self.subject.generate(
+            model,
+            self.labels,
+            steps=steps,
+            guidance=self.scale,
+            batched_guidance=self.cell.guidance == "batched",
+            cache=None if attached is None else Announced(attached),
+            dtype=dtype,
+        )
 
     def solve(self) -> Tensor:
         return self.generate(self.model, SOLUTION)[0]
@@ -89,7 +103,7 @@ class Bench:
         """Quality of one point; upstream that cannot run is a row with an error."""
         from fastcache.demo import metrics
 
-        head = {"steps": self.steps, "guidance": self.guidance, "seeds": len(self.labels)}
+        head = {**self.cell._asdict(), "seeds": len(self.labels)}
         row: Row = {**head, **dict(zip(KEY, point.key, strict=True))}
         model = copy.deepcopy(self.model)
         attached = None
@@ -97,22 +111,25 @@ class Bench:
             with systems.quietly():
                 if point.attach is not None:
                     attached = point.attach(model)
-                images, flops = self.generate(model, point.steps or self.steps, attached)
+                samples, flops = self.generate(model, point.steps or self.cell.steps, attached)
                 row["cache_bytes"] = attached.nbytes() if attached else 0
                 if attached is not None:
                     attached.detach()
         except Exception as error:
             return row | {"error": f"{type(error).__name__}: {error}"[:160], "psnr": None}
-        quality = metrics.psnr(images, self.reference)
-        return row | {
+        quality = metrics.psnr(samples, self.reference)
+        frames, expected = (x.reshape(-1, *x.shape[-3:]) for x in (samples, self.reference))
+        row |= {
             "compute": flops / self.flops,
             "psnr": None if math.isinf(quality) else quality,
-            "relative_l2": metrics.relative_l2(images, self.reference),
-            "ssim": metrics.ssim(images, self.reference),
-            "accuracy": metrics.accuracy(self.judge, images, self.labels),
-            "frechet": metrics.frechet(self.judge, images, self.real),
-            "psnr_solution": metrics.psnr(images, solution),
+            "relative_l2": metrics.relative_l2(samples, self.reference),
+            "ssim": metrics.ssim(frames, expected),
+            **self.subject.judge(samples, self.labels),
+            "psnr_solution": metrics.psnr(samples, solution),
         }
+        if self.exact is not None:
+            row["psnr_fp32"] = metrics.psnr(samples, self.exact)
+        return row
 
 
 KEY = ("system", "method", "predictor", "setting")
@@ -131,9 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         args.steps, args.guidance, args.seeds = [8], ["none"], 4
     rows = common.read_lines(args.json) if args.resume else []
     environment = common.environment()
-    for steps in args.steps:
-        for guidance in args.guidance:
-            _sweep(args, rows, steps, guidance, environment)
+    for key in itertools.product(args.model, args.dtype, args.steps, args.guidance):
+        _sweep(args, rows, Cell(*key), environment)
     if args.json:
         common.write_lines(args.json, rows)
     show(rows)
@@ -144,29 +160,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _sweep(args: Any, rows: list[Row], steps: int, guidance: str, environment: Row) -> None:
+def _sweep(args: Any, rows: list[Row], cell: Cell, environment: Row) -> None:
     """Measure what `rows` does not hold yet; every finished point is written at once."""
-    ratios = calibrate(steps)
-    work = list(points(steps, guidance, ratios))
+    subject = SUBJECTS[cell.model]()
+    work = list(points(cell, calibrate(subject, cell), subject.output))
     if args.quick:
         kinds = {p.key[:2]: p for p in work}
         work = list(kinds.values())
     if args.method:
         work = [p for p in work if p.method in args.method or p.system in args.method]
     have = {
-        tuple(r[k] for k in KEY)
-        for r in rows
-        if (r["steps"], r["guidance"], r["seeds"]) == (steps, guidance, args.seeds)
+        tuple(r[k] for k in KEY) for r in rows if (cell_of(r), r["seeds"]) == (cell, args.seeds)
     }
     work = [p for p in work if p.key not in have]
     if not work:
         return
-    bench = Bench(args.seeds, steps, guidance)
+    bench = Bench(subject, cell, args.seeds)
     solution = bench.solve() if not args.quick else bench.reference
-    if ("uncached", "uncached", "", f"{steps} steps") not in have:
-        whole = Point("uncached", "uncached", "", f"{steps} steps", None, steps)
+    if ("uncached", "uncached", "", f"{cell.steps} steps") not in have:
+        whole = Point("uncached", "uncached", "", f"{cell.steps} steps", None, cell.steps)
         rows.append({"bench": "quality", **bench.row(whole, solution), **environment})
-    with common.bar(len(work), f"{steps} steps, guidance {guidance}") as progress:
+    with common.bar(len(work), cell.title) as progress:
         for point in work:
             progress.set_postfix_str(" ".join(point.key))
             row = {"bench": "quality", **bench.row(point, solution), **environment}
@@ -178,14 +192,32 @@ def _sweep(args: Any, rows: list[Row], steps: int, guidance: str, environment: R
             progress.update()
 
 
-def calibrate(steps: int) -> list[float]:
-    from fastcache.demo.model import load_model
+def calibrate(subject: Subject, cell: Cell) -> list[float]:
     from fastcache.demo.run import calibrate as measure
 
-    return measure(load_model(), steps)
+    dtype = DTYPES[cell.dtype]
+    sample = functools.partial(subject.generate, dtype=dtype)
+    with systems.quietly():
+        model = subject.load().to(dtype)
+    return measure(model, cell.steps, sample)
 
 
 # --- reading the rows --------------------------------------------------------------------------------
+
+
+def cell_of(row: Row) -> Cell:
+    return Cell(*(row[k] for k in Cell._fields))
+
+
+def cells(rows: Sequence[Row]) -> Iterator[tuple[Cell, list[Row]]]:
+    """Rows that compare with each other, cell by cell in a fixed order."""
+    orders = (list(SUBJECTS), list(DTYPES), None, list(MODES))
+
+    def place(cell: Cell) -> list[int]:
+        return [o.index(v) if o else v for o, v in zip(orders, cell, strict=True)]  # type: ignore
+
+    for cell in sorted({cell_of(r) for r in rows}, key=place):
+        yield cell, [r for r in rows if cell_of(r) == cell]
 
 
 def best(rows: Sequence[Row], budget: float) -> Row | None:
@@ -211,22 +243,20 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
 
 
 def show(rows: list[Row]) -> None:
-    groups = list(dict.fromkeys((r["steps"], r["guidance"]) for r in rows))
-    for steps, guidance in groups:
-        here = [r for r in rows if (r["steps"], r["guidance"]) == (steps, guidance)]
+    for cell, here in cells(rows):
         table: list[list[object]] = []
         for row in here:
             name = " ".join(str(row[k]) for k in KEY[1:] if row[k])
             if row.get("error"):
                 table.append([row["system"], name, "", row["error"][:60]])
                 continue
-            cells = [f"{row['compute']:.1%}", _number(row["psnr"]), f"{row['relative_l2']:.4f}"]
-            cells += [f"{row['ssim']:.4f}", f"{row['accuracy']:.1%}", f"{row['frechet']:.2f}"]
+            found = [f"{row['compute']:.1%}", _number(row["psnr"]), f"{row['relative_l2']:.4f}"]
+            found += [f"{row['ssim']:.4f}", f"{row['accuracy']:.1%}", _number(row["frechet"])]
             bytes_ = row["cache_bytes"]
-            cells += [_number(row["psnr_solution"]), f"{bytes_ / 2**20:.2f}" if bytes_ else ""]
-            table.append([row["system"], name, *cells])
+            found += [_number(row["psnr_solution"]), f"{bytes_ / 2**20:.2f}" if bytes_ else ""]
+            table.append([row["system"], name, *found])
         columns = ["system", "method", "compute", "PSNR", "rel. L2", "SSIM", "judge", "Fréchet"]
-        title = f"{steps} steps, guidance {guidance}, {here[0]['seeds']} seeds"
+        title = f"{cell.title}, {here[0]['seeds']} seeds"
         common.print_table(title, [*columns, "PSNR to exact", "cache MiB"], table)
         lines = [
             [
@@ -247,6 +277,8 @@ def _number(value: float | None) -> str:
 
 def _parser() -> Any:
     p = common.parser("quality", __doc__)
+    p.add_argument("--model", nargs="+", choices=list(SUBJECTS), default=["flux"])
+    p.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32"])
     p.add_argument("--steps", type=int, nargs="+", default=[28, 50])
     p.add_argument("--guidance", nargs="+", choices=MODES, default=["none", "sequential"])
     p.add_argument("--seeds", type=int, default=64, help="images, each with its own noise")

@@ -14,12 +14,14 @@ import hashlib
 import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import claims, common, snippets
 from .common import RESULTS, ROOT, Row
-from .quality import KEY, frontier
+from .quality import KEY, cells, frontier
+from .subjects import NAMES
 
 PAGE, MARKDOWN, IMAGES = "docs/benchmarks.html", "docs/benchmarks.md", "docs/images"
 BENCHES = ("quality", "steps", "graphs", "ops", "overhead")
@@ -30,6 +32,7 @@ COMMANDS = {
     "graphs": "python -m bench graphs",
     "quality": "python -m bench quality",
 }
+QUALITY_IMAGES = {"flux": "quality", "video": "quality-video"}
 
 
 # --- a page is a list of blocks ----------------------------------------------------------------------
@@ -66,7 +69,7 @@ def blocks(rows: list[Row]) -> Iterator[Block]:
             "**GPU numbers are still to be measured**: no kernel has been timed on a GPU. "
             "`bench/gpu.sh` measures everything on a machine that has one.",
         )
-    if plain := [r for r in rows if r["bench"] == "quality" and r["guidance"] == "none"]:
+    if plain := _plain(rows):
         yield _image("frontier", plain)
     found = claims.all_claims(rows)
     if found:
@@ -84,7 +87,7 @@ def blocks(rows: list[Row]) -> Iterator[Block]:
                 yield from SECTIONS[bench](part)
 
 
-def _origin(rows: Sequence[Row], bench: str) -> Iterator[Block]:
+def _origin(rows: Sequence[Row], command: str) -> Iterator[Block]:
     first = rows[0]
     devices = ", ".join(dict.fromkeys(str(r["device"]) for r in rows))
     commits = ", ".join(dict.fromkeys(str(r["commit"]) for r in rows))
@@ -93,7 +96,7 @@ def _origin(rows: Sequence[Row], bench: str) -> Iterator[Block]:
     parts = [devices, f"torch {first['torch']}", f"{threads} thread(s)", f"commit {commits}"]
     parts += [f"{p} {first[p]}" for p in ("diffusers", "cache-dit", "triton") if first.get(p)]
     yield Block("p", f"{', '.join(parts)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.")
-    yield Block("code", COMMANDS[bench])
+    yield Block("code", command)
 
 
 def _image(name: str, rows: Sequence[Row]) -> Block:
@@ -102,7 +105,7 @@ def _image(name: str, rows: Sequence[Row]) -> Block:
 
 def _ops(rows: list[Row]) -> Iterator[Block]:
     yield Block("h2", f"Kernels ({rows[0]['kind'].upper()})")
-    yield from _origin(rows, "ops")
+    yield from _origin(rows, COMMANDS["ops"])
     yield Block(
         "p",
         "GB/s counts the fewest passes an operation needs, so the contenders of a cell compare; "
@@ -139,7 +142,7 @@ def _ops(rows: list[Row]) -> Iterator[Block]:
 
 def _overhead(rows: list[Row]) -> Iterator[Block]:
     yield Block("h2", "Python cost of a skipped step")
-    yield from _origin(rows, "overhead")
+    yield from _origin(rows, COMMANDS["overhead"])
     yield _image("overhead", rows)
     empty = rows[0]["p50"]
     lines = [(r["case"], common.spread(r, 1e6, 1), f"{r['p50'] / empty:.2f}×") for r in rows]
@@ -149,7 +152,7 @@ def _overhead(rows: list[Row]) -> Iterator[Block]:
 
 def _steps(rows: list[Row]) -> Iterator[Block]:
     yield Block("h2", f"Steps and whole runs ({rows[0]['kind'].upper()})")
-    yield from _origin(rows, "steps")
+    yield from _origin(rows, COMMANDS["steps"])
     yield Block(
         "p",
         f"One schedule for all: {rows[0]['computed']} of {rows[0]['steps']} steps computed. Own "
@@ -181,7 +184,7 @@ def _steps(rows: list[Row]) -> Iterator[Block]:
 
 def _graphs(rows: list[Row]) -> Iterator[Block]:
     yield Block("h2", "Inside torch.compile")
-    yield from _origin(rows, "graphs")
+    yield from _origin(rows, COMMANDS["graphs"])
     yield Block(
         "p",
         f"{rows[0]['steps']} steps, two contexts, two runs; graphs are captured and run as they "
@@ -202,48 +205,66 @@ def _graphs(rows: list[Row]) -> Iterator[Block]:
 
 def _quality(rows: list[Row]) -> Iterator[Block]:
     yield Block("h2", "Speed and quality")
-    yield from _origin(rows, "quality")
     yield Block(
         "p",
-        "The shipped trained model, fixed seeds, Euler. Compute: floating-point operations of the "
-        "transformer against the uncached run. PSNR: dB against the uncached run on the same noise. "
-        "Lines join the settings that no cheaper one beats. Always compare with fewer steps, which "
-        "costs nothing to try. Upstream's best method and cache-dit were also given the computed "
+        "Trained models, fixed seeds, Euler. Compute: floating-point operations of the transformer "
+        "against the uncached run. PSNR: dB against the uncached run on the same noise, in the same "
+        "dtype. Lines join the settings that no cheaper one beats. Always compare with fewer steps, "
+        "which costs nothing to try. Upstream's best method and cache-dit were also given the computed "
         "steps that serve guided prediction best ('last 1', 'last 2'). Random weights would say "
         "nothing about quality; large trained models were not measured.",
     )
-    yield _image("quality", rows)
-    if any(r["guidance"] == "none" and "guide" in r["predictor"] for r in rows):
+    if any("guide" in r["predictor"] for r in _plain(rows)):
         yield Block("h3", "Guided prediction over Taylor of order 1, same computed steps")
         yield _image("guided", rows)
-    for n, guidance in dict.fromkeys((r["steps"], r["guidance"]) for r in rows):
-        here = [r for r in rows if (r["steps"], r["guidance"]) == (n, guidance)]
-        guided = "no guidance" if guidance == "none" else f"{guidance} guidance"
-        title = f"{n} steps, {guided}, {here[0]['seeds']} images"
-        yield Block("h3", f"{title}: best PSNR in dB at a compute budget")
-        yield frontier_table(here)
-        lines: list[Sequence[object]] = []
-        for r in here:
-            name = (r["system"], *(r[k] for k in KEY[1:]))
-            if r.get("error"):
-                lines.append((*name, "", r["error"][:70]))
-                continue
-            lines.append(
-                (
-                    *name,
-                    f"{r['compute']:.1%}",
-                    _digits(r["psnr"], 1),
-                    f"{r['relative_l2']:.4f}",
-                    f"{r['ssim']:.4f}",
-                    f"{r['accuracy']:.1%}",
-                    f"{r['frechet']:.2f}",
-                    _digits(r["psnr_solution"], 1),
-                    _kib(r["cache_bytes"]),
-                )
-            )
-        columns = (*KEY, "compute", "PSNR", "rel. L2", "SSIM", "judge", "Fréchet")
-        columns = (*columns, "PSNR to 100 steps", "cache KiB")
-        yield table(columns, _padded(lines, 12), folded=f"{title}: all {len(here)} settings")
+    for (model, dtype), here in _subjects(rows).items():
+        yield Block("h2", f"Speed and quality: {NAMES[model]}, {dtype}")
+        options = f" --model {model}" * (model != "flux") + f" --dtype {dtype}" * (dtype != "fp32")
+        yield from _origin(here, COMMANDS["quality"] + options)
+        if dtype == "fp32":
+            yield _image(QUALITY_IMAGES[model], here)
+        for cell, part in cells(here):
+            yield from _cell(f"{cell.title}, {part[0]['seeds']} seeds", part)
+
+
+def _cell(title: str, rows: list[Row]) -> Iterator[Block]:
+    """What is best at a budget, and every setting."""
+    yield Block("h3", f"{title}: best PSNR in dB at a compute budget")
+    yield frontier_table(rows)
+    columns = {
+        "compute": lambda r: f"{r['compute']:.1%}",
+        "PSNR": lambda r: _digits(r["psnr"], 1),
+        "rel. L2": lambda r: f"{r['relative_l2']:.4f}",
+        "SSIM": lambda r: f"{r['ssim']:.4f}",
+        "judge": lambda r: f"{r['accuracy']:.1%}",
+        "Fréchet": lambda r: _digits(r["frechet"], 2),
+        "PSNR to 100 steps": lambda r: _digits(r["psnr_solution"], 1),
+        "PSNR to fp32": lambda r: _digits(r.get("psnr_fp32"), 1),
+        "cache KiB": lambda r: _kib(r["cache_bytes"]),
+    }
+    if not any("psnr_fp32" in r for r in rows):
+        del columns["PSNR to fp32"]
+    lines: list[Sequence[object]] = []
+    for r in rows:
+        failed = ("", r["error"][:70]) if r.get("error") else None
+        found = failed or tuple(show(r) for show in columns.values())
+        lines.append((*(r[k] for k in KEY), *found))
+    lines = _padded(lines, len(KEY) + len(columns))
+    yield table((*KEY, *columns), lines, folded=f"{title}: all {len(rows)} settings")
+
+
+def _subjects(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by model and dtype."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for cell, part in cells(rows):
+        found.setdefault((cell.model, cell.dtype), []).extend(part)
+    return found
+
+
+def _plain(rows: list[Row]) -> list[Row]:
+    """Quality in fp32 without guidance."""
+    wanted = {"bench": "quality", "dtype": "fp32", "guidance": "none"}
+    return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
 
 
 def frontier_table(rows: Sequence[Row]) -> Block:
@@ -369,20 +390,21 @@ def draw(rows: list[Row], folder: Path) -> None:
     """The pictures that the pages refer to."""
     from . import figures
 
-    def plain(rows: list[Row]) -> list[Row]:
-        return [r for r in rows if r["guidance"] == "none"]
+    def of(model: str, rows: list[Row]) -> list[Row]:
+        return [r for r in rows if (r["model"], r["dtype"]) == (model, "fp32")]
 
     def first(rows: list[Row]) -> list[Row]:
-        return [r for r in plain(rows) if r["steps"] == rows[0]["steps"]]
+        return [r for r in of("flux", _plain(rows)) if r["steps"] == 28]
 
     makers = {
         "ops": ("ops", figures.ops_figure, list),
         "overhead": ("overhead", figures.overhead_figure, list),
         "steps": ("steps", figures.steps_figure, list),
-        "quality": ("quality", figures.quality_figure, list),
-        "guided": ("quality", figures.guided_figure, plain),
+        "guided": ("quality", figures.guided_figure, _plain),
         "frontier": ("quality", figures.frontier_figure, first),
     }
+    for model, name in QUALITY_IMAGES.items():
+        makers[name] = ("quality", figures.quality_figure, partial(of, model))
     for name, (bench, make, choose) in makers.items():
         for kind in ("cpu", "cuda"):
             part = choose([r for r in rows if r["bench"] == bench and r["kind"] == kind])

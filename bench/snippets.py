@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fastcache.presets import presets
 
 from . import claims
 from .common import Row
 from .quality import frontier
-from .sweeps import INTERVALS
+from .sweeps import ABLATED, INTERVALS, Guide
 
 MARKED = re.compile(r"(<!-- bench:begin (\w+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 PICTURE = "bench-frontier-cpu.png"
@@ -44,6 +45,18 @@ def of(rows: Sequence[Row], bench: str, **fields: object) -> list[Row]:
     return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
 
 
+def cell(
+    rows: Sequence[Row],
+    steps: int,
+    guidance: str = "none",
+    model: str = "flux",
+    dtype: str = "fp32",
+) -> list[Row]:
+    """CPU rows of one cell of the quality benchmark."""
+    fields = {"steps": steps, "guidance": guidance, "model": model, "dtype": dtype}
+    return of(rows, "quality", **fields)
+
+
 def digits(value: float | None, places: int = 1) -> str:
     return "" if value is None else f"{value:.{places}f}"
 
@@ -53,7 +66,7 @@ def digits(value: float | None, places: int = 1) -> str:
 
 def frontier_short(rows: Sequence[Row]) -> str:
     """The best of every system at a budget."""
-    here = of(rows, "quality", steps=28, guidance="none")
+    here = cell(rows, 28)
     systems = ("fastcache", "diffusers", "cache-dit", "uncached")
     lines = [(f"{f['budget']:.0%}", *(digits(f[k]) for k in systems)) for f in frontier(here)]
     columns = ("compute at most", "fastcache", "diffusers' hooks", "cache-dit", "fewer steps")
@@ -62,7 +75,7 @@ def frontier_short(rows: Sequence[Row]) -> str:
 
 def frontier_settings(rows: Sequence[Row]) -> str:
     """What gives the best PSNR at a budget, for 28 and 50 steps."""
-    groups = [of(rows, "quality", steps=n, guidance="none") for n in (28, 50)]
+    groups = [cell(rows, n) for n in (28, 50)]
     lines = []
     for here in groups:
         for f in frontier(here) if here else ():
@@ -73,28 +86,102 @@ def frontier_settings(rows: Sequence[Row]) -> str:
     return markdown(columns, lines) if lines else ""
 
 
+RIVALS = {
+    "reuse": ("Interval", "reuse"),
+    "Taylor 1": ("Interval", "order 1"),
+    "residual guide": ("Guided", "residual guide"),
+    "modulated guide": ("Guided", "modulated guide"),
+    "modulated, order 1": ("Guided", "modulated guide, order 1"),
+    "input guide": ("Guided", "input guide"),
+}
+
+
 def guided(rows: Sequence[Row]) -> str:
-    """Reuse, Taylor and the guides on the same schedules."""
-    rivals = {
-        "reuse": ("Interval", "reuse"),
-        "Taylor 1": ("Interval", "order 1"),
-        "residual guide": ("Guided", "residual guide"),
-        "modulated guide": ("Guided", "modulated guide"),
-        "modulated, order 1": ("Guided", "modulated guide, order 1"),
-        "input guide": ("Guided", "input guide"),
-    }
+    """Reuse, Taylor and the guides on the same schedules, the shipped model."""
+    return _schedules([cell(rows, n) for n in (28, 50)])
+
+
+def video(rows: Sequence[Row]) -> str:
+    """The same of the video model."""
+    return _schedules([cell(rows, n, model="video") for n in (28, 50)])
+
+
+def bf16(rows: Sequence[Row]) -> str:
+    """The same in bfloat16; after the slash against the uncached run in fp32."""
+    here = cell(rows, 28, dtype="bf16")
+    whole = [r for r in here if r["method"] == "uncached"]
+    table = _schedules([here], lambda r: f"{digits(r['psnr'])} / {digits(r['psnr_fp32'])}")
+    found = [
+        f"The uncached run in bf16 against that in fp32: {r['psnr_fp32']:.1f} dB." for r in whole
+    ]
+    return "\n\n".join([*found[:1], table]) if here else ""
+
+
+def _schedules(
+    groups: Sequence[Sequence[Row]], show: Callable[[Row], str] = lambda r: digits(r["psnr"])
+) -> str:
     lines = []
-    for n in (28, 50):
+    for here in groups:
         at = {
             (r["method"], r["predictor"], r["setting"]): r
-            for r in of(rows, "quality", steps=n, guidance="none", system="fastcache")
+            for r in here
+            if r["system"] == "fastcache"
         }
         for i in INTERVALS:
-            found = [at.get((*rival, f"every {i}")) for rival in rivals.values()]
+            found = [at.get((*rival, f"every {i}")) for rival in RIVALS.values()]
             if taylor := found[1]:
-                psnr = [digits(r and r["psnr"]) for r in found]
-                lines.append((n, i, f"{taylor['compute']:.0%}", *psnr))
-    columns = ("steps", "every", "compute (Taylor)", *rivals)
+                psnr = ["" if r is None else show(r) for r in found]
+                lines.append((taylor["steps"], i, f"{taylor['compute']:.0%}", *psnr))
+    columns = ("steps", "every", "compute (Taylor)", *RIVALS)
+    return markdown(columns, lines) if lines else ""
+
+
+def leads(rows: Sequence[Row]) -> str:
+    """The video model: our best at a budget, and how far it is ahead."""
+    others = {"diffusers": "diffusers' hooks", "cache-dit": "cache-dit", "uncached": "fewer steps"}
+    lines = []
+    for n, guidance in ((28, "none"), (28, "sequential"), (50, "none")):
+        here = cell(rows, n, guidance, model="video")
+        for f in frontier(here) if here else ():
+            if f["fastcache"] is not None:
+                ahead = [None if f[k] is None else f["fastcache"] - f[k] for k in others]
+                cells = ["" if a is None else f"{a:+.1f}" for a in ahead]
+                best = (digits(f["fastcache"]), *cells, f["fastcache setting"])
+                lines.append((n, guidance, f"{f['budget']:.0%}", *best))
+    columns = ("steps", "guidance", "compute at most", "best PSNR")
+    columns += (*(f"over {name}" for name in others.values()), "with")
+    return markdown(columns, lines) if lines else ""
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "order 1": {"order": 1},
+    "ridge 0": {"ridge": 0.0},
+    "ridge 0.03": {"ridge": 0.03},
+    "ridge 0.3": {"ridge": 0.3},
+    "every token in the guide": {"tokens": 1},
+    "warm-up 1": {"warmup": 1},
+    "warm-up 2": {"warmup": 2},
+    "last step not computed": {"last": 0},
+    "last two steps computed": {"last": 2},
+}
+
+
+def ablation(rows: Sequence[Row]) -> str:
+    """One setting of `Guided` or of its schedule changed at a time, both models, 28 steps."""
+    lines = []
+    for model in ("flux", "video"):
+        here = cell(rows, 28, model=model)
+        at = {(r["predictor"], r["setting"]): r for r in here if r["method"] == "Guided"}
+        for name, fields in VARIANTS.items():
+            guides = [Guide(g, **fields) for g in ("residual", "modulated")]
+            found = [at.get((g.label, f"every {n}{g.setting}")) for g in guides for n in ABLATED]
+            if any(found):
+                share = found[len(ABLATED) + 1]
+                compute = "" if share is None else f"{share['compute']:.0%}"
+                lines.append((model, name, compute, *(digits(r and r["psnr"]) for r in found)))
+    at_each = [f"{g}, every {n}" for g in ("residual", "modulated") for n in ABLATED]
+    columns = ("model", "changed", f"compute (modulated, every {ABLATED[1]})", *at_each)
     return markdown(columns, lines) if lines else ""
 
 
@@ -117,7 +204,7 @@ def budgets(rows: Sequence[Row]) -> str:
 
 def _with_lead(rows: Sequence[Row], steps: int, point: list[str]) -> tuple[str, str]:
     """Compute and PSNR of a setting, and in brackets its lead over fewer steps."""
-    here = of(rows, "quality", steps=steps, guidance="none")
+    here = cell(rows, steps)
     found = next((r for r in here if [r["predictor"], r["setting"]] == point), None)
     if found is None:
         return "", ""
@@ -229,6 +316,10 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "frontier": frontier_short,
     "settings": frontier_settings,
     "guided": guided,
+    "ablation": ablation,
+    "video": video,
+    "leads": leads,
+    "bf16": bf16,
     "presets": budgets,
     "kernels": kernels,
     "overhead": overhead,

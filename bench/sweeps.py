@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,31 +28,84 @@ from fastcache import (
 )
 
 from . import systems
+from .subjects import Cell
 from .systems import Attached
 
 FIRST_BLOCK = (0.08, 0.12, 0.15, 0.20, 0.30, 0.40)
 MAGNITUDE = (0.06, 0.12, 0.18, 0.24, 0.36, 0.50)
 MISFIT = (0.15, 0.2, 0.3)
 INTERVALS = (2, 3, 4, 5, 6, 7, 9)
-GUIDES = (  # guide, order, warm-up, how many last steps are computed, whether it is ablation only
-    ("residual", 2, 2, 1, False),
-    ("residual", 2, 2, 2, False),
-    ("modulated", 2, 2, 1, False),
-    ("modulated", 2, 2, 2, False),
-    ("modulated", 1, 2, 0, False),
-    ("modulated", 1, 2, 1, False),
-    ("modulated", 1, 2, 2, False),
-    ("residual", 2, 4, 1, True),
-    ("modulated", 2, 4, 1, True),
-    ("modulated", 1, 4, 1, True),
-    ("input", 2, 4, 1, True),
+RIDGE = 0.03  # ten times the default pull toward Taylor
+LAST = (", no last", "", ", last 2")  # by how many last steps are computed
+
+
+@dataclass(frozen=True)
+class Guide:
+    """One setting of guided prediction and the intervals at which it is measured."""
+
+    guide: str
+    order: int = 2
+    warmup: int = 4
+    last: int = 1
+    ridge: float | None = None  # None and 4 tokens: the defaults
+    tokens: int = 4
+    intervals: tuple[int, ...] = INTERVALS
+
+    @property
+    def label(self) -> str:
+        return f"{self.guide} guide" + ", order 1" * (self.order == 1)
+
+    @property
+    def setting(self) -> str:
+        """What comes after "every n"."""
+        text = f", warm-up {self.warmup}" * (self.warmup != 4) + LAST[self.last]
+        text += "" if self.ridge is None else f", ridge {self.ridge:g}"
+        return text + ", all tokens" * (self.tokens == 1)
+
+    def recipe(self, n: int, steps: int) -> Recipe:
+        fields = {} if self.ridge is None else {"ridge": self.ridge}
+        when = Interval(n, warmup=self.warmup, stop=steps - self.last, last=False)
+        return Recipe(when, Guided(self.order, self.guide, tokens=self.tokens, **fields))
+
+
+GUIDES = (
+    Guide("residual", warmup=2),
+    Guide("residual", warmup=2, last=2),
+    Guide("modulated", warmup=2),
+    Guide("modulated", warmup=2, last=2),
+    Guide("modulated", 1, warmup=2, last=0),
+    Guide("modulated", 1, warmup=2),
+    Guide("modulated", 1, warmup=2, last=2),
 )
-LAST = (", no last", "", ", last 2")
-SUBSAMPLED = (3, 5, 7)  # where a guide of all tokens is measured too
+# without guidance also these, which are no candidates for the frontier: Taylor's schedule, and promises
+ABLATED = (3, 5, 7)
+COMPARED = (
+    Guide("residual"),
+    Guide("modulated"),
+    Guide("modulated", 1),
+    Guide("input"),
+    Guide("modulated", ridge=RIDGE),
+    *(Guide(g, tokens=1, intervals=ABLATED) for g in ("residual", "modulated")),
+)
+# and what each setting is worth, for which one number of steps has to do
+ABLATION_STEPS = 28
+ABLATIONS = tuple(
+    Guide(guide, intervals=ABLATED, **changed)
+    for guide in ("residual", "modulated")
+    for changed in (
+        {"order": 1},
+        {"ridge": 0.0},
+        {"ridge": RIDGE},
+        {"ridge": 0.3},
+        {"warmup": 1},
+        {"last": 0},
+        {"last": 2},
+    )
+    if Guide(guide, **changed) not in COMPARED
+)
 SEER_INTERVALS = (3, 4, 5, 6)
 BROADCAST = (2, 3)
 HALVES = (3, 5)
-GRID = (8, 8)  # tokens of an image of the shipped model
 DB_CACHE = (0.08, 0.12, 0.16, 0.20, 0.30)
 
 
@@ -97,17 +150,15 @@ def fewer(steps: int) -> Iterator[Point]:
         yield Point("uncached", "fewer steps", "", f"{n} steps", None, n)
 
 
-RIDGE = 0.03  # ten times the default pull toward Taylor
-
-
-def points(steps: int, guidance: str, ratios: Sequence[float]) -> Iterator[Point]:
-    """Every setting for runs of `steps` steps; guidance is "none", "sequential" or "batched"."""
+def points(cell: Cell, ratios: Sequence[float], output: Mapping[str, Any]) -> Iterator[Point]:
+    """Every setting of a cell; ratios: MagCache's, output: tensor_format and grid of the model's output."""
+    steps, guidance = cell.steps, cell.guidance
     yield from fewer(steps)
     if guidance == "batched":
-        yield from half_points()
+        yield from half_points(output)
         return
     yield from stack_points(steps, ratios)
-    yield from guided_points(steps, ablation=guidance == "none")
+    yield from guided_points(cell)
     yield from module_points(guidance)
     if not systems.missing("diffusers"):
         yield from diffusers_points(steps, guidance, ratios)
@@ -153,22 +204,15 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
             yield ours("TaylorSeer", "modulated guide", f"stack, every {n}, last {last}", recipe)
 
 
-def guided_points(steps: int, ablation: bool) -> Iterator[Point]:
-    """Guided prediction; ablation: also guides, warm-ups and tokens that are no candidates for the frontier."""
-    for guide, order, warmup, last, extra in GUIDES:
-        for n in INTERVALS if ablation or not extra else ():
-            label = f"{guide} guide" + ", order 1" * (order == 1)
-            setting = f"every {n}" + f", warm-up {warmup}" * (warmup != 4) + LAST[last]
-            when = Interval(n, warmup=warmup, stop=steps - last, last=False)
-            yield ours("Guided", label, setting, Recipe(when, Guided(order, guide)))
-    for n in INTERVALS if ablation else ():
-        recipe = Recipe(Interval(n, warmup=4, last=True), Guided(guide="modulated", ridge=RIDGE))
-        yield ours("Guided", "modulated guide", f"every {n}, ridge {RIDGE:g}", recipe)
-    for n in SUBSAMPLED if ablation else ():
-        for guide in ("residual", "modulated"):
-            recipe = Recipe(Interval(n, warmup=4, last=True), Guided(guide=guide, tokens=1))
-            yield ours("Guided", f"{guide} guide", f"every {n}, all tokens", recipe)
-    for t in MISFIT if ablation else ():
+def guided_points(cell: Cell) -> Iterator[Point]:
+    """Guided prediction, in some cells also what is no candidate for the frontier."""
+    plain = cell.guidance == "none"
+    ablation = (cell.dtype, cell.steps, cell.guidance) == ("fp32", ABLATION_STEPS, "none")
+    for guide in GUIDES + COMPARED * plain + ABLATIONS * ablation:
+        for n in guide.intervals:
+            setting = f"every {n}{guide.setting}"
+            yield ours("Guided", guide.label, setting, guide.recipe(n, cell.steps))
+    for t in MISFIT if plain else ():
         recipe = Recipe(Misfit(t, warmup=4, last=True), Guided())
         yield ours("Guided", "residual guide", f"misfit {t:g}", recipe)
     for t in FIRST_BLOCK:
@@ -176,14 +220,14 @@ def guided_points(steps: int, ablation: bool) -> Iterator[Point]:
         yield ours("FirstBlock", "residual guide", f"{t:g}, warm-up 2", recipe)
 
 
-def half_points() -> Iterator[Point]:
+def half_points(output: Mapping[str, Any]) -> Iterator[Point]:
     """What a batched call allows besides: rebuilding its unconditional half, alone and in company."""
     attention = Recipe(
         TimestepRange(2, (-1, 681), conditional_only=True), Extrapolate(0.3), Modules()
     )
     for n in HALVES:
         when = TimestepRange(n, (-1, 641))
-        half = Recipe(when, Reuse(), Guidance(tensor_format="BSC", grid=GRID))
+        half = Recipe(when, Reuse(), Guidance(**output))
         yield ours("FasterCache", "extrapolate", f"half {n}", half)
         yield ours("FasterCache", "extrapolate", f"half {n}, attention 2", half + attention)
         for every in (2, 3, 4):

@@ -138,17 +138,87 @@ def test_every_system_follows_the_schedule_it_is_timed_on():
         assert computed == plan, (contender.system, contender.method)
 
 
-def test_quality_and_its_continuation(tmp_path):
+@pytest.mark.parametrize("model", ["flux", "video"])
+def test_quality_and_its_continuation(tmp_path, model):
     pytest.importorskip("diffusers")
     path = tmp_path / "quality.jsonl"
-    rows = rows_of(quality.main, path, "--quick")
+    rows = rows_of(quality.main, path, "--quick", "--model", model)
+    assert {(r["model"], r["dtype"]) for r in rows} == {(model, "fp32")}
     assert {"uncached", "fastcache", "diffusers"} <= {r["system"] for r in rows}
     assert all(0 < r["compute"] <= 1 for r in rows if "error" not in r)
     assert not [r for r in rows if r["system"] == "fastcache" and "error" in r]
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    again = rows_of(quality.main, path, "--quick", "--resume")
+    again = rows_of(quality.main, path, "--quick", "--resume", "--model", model)
     assert again == [*rows[:-1], again[-1]]  # only the missing point was measured again
     assert again[-1]["psnr"] == rows[-1]["psnr"]
+
+
+def test_rows_of_another_model_or_dtype_are_another_cell(tmp_path):
+    """Neither continues the other, and a row of before there were two is the shipped model in fp32."""
+    pytest.importorskip("diffusers")
+    path, one = tmp_path / "quality.jsonl", ("--quick", "--method", "fewer steps", "--resume")
+    old = rows_of(quality.main, path, *one)
+    for row in old:
+        del row["model"], row["dtype"]
+    common.write_lines(path, old)
+    assert rows_of(quality.main, path, *one) == common.read_lines(path)
+    rows_of(quality.main, path, *one, "--dtype", "bf16")
+    rows_of(quality.main, path, *one, "--model", "video")
+    rows = common.read_lines(path)
+    assert [r["psnr"] for r in rows[: len(old)]] == [r["psnr"] for r in old]
+    cells = dict(quality.cells(rows))
+    assert [c.title.split(",")[0] for c in cells] == ["8 steps", "bf16", "video"]
+    assert all(len(part) == len(old) for part in cells.values())
+    assert all(("psnr_fp32" in r) == (r["dtype"] == "bf16") for r in rows)
+    titles = [b.text for b in report.blocks(rows) if b.kind == "h3" and "best PSNR" in b.text]
+    assert len(titles) == len(cells)
+
+
+def test_the_video_model_loads_and_is_what_its_record_says():
+    pytest.importorskip("diffusers")
+    from bench import train_video, video
+    from fastcache.demo.data import load_digits
+    from fastcache.demo.model import load_judge
+
+    record = json.loads((video.ASSETS / video.RECORD_FILE).read_text())
+    assert (video.ASSETS / video.MODEL_FILE).stat().st_size <= 3e6
+    assert record["architecture"] == json.loads(json.dumps(video.ARCHITECTURE))
+    model, held_out = video.load_model(), load_digits()[1]
+    assert sum(p.numel() for p in model.parameters()) == record["parameters"]
+    loss = train_video.held_out_loss(model, held_out, repeats=1, task=train_video.VIDEOS)
+    assert loss == pytest.approx(record["held_out_loss"], abs=0.01)  # one draw per video, not four
+    labels = torch.arange(10)
+    recorded = record["samples"]["guided"]
+    videos = video.generate(model, labels, steps=14, guidance=recorded["guidance"])
+    assert videos.shape == (10, video.FRAMES, 1, 16, 16)
+    accuracy = video.accuracy(load_judge(), videos, labels)
+    assert recorded["frame_accuracy"] > 0.9 and accuracy >= recorded["frame_accuracy"] - 0.15
+
+
+def test_videos_move_and_their_packing_round_trips():
+    from bench import video
+    from fastcache.demo.data import load_digits
+
+    images = load_digits()[1].images[:8]
+    videos = video.animate(images, torch.Generator().manual_seed(0))
+    assert videos.shape == (8, video.FRAMES, 1, 16, 16)
+    assert (videos[:, 0] - videos[:, -1]).abs().amax((1, 2, 3)).min() > 0.1
+    assert torch.equal(video.unpack(video.pack(videos)), videos)
+    # wherever a digit is, the judge sees it in the middle
+    still = video.centred(videos.flatten(0, 1)).unflatten(0, (8, -1))
+    assert (still - still[:, :1]).abs().mean() < 0.1
+
+
+def test_training_the_video_model_writes_what_loads(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    from bench import train_video, video
+
+    picture = tmp_path / "samples.png"
+    arguments = ["--steps", "6", "--batch", "8", "--samples", "2"]
+    train_video.main([*arguments, "--out", str(tmp_path), "--picture", str(picture)])
+    assert "training loss" in capsys.readouterr().out
+    video.load_model(tmp_path / video.MODEL_FILE)
+    assert picture.stat().st_size > 1000
 
 
 def test_without_diffusers_the_benches_say_so(tmp_path, monkeypatch, capsys):

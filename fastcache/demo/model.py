@@ -76,14 +76,14 @@ def zero_modulation(model: nn.Module) -> None:
 def load_model(path: Path | None = None) -> nn.Module:
     """The shipped checkpoint (stored in fp16) as an fp32 model in eval mode."""
     model = build_model()
-    model.load_state_dict(_read(path or ASSETS / MODEL_FILE))
+    model.load_state_dict(read_weights(path or ASSETS / MODEL_FILE))
     return model.eval().requires_grad_(False)
 
 
 def load_judge(path: Path | None = None) -> Judge:
     """The shipped classifier in eval mode."""
     judge = Judge()
-    judge.load_state_dict(_read(path or ASSETS / JUDGE_FILE))
+    judge.load_state_dict(read_weights(path or ASSETS / JUDGE_FILE))
     return judge.eval().requires_grad_(False)
 
 
@@ -95,9 +95,21 @@ def save_weights(module: nn.Module, path: Path) -> None:
     save_file({k: v.detach().half().contiguous() for k, v in module.state_dict().items()}, path)
 
 
+def read_weights(path: Path, trainer: str = "fastcache.demo.train") -> dict[str, Tensor]:
+    """What `save_weights` wrote, in fp32."""
+    require("safetensors")
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; reinstall fastcache-dit or rebuild it with `python -m {trainer}`"
+        )
+    return {name: tensor.float() for name, tensor in load_file(path).items()}
+
+
 def denoise(model: nn.Module, tokens: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
     """Predicted velocity (noise - image): tokens [B, 64, 4], sigma [B] in [0, 1], labels [B]."""
-    text, pooled = encode_labels(labels)
+    text, pooled = (t.to(tokens.dtype) for t in encode_labels(labels))
     image_ids, text_ids = position_ids()
     return model(
         hidden_states=tokens,
@@ -108,15 +120,3 @@ def denoise(model: nn.Module, tokens: Tensor, sigma: Tensor, labels: Tensor) -> 
         txt_ids=text_ids,
         return_dict=False,
     )[0]
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    require("safetensors")
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing; reinstall fastcache-dit or rebuild it with "
-            "`python -m fastcache.demo.train`"
-        )
-    return {name: tensor.float() for name, tensor in load_file(path).items()}

@@ -14,7 +14,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -157,13 +157,15 @@ def fewer_steps(model: nn.Module, runs: list[Run], labels: Tensor, settings: Set
     return curves
 
 
-def calibrate(model: nn.Module, steps: int) -> list[float]:
+def calibrate(
+    model: nn.Module, steps: int, sample: Callable[..., Tensor] = generate
+) -> list[float]:
     """MagCache's magnitude ratios of this model at `steps` steps."""
     import fastcache
 
     labels = torch.arange(10)
     calibration = fastcache.calibrate(
-        lambda cache: generate(model, labels, steps=steps, seed=CALIBRATION_SEED, cache=cache),
+        lambda cache: sample(model, labels, steps=steps, seed=CALIBRATION_SEED, cache=cache),
         model,
         num_inference_steps=steps,
     )

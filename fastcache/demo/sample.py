@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,6 @@ def initial_noise(batch: int, seed: int) -> Tensor:
     return torch.randn(batch, IMAGE_TOKENS, CHANNELS, generator=generator)
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     labels: Tensor,
@@ -41,6 +41,7 @@ def generate(
     batched_guidance: bool = False,
     cache: Cache | None = None,
     progress: Callable[[int], object] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Images [B, 1, 16, 16] for labels [B], from the noise of `seed`.
 
@@ -48,42 +49,61 @@ def generate(
     batched_guidance: both halves in one call, the unconditional one first.
     cache: every denoiser call runs inside its context, named "cond", "uncond" or "cond_uncond".
     progress: called with 1 after each step.
+    dtype: what the model is called in; the image itself is kept in fp32 between the steps.
     """
-    levels = sigmas(steps)
-    tokens = initial_noise(len(labels), seed)
+    noise, call = initial_noise(len(labels), seed), partial(denoise, model)
+    options = (steps, guidance, batched_guidance, cache, progress, dtype)
+    return unpack(integrate(call, noise, labels, *options))
 
-    def velocity(name: str, step: int, tokens: Tensor, labels: Tensor) -> Tensor:
+
+@torch.no_grad()
+def integrate(
+    denoise: Callable[[Tensor, Tensor, Tensor], Tensor],  # latents, sigma [B], labels [B]
+    latents: Tensor,
+    labels: Tensor,
+    steps: int = 28,
+    guidance: float | None = None,
+    batched_guidance: bool = False,
+    cache: Cache | None = None,
+    progress: Callable[[int], object] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Euler's method from noise to clean latents of any shape [B, ...]; options as in `generate`."""
+    levels = sigmas(steps)
+
+    def velocity(name: str, step: int, latents: Tensor, labels: Tensor) -> Tensor:
         with _context(cache, name, step, steps, levels[step]):
-            return denoise(model, tokens, torch.full((len(labels),), levels[step]), labels)
+            sigma = torch.full((len(labels),), levels[step])
+            return denoise(latents.to(dtype), sigma, labels)
 
     for step in range(steps):
         if guidance is None:
-            v = velocity("cond", step, tokens, labels)
+            v = velocity("cond", step, latents, labels)
         else:
             call = _both_halves if batched_guidance else _one_by_one
-            cond, uncond = call(velocity, step, tokens, labels)
+            cond, uncond = call(velocity, step, latents, labels)
             v = uncond + guidance * (cond - uncond)
-        tokens = tokens + (levels[step + 1] - levels[step]) * v
+        latents = latents + (levels[step + 1] - levels[step]) * v
         if progress is not None:
             progress(1)
-    return unpack(tokens)
+    return latents
 
 
 Velocity = Callable[[str, int, Tensor, Tensor], Tensor]
 
 
 def _one_by_one(
-    velocity: Velocity, step: int, tokens: Tensor, labels: Tensor
+    velocity: Velocity, step: int, latents: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    cond = velocity("cond", step, tokens, labels)
-    return cond, velocity("uncond", step, tokens, torch.full_like(labels, NULL_LABEL))
+    cond = velocity("cond", step, latents, labels)
+    return cond, velocity("uncond", step, latents, torch.full_like(labels, NULL_LABEL))
 
 
 def _both_halves(
-    velocity: Velocity, step: int, tokens: Tensor, labels: Tensor
+    velocity: Velocity, step: int, latents: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     both = torch.cat([torch.full_like(labels, NULL_LABEL), labels])
-    uncond, cond = velocity("cond_uncond", step, torch.cat([tokens, tokens]), both).chunk(2)
+    uncond, cond = velocity("cond_uncond", step, torch.cat([latents, latents]), both).chunk(2)
     return cond, uncond
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,40 +80,50 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * cosine)
 
 
-def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, noise: Tensor, s: Tensor) -> Tensor:
-    """Mean squared error of the velocity noise - x at z = (1 - s) x + s noise; s is [B]."""
-    x = pack(images)
-    z = torch.lerp(x, noise, s[:, None, None])
-    return functional.mse_loss(denoise(model, z, s, labels), noise - x)
+@dataclass(frozen=True)
+class Task:
+    """What is trained: a new model from a seed, its call, and the latents of images [B, 1, 16, 16]."""
+
+    build: Callable[[int], nn.Module]
+    denoise: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # latents, sigma [B], labels [B]
+    latents: Callable[[Tensor, torch.Generator], Tensor]
 
 
-def draw(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise [B, 64, 4] and logit-normal noise levels [B]."""
-    return torch.randn(batch, 64, 4, generator=generator), torch.sigmoid(
-        torch.randn(batch, generator=generator)
-    )
+IMAGES = Task(build_model, denoise, lambda images, _: pack(images))
+
+
+def flow_loss(
+    task: Task, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of the velocity noise - x at z = (1 - s) x + s noise, s logit-normal."""
+    x = task.latents(images, generator)
+    noise = torch.randn(x.shape, generator=generator)
+    s = torch.sigmoid(torch.randn(len(x), generator=generator))
+    z = torch.lerp(x, noise, s.reshape(-1, *[1] * (x.dim() - 1)))
+    return functional.mse_loss(task.denoise(model, z, s, labels), noise - x)
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, data: Digits, repeats: int = 4, batch: int = 99) -> float:
+def held_out_loss(
+    model: nn.Module, data: Digits, repeats: int = 4, batch: int = 99, task: Task = IMAGES
+) -> float:
     """Flow loss on `data`, `repeats` fixed draws of noise and level per image."""
     generator = torch.Generator().manual_seed(EVAL_SEED)
     total = 0.0
     for _ in range(repeats):
         for images, labels in zip(data.images.split(batch), data.labels.split(batch), strict=True):
-            noise, s = draw(len(labels), generator)
-            total += flow_loss(model, images, labels, noise, s).item() * len(labels)
+            total += flow_loss(task, model, images, labels, generator).item() * len(labels)
     return total / (repeats * len(data))
 
 
 def train_denoiser(
-    recipe: Recipe, train: Digits, held_out: Digits | None = None
+    recipe: Recipe, train: Digits, held_out: Digits | None = None, task: Task = IMAGES
 ) -> tuple[nn.Module, History]:
     """The averaged (EMA) model and its history; held-out loss about 14 times if given data."""
     require("tqdm")
     from tqdm import tqdm
 
-    model = build_model(recipe.seed).train()
+    model = task.build(recipe.seed).train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
@@ -124,7 +135,7 @@ def train_denoiser(
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
-        loss = _batch_loss(model, recipe, train, generator)
+        loss = _batch_loss(task, model, recipe, train, generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -132,7 +143,7 @@ def train_denoiser(
         _update_average(average, model, min(recipe.ema, (step + 1) / (step + 10)))
         history.train.append(loss.item())
         if held_out is not None and (step + 1) % every == 0:
-            history.held_out.append((step + 1, held_out_loss(average, held_out, repeats=1)))
+            history.held_out.append((step + 1, held_out_loss(average, held_out, 1, task=task)))
             bar.set_postfix(train=f"{loss:.3f}", held_out=f"{history.held_out[-1][1]:.3f}")
     return average.eval(), history
 
@@ -225,15 +236,12 @@ def main(argv: list[str] | None = None) -> int:
     record["threads"] = args.threads
     (args.out / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps({k: v for k, v in record.items() if k != "history"}, indent=2))
-    return _check_fall(history)
+    return check_fall(history)
 
 
 def _record(
     recipe: Recipe, history: History, out: Path, held_out: Digits, samples: int
 ) -> dict[str, object]:
-    import diffusers
-    import sklearn
-
     model, judge = load_model(out / MODEL_FILE), load_judge(out / JUDGE_FILE)
     return {
         "format": "fastcache-demo-training",
@@ -243,12 +251,7 @@ def _record(
         "held_out_loss": held_out_loss(model, held_out),
         "judge_accuracy": accuracy(judge, held_out.images, held_out.labels),
         "samples": sample_quality(model, judge, held_out, samples),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "sklearn": sklearn.__version__,
-        },
+        "versions": versions(),
         "history": {
             "train": [round(loss, 4) for loss in history.train],
             "held_out": [[step, round(loss, 4)] for step, loss in history.held_out],
@@ -256,7 +259,20 @@ def _record(
     }
 
 
-def _check_fall(history: History) -> int:
+def versions() -> dict[str, str]:
+    """What a training run depends on besides its recipe."""
+    import diffusers
+    import sklearn
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "sklearn": sklearn.__version__,
+    }
+
+
+def check_fall(history: History) -> int:
     tail = max(1, len(history.train) // 4)
     first, last = sum(history.train[:tail]) / tail, sum(history.train[-tail:]) / tail
     fell = last < first
@@ -265,12 +281,12 @@ def _check_fall(history: History) -> int:
 
 
 def _batch_loss(
-    model: nn.Module, recipe: Recipe, train: Digits, generator: torch.Generator
+    task: Task, model: nn.Module, recipe: Recipe, train: Digits, generator: torch.Generator
 ) -> Tensor:
     index = torch.randint(len(train), (recipe.batch,), generator=generator)
     dropped = torch.rand(recipe.batch, generator=generator) < recipe.label_dropout
     labels = train.labels[index].masked_fill(dropped, NULL_LABEL)
-    return flow_loss(model, train.images[index], labels, *draw(recipe.batch, generator))
+    return flow_loss(task, model, train.images[index], labels, generator)
 
 
 @torch.no_grad()
