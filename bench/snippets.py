@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Sequence
 
 from fastcache.presets import presets
@@ -200,14 +201,18 @@ def steps(rows: Sequence[Row]) -> str:
 
 def graphs(rows: Sequence[Row]) -> str:
     """Totals under torch.compile by system and entry."""
-    here = [r for r in of(rows, "graphs") if r["system"] != "uncached"]
+    here = [r for r in of(rows, "graphs", backend="capture") if r["system"] != "uncached"]
     lines = []
     for key in dict.fromkeys((r["system"], r["entry"]) for r in here):
         mine = [r for r in here if (r["system"], r["entry"]) == key]
-        totals = [sum(r.get(k, 0) for r in mine) for k in ("graphs", "breaks", "recompiles")]
-        full = sum(r["fullgraph"] == "yes" for r in mine)
-        lines.append((key[0], f"`{key[1]}`", len(mine), *totals, f"{full} of {len(mine)}"))
-    columns = ("", "compiled by", "models × methods", "graphs", "breaks", "recompiles", "fullgraph")
+        ran = [r for r in mine if "error" not in r]
+        counts = [[r[k] for r in ran] for k in ("graphs", "breaks", "recompiles")]
+        most = [f"{statistics.mean(c):.1f}, at most {max(c)}" for c in counts]
+        full = sum(r["fullgraph"] == "yes" for r in ran)
+        tried = f"{len(ran)} of {len(mine)}"
+        lines.append((key[0], f"`{key[1]}`", tried, *most, f"{full} of {len(ran)}"))
+    columns = ("", "compiled by", "models × methods that ran")
+    columns += ("graphs, mean", "breaks", "recompiles", "fullgraph")
     return markdown(columns, lines) if lines else ""
 
 
