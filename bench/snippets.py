@@ -178,23 +178,27 @@ def steps(rows: Sequence[Row]) -> str:
     """Reused steps and whole runs against both peers, trained model, eager."""
     here = of(rows, "steps", model="digits", compiled="")
     at = {(r["system"], r["method"], r["batch"]): r for r in here}
+    batches = sorted({r["batch"] for r in here})
     lines = []
     for method in dict.fromkeys(r["method"] for r in here if r["system"] == "fastcache"):
         for peer in ("diffusers", "cache-dit"):
-            pairs = [(at["fastcache", method, b], at.get((peer, method, b))) for b in (1, 8)]
-            known = [(ours, other) for ours, other in pairs if other]
+            sides = ("fastcache", peer)
+            pairs = {b: [at.get((s, method, b)) for s in sides] for b in batches}
+            known = {b: (ours, other) for b, (ours, other) in pairs.items() if ours and other}
             if not known:
                 continue
             times = [
-                " / ".join(f"{ours[k] / other[k]:.2f}×" for ours, other in known)
+                " / ".join(f"{ours[k] / other[k]:.2f}×" for ours, other in known.values())
                 for k in ("reused_ms", "run_p50")
             ]
+            counted = known.get(8, next(iter(known.values())))
             counts = [
-                " / ".join(f"{r[k] / unit:.0f}" for r in known[-1] if r.get(k) is not None)
+                " / ".join(f"{r[k] / unit:.0f}" for r in counted if r.get(k) is not None)
                 for k, unit in (("launches", 1), ("cache_bytes", 1024))
             ]
             lines.append((method, peer, *times, *counts))
-    columns = ("method", "against", "reused step, batch 1 / 8", "whole run, batch 1 / 8")
+    names = " / ".join(map(str, batches))
+    columns = ("method", "against", f"reused step, batch {names}", f"whole run, batch {names}")
     columns += ("launches, ours / theirs", "cache KiB, ours / theirs")
     return markdown(columns, lines) if lines else ""
 

@@ -310,8 +310,8 @@ def measure(subject: Subject, args: Any) -> list[Row]:
                 print(f"out of time before {contender.system} {contender.method}")
                 break
             try:
-                contender.run(subject, sync)  # warm-up, also where compilation happens
-                contender.run(subject, sync)
+                for _ in range(args.warmup):  # also where compilation happens
+                    contender.run(subject, sync)
             except Exception as error:
                 print(f"{contender.system} {contender.method} {contender.compiled}: {error}"[:300])
                 continue
@@ -424,6 +424,7 @@ def _parser() -> Any:
     p.add_argument("--tokens", type=int, default=1024, help="image tokens of the random models")
     p.add_argument("--steps", type=int, default=STEPS)
     p.add_argument("--method", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    p.add_argument("--warmup", type=int, default=2, help="runs of each before the rounds")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument(
         "--mode",
