@@ -52,9 +52,15 @@ def of_a_user(name: str, steps: int) -> tuple[nn.Module, Calls]:
     return toys.Model(block=toys.Optional), toys.inputs(steps, text=True, speed=0.02)
 
 
-MODELS: dict[str, Callable[[str, int], tuple[nn.Module, Calls]]] = {
-    **dict.fromkeys(("Flux", "Wan3D", "CogVideoX", "LTX", "QwenImage"), of_diffusers),
-    "plain": of_a_user,
+Make = Callable[[str, int], tuple[nn.Module, Calls]]
+# how a model is made, and the threshold at which FirstBlockCache reuses somewhat more than half its steps
+MODELS: dict[str, tuple[Make, float]] = {
+    "Flux": (of_diffusers, 0.3),
+    "Wan3D": (of_diffusers, 0.1),
+    "CogVideoX": (of_diffusers, 0.1),
+    "LTX": (of_diffusers, 0.07),
+    "QwenImage": (of_diffusers, 0.4),
+    "plain": (of_a_user, 0.1),
 }
 
 
@@ -80,7 +86,8 @@ class Subject:
 
     def __init__(self, name: str, steps: int) -> None:
         self.name, self.steps = name, steps
-        self.model, self.calls = MODELS[name](name, steps)
+        make, self.threshold = MODELS[name]
+        self.model, self.calls = make(name, steps)
         self.unit = float(self.calls[0]["timestep"].max()) / 1000
         names = [n for n, m in self.model.named_modules() if type(m).__name__.endswith("Attention")]
         # diffusers' default patterns match no attention where it is not called `attn`
@@ -150,7 +157,7 @@ def now_in(low: float, high: float, unit: float) -> Row:
 
 # from either library, which have the same names: (library, subject) -> config
 CONFIGS: dict[str, Callable[[Any, Subject], Any]] = {
-    "FirstBlockCache": lambda library, s: library.FirstBlockCacheConfig(threshold=0.3),
+    "FirstBlockCache": lambda library, s: library.FirstBlockCacheConfig(s.threshold),
     "MagCache": lambda library, s: library.MagCacheConfig(
         mag_ratios=torch.ones(s.steps), num_inference_steps=s.steps
     ),
