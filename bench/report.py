@@ -199,14 +199,7 @@ def _graphs(rows: list[Row]) -> Iterator[Block]:
 
 
 GRAPHS = ("method", "system", "compiled by", "from the cache", "graphs", "breaks", "recompiles")
-GRAPHS += (
-    "last new graph at call",
-    "fullgraph",
-    "difference",
-    "eager ms",
-    "compiled ms",
-    "compile s",
-)
+GRAPHS += ("last new at call", "fullgraph", "difference", "eager ms", "compiled ms", "compile s")
 
 
 def _graph(row: Row) -> tuple[object, ...]:
@@ -214,7 +207,7 @@ def _graph(row: Row) -> tuple[object, ...]:
     under = ", Inductor" if row["backend"] == "inductor" else ""
     name = (row["method"], row["system"], row["entry"] + under)
     if "error" in row:
-        return (*name, row["error"], *[""] * (len(GRAPHS) - 4))
+        return (*name, f"`{row['error']}`", *[""] * (len(GRAPHS) - 4))
     counts = (row[k] for k in ("graphs", "breaks", "recompiles", "last_new_graph"))
     numbers = (format(row[k], form) for k, form in graphs.NUMBERS.items())
     full = row["fullgraph"].split(":")[0]

@@ -204,19 +204,19 @@ def steps(rows: Sequence[Row]) -> str:
 
 
 def graphs(rows: Sequence[Row]) -> str:
-    """Totals under torch.compile by system and entry."""
+    """Means, and in brackets the most, under torch.compile by system and entry."""
     here = [r for r in of(rows, "graphs", backend="capture") if r["system"] != "uncached"]
     lines = []
     for key in dict.fromkeys((r["system"], r["entry"]) for r in here):
         mine = [r for r in here if (r["system"], r["entry"]) == key]
         ran = [r for r in mine if "error" not in r]
         counts = [[r[k] for r in ran] for k in ("graphs", "breaks", "recompiles")]
-        most = [f"{statistics.mean(c):.1f}, at most {max(c)}" for c in counts]
+        most = [f"{statistics.mean(c):.1f} ({max(c)})" if any(c) else "0" for c in counts]
         full = sum(r["fullgraph"] == "yes" for r in ran)
         tried = f"{len(ran)} of {len(mine)}"
         lines.append((key[0], f"`{key[1]}`", tried, *most, f"{full} of {len(ran)}"))
     columns = ("", "compiled by", "models × methods that ran")
-    columns += ("graphs, mean", "breaks", "recompiles", "fullgraph")
+    columns += ("graphs", "breaks", "recompiles", "fullgraph")
     return markdown(columns, lines) if lines else ""
 
 
