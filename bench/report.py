@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import claims, common, snippets
+from . import claims, common, graphs, snippets
 from .common import RESULTS, ROOT, Row
 from .quality import KEY, cells, frontier
 from .subjects import NAMES
@@ -187,20 +187,34 @@ def _graphs(rows: list[Row]) -> Iterator[Block]:
     yield from _origin(rows, COMMANDS["graphs"])
     yield Block(
         "p",
-        f"{rows[0]['steps']} steps, two contexts, two runs; graphs are captured and run as they "
-        "are. One recompile in the user's own `torch.compile(model)` is the second mode.",
+        f"{rows[0]['steps']} steps, two contexts, {rows[0]['runs']} runs; graphs are captured and run "
+        "as they are, except where Inductor is named. One recompile in the user's own "
+        "`torch.compile(model)` is the second mode. From the cache: calls of a run whose output is not "
+        "the uncached model's. Difference: the largest to the same method in eager; ms: means of a "
+        "call in the last run. `plain` is a user's model of no known class.",
     )
-    lines = [
-        (
-            *(r[k] for k in ("model", "method", "system", "entry")),
-            *(r.get(k, "") for k in ("graphs", "breaks", "recompiles", "last_new_graph")),
-            r["fullgraph"].split(":")[0],
-            r.get("error") or f"{r['difference']:.0e}",
-        )
-        for r in rows
-    ]
-    columns = ("model", "method", "system", "compiled by", "graphs", "breaks", "recompiles")
-    yield table((*columns, "last new graph at call", "fullgraph", "against eager"), lines)
+    for model in dict.fromkeys(r["model"] for r in rows):
+        here = [r for r in rows if r["model"] == model]
+        methods = list(dict.fromkeys(r["method"] for r in here))
+        here.sort(key=lambda r: methods.index(r["method"]))
+        yield Block("h3", model)
+        yield table(GRAPHS, [_graph(r) for r in here])
+
+
+GRAPHS = ("method", "system", "compiled by", "from the cache", "graphs", "breaks", "recompiles")
+GRAPHS += ("last new at call", "fullgraph", "difference", "eager ms", "compiled ms", "compile s")
+
+
+def _graph(row: Row) -> tuple[object, ...]:
+    """One line; a peer that cannot run has an error in place of counts."""
+    under = ", Inductor" if row["backend"] == "inductor" else ""
+    name = (row["method"], row["system"], row["entry"] + under)
+    if "error" in row:
+        return (*name, f"`{row['error']}`", *[""] * (len(GRAPHS) - 4))
+    counts = (row[k] for k in ("graphs", "breaks", "recompiles", "last_new_graph"))
+    numbers = (format(row[k], form) for k, form in graphs.NUMBERS.items())
+    full = row["fullgraph"].split(":")[0]
+    return (*name, f"{row['from_cache']} of {row['calls']}", *counts, full, *numbers)
 
 
 def _quality(rows: list[Row]) -> Iterator[Block]:
