@@ -363,7 +363,7 @@ def to_html(page: Sequence[Block], images: Path, mark: str) -> str:
                 parts.append(f'<img alt="{b.text}" src="data:image/png;base64,{data}">')
         elif b.kind in ("table", "folded"):
             head = "".join(f"<th>{_inline(c)}</th>" for c in b.columns)
-            rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in b.rows)
+            rows = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in b.rows)
             made = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
             summary = f"<details><summary>{html.escape(b.text)}</summary>{made}</details>"
             parts.append(summary if b.kind == "folded" else made)
@@ -378,7 +378,7 @@ def to_html(page: Sequence[Block], images: Path, mark: str) -> str:
 SHORT = 28  # characters of a cell that is not broken over lines
 
 
-def _cell(text: str) -> str:
+def _html_cell(text: str) -> str:
     short = ' class="short"' if len(text) <= SHORT else ""
     return f"<td{short}>{_inline(text)}</td>"
 
