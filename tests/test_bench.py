@@ -101,8 +101,9 @@ def test_graphs(tmp_path):
     pytest.importorskip("diffusers")
     rows = rows_of(graphs.main, tmp_path / "graphs.jsonl", "--quick")
     ours = [r for r in rows if r["system"] == "fastcache"]
-    theirs = [r for r in rows if r["system"] == "diffusers"]
-    assert all(r["breaks"] == 0 and r["fullgraph"] == "yes" for r in ours)
+    # its hooks refuse a model of a class that they do not know
+    theirs = [r for r in rows if r["system"] == "diffusers" and "error" not in r]
+    assert theirs and all(r["breaks"] == 0 and r["fullgraph"] == "yes" for r in ours)
     assert all(r["breaks"] and r["fullgraph"].startswith("fails") for r in theirs)
     assert all(r["difference"] == 0 for r in rows)
 
