@@ -16,6 +16,7 @@ from typing import Any
 from fastcache.presets import presets
 
 from . import claims
+from . import overhead as python_cost
 from .common import Row
 from .quality import frontier
 from .sweeps import ABLATED, INTERVALS, Guide
@@ -250,15 +251,24 @@ def kernels(rows: Sequence[Row]) -> str:
 
 
 def overhead(rows: Sequence[Row]) -> str:
-    """Python cost of a skipped step on trivial blocks, as a share of diffusers' hooks."""
-    cases = {r["case"]: r["p50"] for r in of(rows, "overhead")}
+    """Python cost of a skipped step, as a share of diffusers' hooks."""
+    here = of(rows, "overhead")
+    value = {c["claim"]: f"{c['value']:.2f}×" for c in python_cost.claims(here)}
+    cases = {r["case"]: r["p50"] for r in here}
     lines = []
     for method in ("MagCache", "FirstBlock"):
         ours, theirs = cases.get(f"{method}, fastcache"), cases.get(f"{method}, diffusers")
         if ours and theirs:
-            lines.append((method, f"{ours / theirs:.2f}×"))
-    columns = ("a skipped step of 57 trivial blocks", "Python time against diffusers' hooks")
-    return markdown(columns, lines) if lines else ""
+            lines.append((f"{method}, 57 trivial blocks, eager", f"{ours / theirs:.2f}×"))
+    for want in python_cost.WANT:
+        if want.floors and want.claim in value:
+            how = want.ours.rpartition(", ")[2]
+            lines.append((f"MagCache, FLUX's 57 blocks, `{how}`, own cost", value[want.claim]))
+    return (
+        markdown(("a skipped step", "Python time against diffusers' hooks, eager"), lines)
+        if lines
+        else ""
+    )
 
 
 def steps(rows: Sequence[Row]) -> str:
