@@ -161,8 +161,9 @@ CONFIGS: dict[str, Callable[[Any, Subject], Any]] = {
     "MagCache": lambda library, s: library.MagCacheConfig(
         mag_ratios=torch.ones(s.steps), num_inference_steps=s.steps
     ),
+    # in bfloat16, its default, a factor that rounds the other way is further off than compiling ever is
     "TaylorSeer": lambda library, s: library.TaylorSeerCacheConfig(
-        cache_interval=3, cache_identifiers=s.attn
+        cache_interval=3, cache_identifiers=s.attn, taylor_factors_dtype=torch.float32
     ),
     "PAB": lambda library, s: library.PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2, **now_in(100, 800, s.unit)
