@@ -153,7 +153,8 @@ def attach_cache_dit(
         from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig
 
         _silence(cache_dit)
-        fields: dict[str, Any] = {"enable_separate_cfg": True} if separate_cfg else {}
+        # said either way: of some models, such as Wan, it takes two calls a step for granted
+        fields: dict[str, Any] = {"enable_separate_cfg": separate_cfg}
         if mask is not None:
             fields |= {"steps_computation_mask": mask, "steps_computation_policy": "static"}
         config = DBCacheConfig(
