@@ -1,7 +1,7 @@
 """The cache ops as `bench/ops.py` compares them: ours, and the eager expressions they replace.
 
 A buffer set is a dict of tensors. y: output of a block, x: its input, r and prev: residuals, out: a
-destination of our own, f0..f2: Taylor factors, newest order first. The eager chains are those of
+destination of our own, f0..f2: Taylor factors or guides, newest first. The eager chains are those of
 diffusers 0.42.1 (`hooks/first_block_cache.py`, `mag_cache.py`, `taylorseer_cache.py`, `faster_cache.py`)
 and cache-dit 1.5.3 (`cache_manager.py`, `calibrators/taylorseer.py`) on one tensor, without the read
 of the decision, which is counted separately.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache import ops
+from fastcache import ops, reference
 
 Buffers = dict[str, Tensor]
 OFFSET = 2  # steps since the last refresh, in the Taylor chains
@@ -36,6 +36,7 @@ class Op:
     compiled: dict[str, Callable[[Buffers], Any]]
     result: str = "out"  # the buffer that ours writes, compared with the reference
     reads: int = 0
+    finish: int = 0  # launches of ours after those that read the buffers
 
 
 # --- first-block decision --------------------------------------------------------------------------------
@@ -145,6 +146,20 @@ def update_in_place(b: Buffers) -> None:
         factors[j].copy_(new[j])
 
 
+# --- guided prediction ----------------------------------------------------------------------------------
+
+
+def guided(b: Buffers) -> Tensor:
+    sums = reference.guided_sums(b["y"], _factors(b))
+    prior = b["y"].new_zeros(2, dtype=torch.float32)
+    return reference.guided_solve(sums, prior, ridge=0.003, base=True)[0]
+
+
+def guided_ours(b: Buffers) -> Tensor:
+    prior = b["y"].new_zeros(2, dtype=torch.float32)
+    return ops.guided_weights(b["y"], _factors(b), prior)[0]
+
+
 OPS = (
     Op(
         "residual_l1 + store",
@@ -222,5 +237,16 @@ OPS = (
         {"diffusers": update, "cache-dit": update},
         {"compile": update, "compile out=": update_in_place},
         result="f2",
+    ),
+    Op(
+        "guided_weights of order 2",
+        "weights of cached values, read off the guides of all tokens",
+        4,
+        "y f0 f1 f2",
+        guided_ours,
+        {},  # nobody else has it; the reference is its eager chain
+        {"compile": guided},
+        result="",
+        finish=1,
     ),
 )

@@ -1,16 +1,20 @@
-"""What caching does to torch.compile: graphs, breaks, recompiles, on tiny models of diffusers' own classes.
+"""What caching does to torch.compile, on tiny models of diffusers' classes and on a user's own.
 
     python -m bench graphs --json out.jsonl
 
-Two contexts a step, two runs, captured without a code generator; every output is compared with the same
-method in eager. "fullgraph" says at which step `torch.compile(model, fullgraph=True)` fails.
+Three runs of 50 steps, two contexts a step, captured without a code generator; every output is compared
+with the same method in eager. "fullgraph" says at which step `fullgraph=True` fails; the counts are then
+taken without it. "from the cache" counts the calls of a run whose output is not the uncached model's.
+With `--backend inductor` ours and the uncached model under Inductor, which takes an hour.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,65 +27,88 @@ import fastcache
 from . import common, systems
 from .common import ROOT, Row
 
-MODELS = ("Flux", "Wan3D", "CogVideoX", "LTX", "QwenImage")
 METHODS = ("FirstBlockCache", "MagCache", "TaylorSeer", "PAB", "FasterCache")
 CONTEXTS = ("cond", "uncond")
-SEVERAL = 4  # graphs that a method with several timestep ranges may take
+RUNS, STEPS = 3, 50
+OURS = "fastcache.compile(model)"
+NUMBERS = {"difference": ".0e", "eager_ms": ".2f", "compiled_ms": ".2f", "seconds": ".1f"}
 
 
-class Graphs:
-    """A backend that captures graphs, counts them and runs them as they are."""
+# --- models ---------------------------------------------------------------------------------------------
 
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, module: Any, example_inputs: Any) -> Callable[..., Any]:
-        self.count += 1
-        return module.forward
+Calls = list[dict[str, Any]]
 
 
-def config(library: Any, method: str, unit: float, steps: int, attn: list[str] | None) -> Any:
-    """The config of a method, from either library; both have the same names."""
-    if method == "FirstBlockCache":
-        return library.FirstBlockCacheConfig(threshold=0.3)
-    if method == "MagCache":
-        return library.MagCacheConfig(mag_ratios=torch.ones(steps), num_inference_steps=steps)
-    if method == "TaylorSeer":
-        return library.TaylorSeerCacheConfig(cache_interval=3, cache_identifiers=attn)
-    if method == "PAB":
-        return library.PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2,
-            spatial_attention_timestep_skip_range=(100 * unit, 800 * unit),
-            current_timestep_callback=systems.now,
-        )
-    return library.FasterCacheConfig(
-        is_guidance_distilled=True,
-        spatial_attention_timestep_skip_range=(-1 * unit, 681 * unit),
-        current_timestep_callback=systems.now,
-    )
+def of_diffusers(name: str, steps: int) -> tuple[nn.Module, Calls]:
+    tiny = common.load_file("tiny", ROOT / "tests" / "tiny.py")
+    model, inputs = tiny.build(name)
+    calls = tiny.trajectory(name, inputs, steps)
+    return model, [{**call, "return_dict": False} for call in calls]
+
+
+def of_a_user(name: str, steps: int) -> tuple[nn.Module, Calls]:
+    """Blocks with attention to themselves and to text, in one list, of no class that anyone knows."""
+    toys = common.load_file("toys", ROOT / "tests" / "toys.py")
+    return toys.Model(block=toys.Optional), toys.inputs(steps, text=True, speed=0.02)
+
+
+Make = Callable[[str, int], tuple[nn.Module, Calls]]
+# how a model is made, and the threshold at which FirstBlockCache reuses somewhat more than half its steps
+MODELS: dict[str, tuple[Make, float]] = {
+    "Flux": (of_diffusers, 0.3),
+    "Wan3D": (of_diffusers, 0.1),
+    "CogVideoX": (of_diffusers, 0.1),
+    "LTX": (of_diffusers, 0.07),
+    "QwenImage": (of_diffusers, 0.4),
+    "plain": (of_a_user, 0.1),
+}
+
+
+@dataclass
+class Runs:
+    """What came out of each call, its seconds, and how many graphs there were after it."""
+
+    outputs: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    graphs: list[int] = field(default_factory=list)
+
+    def steady(self) -> float:
+        """Seconds of the last run."""
+        return sum(self.seconds[-(len(self.seconds) // RUNS) :])
+
+    def difference(self, other: Runs) -> float:
+        pairs = zip(self.outputs, other.outputs, strict=True)
+        return max((a - b).abs().max().item() for a, b in pairs)
 
 
 class Subject:
     """A tiny model and the calls of one run."""
 
     def __init__(self, name: str, steps: int) -> None:
-        self.tiny = common.load_file("tiny", ROOT / "tests" / "tiny.py")
         self.name, self.steps = name, steps
-        self.model, inputs = self.tiny.build(name)
-        self.calls = self.tiny.trajectory(name, inputs, steps)
-        self.unit = 1e-3 if name in self.tiny.UNIT_TIMESTEPS else 1.0
+        make, self.threshold = MODELS[name]
+        self.model, self.calls = make(name, steps)
+        self.unit = float(self.calls[0]["timestep"].max()) / 1000
         names = [n for n, m in self.model.named_modules() if type(m).__name__.endswith("Attention")]
         # diffusers' default patterns match no attention where it is not called `attn`
         full = any(n.endswith(".attn") for n in names)
         self.attn = None if full else [r".*\.attn1$"] if names else None
+        self.uncached = Runs()
+        self.run(self.uncached, nothing(self.model), self.model, runs=1)
 
     def fresh(self) -> nn.Module:
         return copy.deepcopy(self.model)
 
     def run(
-        self, attached: systems.Attached, call: Callable[..., Any], runs: int = 2
-    ) -> Iterator[Tensor]:
-        """Outputs in order; a step is told apart by `CLOCK` as well as by its context."""
+        self,
+        into: Runs,
+        attached: systems.Attached,
+        call: Callable[..., Any],
+        count: Callable[[], int] = int,
+        runs: int = RUNS,
+    ) -> Runs:
+        """A step is told apart by `CLOCK` as well as by its context."""
+        now = common.clock()
         for _ in range(runs):
             for i, inputs in enumerate(self.calls):
                 t = float(inputs["timestep"].reshape(-1)[0])
@@ -89,20 +116,125 @@ class Subject:
                 for name, scale in zip(CONTEXTS, (1.0, 0.5), strict=True):
                     text = inputs["encoder_hidden_states"] * scale
                     given = {**inputs, "encoder_hidden_states": text}
+                    start = now()
                     with attached.context(name, i, self.steps, t), torch.no_grad():
-                        out = call(**given, return_dict=False)
-                    yield (out if isinstance(out, Tensor) else out[0]).clone()
+                        out = call(**given)
+                    into.seconds.append(now() - start)
+                    into.outputs.append((out if isinstance(out, Tensor) else out[0]).clone())
+                    into.graphs.append(count())
             attached.reset()
+        return into
+
+
+# --- methods --------------------------------------------------------------------------------------------
+
+Attach = Callable[[nn.Module], systems.Attached]
+Compile = Callable[[nn.Module, Any, bool], Any]
+
+
+class Graphs:
+    """A backend that counts graphs and runs them as they are, or as Inductor makes them."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend, self.count = backend, 0
+
+    def __call__(self, module: Any, example_inputs: Any) -> Callable[..., Any]:
+        self.count += 1
+        if self.backend == "capture":
+            return module.forward
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(module, example_inputs)
+
+
+def now_in(low: float, high: float, unit: float) -> Row:
+    """The timesteps at which attention may be reused, as both libraries name them."""
+    return {
+        "spatial_attention_timestep_skip_range": (low * unit, high * unit),
+        "current_timestep_callback": systems.now,
+    }
+
+
+# from either library, which have the same names: (library, subject) -> config
+CONFIGS: dict[str, Callable[[Any, Subject], Any]] = {
+    "FirstBlockCache": lambda library, s: library.FirstBlockCacheConfig(s.threshold),
+    "MagCache": lambda library, s: library.MagCacheConfig(
+        mag_ratios=torch.ones(s.steps), num_inference_steps=s.steps
+    ),
+    "TaylorSeer": lambda library, s: library.TaylorSeerCacheConfig(
+        cache_interval=3, cache_identifiers=s.attn
+    ),
+    "PAB": lambda library, s: library.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, **now_in(100, 800, s.unit)
+    ),
+    "FasterCache": lambda library, s: library.FasterCacheConfig(
+        is_guidance_distilled=True, **now_in(-1, 681, s.unit)
+    ),
+}
+
+
+def nothing(model: nn.Module) -> systems.Attached:
+    """No cache."""
+    null = contextlib.nullcontext()
+    return systems.Attached(lambda *a: null, lambda: None, lambda: None, lambda: None)
+
+
+def whole(model: nn.Module, backend: Any, fullgraph: bool) -> Any:
+    return torch.compile(model, backend=backend, fullgraph=fullgraph)
+
+
+def ours(model: nn.Module, backend: Any, fullgraph: bool) -> Any:
+    return fastcache.compile(model, backend=backend, fullgraph=fullgraph)
+
+
+def contenders(
+    subject: Subject, method: str, backend: str
+) -> Iterator[tuple[str, str, Attach, Compile]]:
+    """System, what compiles it, how it is attached and compiled."""
+    if method == "uncached":
+        yield "uncached", "torch.compile(model)", nothing, whole
+        return
+    make = CONFIGS[method]
+
+    def mine(model: nn.Module) -> systems.Attached:
+        return systems.attach_fastcache(model, make(fastcache, subject))
+
+    def theirs(model: nn.Module) -> systems.Attached:
+        from diffusers import hooks
+
+        return systems.attach_diffusers(model, make(hooks, subject))
+
+    def dbcache(model: nn.Module) -> systems.Attached:
+        order = 1 if method == "TaylorSeer" else 0
+        mask = [int(i < 4 or i % 3 == 0) for i in range(subject.steps)]
+        return systems.attach_cache_dit(
+            model, order=order, steps=subject.steps, mask=mask, separate_cfg=True
+        )
+
+    yield "fastcache", OURS, mine, ours
+    if backend == "inductor":  # takes too long for graphs by the dozen
+        return
+    if (
+        method != "FirstBlockCache"
+    ):  # refused under the user's own compile, by an error that says so
+        yield "fastcache", "torch.compile(model)", mine, whole
+    yield "diffusers", "torch.compile(model)", theirs, whole
+    if method in ("FirstBlockCache", "TaylorSeer") and not systems.missing("cache-dit"):
+        yield "cache-dit", "torch.compile(model)", dbcache, whole
+
+
+# --- measuring ------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     p = common.parser("graphs", __doc__)
     p.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     p.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    p.add_argument("--backend", choices=("capture", "inductor"), default="capture")
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
-    steps = 6 if args.quick else 12
-    models = ["Wan3D"] if args.quick else args.model
+    steps = 10 if args.quick else STEPS
+    models = ["Wan3D", "plain"] if args.quick else args.model
     methods = ["MagCache"] if args.quick else args.method
     for package in ("diffusers", "cache-dit"):
         if reason := systems.missing(package):
@@ -113,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     utils.set_compilation_metrics_limit(100_000)
     environment = common.environment()
     rows = common.read_lines(args.json) if args.resume else []
-    have = {(r["model"], r["method"]) for r in rows}
+    have = {(r["model"], r["method"]) for r in rows if r["backend"] == args.backend}
     work = [(m, method) for m in models for method in ("uncached", *methods)]
     work = [w for w in work if w not in have]
     with common.bar(len(work), "graphs") as progress, systems.quietly():
@@ -122,9 +254,11 @@ def main(argv: list[str] | None = None) -> int:
             progress.set_postfix_str(f"{name} {method}")
             if subject is None or subject.name != name:
                 subject = Subject(name, steps)
-            for row in measure(subject, method):
-                head = {"bench": "graphs", "model": name, "method": method, "steps": steps}
-                rows.append({**head, **row, **environment})
+            for contender in contenders(subject, method, args.backend):
+                row = {"bench": "graphs", "model": name, "method": method, "steps": steps}
+                row |= {"system": contender[0], "entry": contender[1], "backend": args.backend}
+                row |= measure(subject, *contender[2:], args.backend)
+                rows.append({**row, **environment})
             progress.update()
             if args.json:
                 common.write_lines(args.json, rows)
@@ -132,102 +266,58 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(subject: Subject, method: str) -> Iterator[Row]:
-    if method == "uncached":
-        none = systems.Attached(
-            lambda *a: systems.contextlib.nullcontext(), lambda: None, lambda: None, lambda: None
-        )
-        yield _one("uncached", "torch.compile(model)", subject, lambda m: none, _whole)
-        return
-    made = [subject.unit, subject.steps, subject.attn]
-
-    def ours(model: nn.Module) -> systems.Attached:
-        return systems.attach_fastcache(model, config(fastcache, method, *made))
-
-    def theirs(model: nn.Module) -> systems.Attached:
-        from diffusers import hooks
-
-        return systems.attach_diffusers(model, config(hooks, method, *made))
-
-    yield _one("fastcache", "fastcache.compile(model)", subject, ours, _ours)
-    if (
-        method != "FirstBlockCache"
-    ):  # refused under the user's own compile, by an error that says so
-        yield _one("fastcache", "torch.compile(model)", subject, ours, _whole)
-    yield _one("diffusers", "torch.compile(model)", subject, theirs, _whole)
-    if systems.missing("cache-dit") or method not in ("FirstBlockCache", "TaylorSeer"):
-        return
-
-    def dbcache(model: nn.Module) -> systems.Attached:
-        order = 1 if method == "TaylorSeer" else 0
-        mask = [int(i < 4 or i % 3 == 0) for i in range(subject.steps)]
-        return systems.attach_cache_dit(model, order=order, steps=subject.steps, mask=mask)
-
-    yield _one("cache-dit", "torch.compile(model)", subject, dbcache, _whole)
-
-
-def _whole(model: nn.Module, backend: Any, fullgraph: bool) -> Any:
-    return torch.compile(model, backend=backend, fullgraph=fullgraph)
-
-
-def _ours(model: nn.Module, backend: Any, fullgraph: bool) -> Any:
-    return fastcache.compile(model, backend=backend, fullgraph=fullgraph)
-
-
-def _one(
-    system: str,
-    entry: str,
-    subject: Subject,
-    attach: Callable[[nn.Module], systems.Attached],
-    compiled: Callable[[nn.Module, Any, bool], Any],
-) -> Row:
-    """Counts over two runs, the difference to eager, and whether fullgraph=True survives."""
-    row: Row = {"system": system, "entry": entry}
+def measure(subject: Subject, attach: Attach, compiled: Compile, backend: str) -> Row:
+    """Counts, the difference to eager, seconds, and whether fullgraph=True survives."""
+    row: Row = {"runs": RUNS, "fullgraph": "no"}
     try:
         model = subject.fresh()
-        attached = attach(model)
-        expected = list(subject.run(attached, model))
-        attached.detach()
-        graphs, model = Graphs(), subject.fresh()
-        _forget()
-        attached = attach(model)
-        call, outputs, last = compiled(model, graphs, False), [], 0
-        start = time.perf_counter()
-        for i, out in enumerate(subject.run(attached, call)):
-            before = row.get("graphs", 0)
-            row["graphs"] = graphs.count
-            last = i if graphs.count > before else last
-            outputs.append(out)
-        attached.detach()
-        row |= {"breaks": sum(utils.counters["graph_break"].values())}
-        row |= {"recompiles": _recompiles(), "last_new_graph": last, "calls": len(outputs)}
-        row |= {"capture_seconds": time.perf_counter() - start}
-        pairs = zip(outputs, expected, strict=True)
-        row["difference"] = max((a - b).abs().max().item() for a, b in pairs)
+        eager = subject.run(Runs(), attach(model), model)
+        plain = zip(eager.outputs, subject.uncached.outputs, strict=False)
+        row["calls"] = len(subject.uncached.outputs)
+        row["from_cache"] = sum(not torch.equal(a, b) for a, b in plain)
+        if attach is not nothing and not row["from_cache"]:
+            raise RuntimeError("nothing comes from the cache")
+        runs, row["fullgraph"], start = Runs(), "yes", time.perf_counter()
+        try:
+            counts = compiled_runs(runs, subject, attach, compiled, backend, True)
+        except Exception as error:
+            step = len(runs.outputs) // len(CONTEXTS)
+            row["fullgraph"] = f"fails at step {step}: {_brief(error)}"
+            runs, start = Runs(), time.perf_counter()
+            counts = compiled_runs(runs, subject, attach, compiled, backend, False)
+        row |= counts | {"difference": runs.difference(eager)}
+        row["eager_ms"] = 1e3 * eager.steady() / row["calls"]
+        row["compiled_ms"] = 1e3 * runs.steady() / row["calls"]
+        # a C++ compiler is another process, which the clock of this thread does not see
+        wall = time.perf_counter() - start
+        row["seconds"] = (
+            wall if backend == "inductor" else sum(runs.seconds)
+        ) - RUNS * runs.steady()
     except Exception as error:  # a peer that cannot run at all is a result too
         row["error"] = _brief(error)
-    row["fullgraph"] = _fullgraph(subject, attach, compiled)
     return row
 
 
-def _fullgraph(
-    subject: Subject,
-    attach: Callable[[nn.Module], systems.Attached],
-    compiled: Callable[[nn.Module, Any, bool], Any],
-) -> str:
-    """ "yes", or where it fails and why."""
-    _forget()
-    done = 0
+def compiled_runs(
+    runs: Runs, subject: Subject, attach: Attach, compiled: Compile, backend: str, fullgraph: bool
+) -> Row:
+    """Compiled runs, and how many graphs they took."""
+    dynamo.reset()
+    utils.counters.clear()
+    utils.clear_compilation_metrics()
+    graphs, model = Graphs(backend), subject.fresh()
+    attached = attach(model)
     try:
-        model = subject.fresh()
-        attached = attach(model)
-        call = compiled(model, Graphs(), True)
-        for _ in subject.run(attached, call, runs=1):
-            done += 1
+        subject.run(runs, attached, compiled(model, graphs, fullgraph), lambda: graphs.count)
+    finally:
         attached.detach()
-    except Exception as error:
-        return f"fails at step {done // len(CONTEXTS)}: {_brief(error)}"
-    return "yes"
+    again = sum(bool(m.recompile_reason) for m in utils.get_compilation_metrics())
+    return {
+        "graphs": graphs.count,
+        "breaks": sum(utils.counters["graph_break"].values()),
+        "recompiles": again,  # compilations of code that had a graph already
+        "last_new_graph": runs.graphs.index(graphs.count),
+    }
 
 
 def _brief(error: Exception) -> str:
@@ -235,32 +325,19 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:140]
 
 
-def _forget() -> None:
-    dynamo.reset()
-    utils.counters.clear()
-    utils.clear_compilation_metrics()
-
-
-def _recompiles() -> int:
-    """Compilations of code that had a graph already."""
-    return sum(bool(m.recompile_reason) for m in utils.get_compilation_metrics())
-
-
 def show(rows: list[Row]) -> None:
     table: list[list[object]] = []
     for row in rows:
         if table and row["model"] != table[-1][0]:
             table.append([])
-        counts = [row.get(k, "-") for k in ("graphs", "breaks", "recompiles", "last_new_graph")]
-        difference = row.get("difference")
-        equal = row.get("error", "-") if difference is None else f"{difference:.0e}"
-        full = row["fullgraph"].split(":")[0]
-        line = [row["model"], row["method"], row["system"], row["entry"], *counts, full, equal[:40]]
-        table.append(line)
-    columns = ["model", "method", "system", "compiled by", "graphs", "breaks", "recompiles"]
-    common.print_table(
-        "torch.compile", [*columns, "last new at call", "fullgraph", "against eager"], table
-    )
+        counts = [row.get(k) for k in ("graphs", "breaks", "recompiles", "last_new_graph")]
+        shown = [format(row[k], form) if k in row else "" for k, form in NUMBERS.items()]
+        verdict = row.get("error", row["fullgraph"])[:18]
+        entry = row["entry"].split("(")[0] + (", Inductor" if row["backend"] == "inductor" else "")
+        table.append([row["model"], row["method"], row["system"], entry, *counts, verdict, *shown])
+    columns = ["model", "method", "system", "compiled by", "graphs", "breaks", "again"]
+    columns += ["last at", "fullgraph", "to eager", "eager ms", "compiled ms", "compile s"]
+    common.print_table("torch.compile", columns, table)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import claims, common, snippets
+from . import claims, common, graphs, snippets
 from .common import RESULTS, ROOT, Row
 from .quality import KEY, cells, frontier
 from .subjects import NAMES
@@ -146,7 +146,7 @@ def _overhead(rows: list[Row]) -> Iterator[Block]:
     yield _image("overhead", rows)
     empty = rows[0]["p50"]
     lines = [(r["case"], common.spread(r, 1e6, 1), f"{r['p50'] / empty:.2f}×") for r in rows]
-    title = f"one step of {rows[0]['blocks']} trivial blocks"
+    title = f"one step of {rows[0]['blocks']} blocks of next to no work"
     yield table((title, "µs p20 / p50 / p80", "of the uncached model"), lines)
 
 
@@ -187,20 +187,34 @@ def _graphs(rows: list[Row]) -> Iterator[Block]:
     yield from _origin(rows, COMMANDS["graphs"])
     yield Block(
         "p",
-        f"{rows[0]['steps']} steps, two contexts, two runs; graphs are captured and run as they "
-        "are. One recompile in the user's own `torch.compile(model)` is the second mode.",
+        f"{rows[0]['steps']} steps, two contexts, {rows[0]['runs']} runs; graphs are captured and run "
+        "as they are, except where Inductor is named. One recompile in the user's own "
+        "`torch.compile(model)` is the second mode. From the cache: calls of a run whose output is not "
+        "the uncached model's. Difference: the largest to the same method in eager; ms: means of a "
+        "call in the last run. `plain` is a user's model of no known class.",
     )
-    lines = [
-        (
-            *(r[k] for k in ("model", "method", "system", "entry")),
-            *(r.get(k, "") for k in ("graphs", "breaks", "recompiles", "last_new_graph")),
-            r["fullgraph"].split(":")[0],
-            r.get("error") or f"{r['difference']:.0e}",
-        )
-        for r in rows
-    ]
-    columns = ("model", "method", "system", "compiled by", "graphs", "breaks", "recompiles")
-    yield table((*columns, "last new graph at call", "fullgraph", "against eager"), lines)
+    for model in dict.fromkeys(r["model"] for r in rows):
+        here = [r for r in rows if r["model"] == model]
+        methods = list(dict.fromkeys(r["method"] for r in here))
+        here.sort(key=lambda r: methods.index(r["method"]))
+        yield Block("h3", model)
+        yield table(GRAPHS, [_graph(r) for r in here])
+
+
+GRAPHS = ("method", "system", "compiled by", "from the cache", "graphs", "breaks", "recompiles")
+GRAPHS += ("last new at call", "fullgraph", "difference", "eager ms", "compiled ms", "compile s")
+
+
+def _graph(row: Row) -> tuple[object, ...]:
+    """One line; a peer that cannot run has an error in place of counts."""
+    under = ", Inductor" if row["backend"] == "inductor" else ""
+    name = (row["method"], row["system"], row["entry"] + under)
+    if "error" in row:
+        return (*name, f"`{row['error']}`", *[""] * (len(GRAPHS) - 4))
+    counts = (row[k] for k in ("graphs", "breaks", "recompiles", "last_new_graph"))
+    numbers = (format(row[k], form) for k, form in graphs.NUMBERS.items())
+    full = row["fullgraph"].split(":")[0]
+    return (*name, f"{row['from_cache']} of {row['calls']}", *counts, full, *numbers)
 
 
 def _quality(rows: list[Row]) -> Iterator[Block]:
@@ -327,7 +341,7 @@ def to_markdown(page: Sequence[Block]) -> str:
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1f2933;max-width:76rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto;font-size:13px}
-th,td{padding:.25rem .6rem;border-bottom:1px solid #e4e7eb;text-align:left;white-space:nowrap}
+th,td{padding:.25rem .6rem;border-bottom:1px solid #e4e7eb;text-align:left}.short{white-space:nowrap}
 th{background:#f5f7fa}td{font-variant-numeric:tabular-nums}
 img{max-width:100%}code,pre{background:#f5f7fa;padding:.1rem .3rem}
 h2{margin-top:2.5rem;border-bottom:2px solid #2f6db3}.no{color:#b3261e;font-weight:600}
@@ -349,9 +363,7 @@ def to_html(page: Sequence[Block], images: Path, mark: str) -> str:
                 parts.append(f'<img alt="{b.text}" src="data:image/png;base64,{data}">')
         elif b.kind in ("table", "folded"):
             head = "".join(f"<th>{_inline(c)}</th>" for c in b.columns)
-            rows = "".join(
-                "<tr>" + "".join(f"<td>{_inline(c)}</td>" for c in row) + "</tr>" for row in b.rows
-            )
+            rows = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in b.rows)
             made = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
             summary = f"<details><summary>{html.escape(b.text)}</summary>{made}</details>"
             parts.append(summary if b.kind == "folded" else made)
@@ -361,6 +373,14 @@ def to_html(page: Sequence[Block], images: Path, mark: str) -> str:
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8">{title}'
     body = "\n".join(parts)
     return f"{head}<!-- {mark} --><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+
+
+SHORT = 28  # characters of a cell that is not broken over lines
+
+
+def _html_cell(text: str) -> str:
+    short = ' class="short"' if len(text) <= SHORT else ""
+    return f"<td{short}>{_inline(text)}</td>"
 
 
 def _inline(text: str) -> str:

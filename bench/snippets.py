@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastcache.presets import presets
 
 from . import claims
+from . import overhead as python_cost
 from .common import Row
 from .quality import frontier
 from .sweeps import ABLATED, INTERVALS, Guide
@@ -253,52 +255,69 @@ def kernels(rows: Sequence[Row]) -> str:
 
 
 def overhead(rows: Sequence[Row]) -> str:
-    """Python cost of a skipped step on trivial blocks, as a share of diffusers' hooks."""
-    cases = {r["case"]: r["p50"] for r in of(rows, "overhead")}
+    """Python cost of a skipped step, as a share of diffusers' hooks."""
+    here = of(rows, "overhead")
+    value = {c["claim"]: f"{c['value']:.2f}×" for c in python_cost.claims(here)}
+    cases = {r["case"]: r["p50"] for r in here}
     lines = []
     for method in ("MagCache", "FirstBlock"):
         ours, theirs = cases.get(f"{method}, fastcache"), cases.get(f"{method}, diffusers")
         if ours and theirs:
-            lines.append((method, f"{ours / theirs:.2f}×"))
-    columns = ("a skipped step of 57 trivial blocks", "Python time against diffusers' hooks")
-    return markdown(columns, lines) if lines else ""
+            lines.append((f"{method}, 57 trivial blocks, eager", f"{ours / theirs:.2f}×"))
+    for want in python_cost.WANT:
+        if want.floors and want.claim in value:
+            how = want.ours.rpartition(", ")[2]
+            lines.append((f"MagCache, FLUX's 57 blocks, `{how}`, own cost", value[want.claim]))
+    return (
+        markdown(("a skipped step", "Python time against diffusers' hooks, eager"), lines)
+        if lines
+        else ""
+    )
 
 
 def steps(rows: Sequence[Row]) -> str:
     """Reused steps and whole runs against both peers, trained model, eager."""
     here = of(rows, "steps", model="digits", compiled="")
     at = {(r["system"], r["method"], r["batch"]): r for r in here}
+    batches = sorted({r["batch"] for r in here})
     lines = []
     for method in dict.fromkeys(r["method"] for r in here if r["system"] == "fastcache"):
         for peer in ("diffusers", "cache-dit"):
-            pairs = [(at["fastcache", method, b], at.get((peer, method, b))) for b in (1, 8)]
-            known = [(ours, other) for ours, other in pairs if other]
+            sides = ("fastcache", peer)
+            pairs = {b: [at.get((s, method, b)) for s in sides] for b in batches}
+            known = {b: (ours, other) for b, (ours, other) in pairs.items() if ours and other}
             if not known:
                 continue
             times = [
-                " / ".join(f"{ours[k] / other[k]:.2f}×" for ours, other in known)
+                " / ".join(f"{ours[k] / other[k]:.2f}×" for ours, other in known.values())
                 for k in ("reused_ms", "run_p50")
             ]
+            counted = known.get(8, next(iter(known.values())))
             counts = [
-                " / ".join(f"{r[k] / unit:.0f}" for r in known[-1] if r.get(k) is not None)
+                " / ".join(f"{r[k] / unit:.0f}" for r in counted if r.get(k) is not None)
                 for k, unit in (("launches", 1), ("cache_bytes", 1024))
             ]
             lines.append((method, peer, *times, *counts))
-    columns = ("method", "against", "reused step, batch 1 / 8", "whole run, batch 1 / 8")
+    names = " / ".join(map(str, batches))
+    columns = ("method", "against", f"reused step, batch {names}", f"whole run, batch {names}")
     columns += ("launches, ours / theirs", "cache KiB, ours / theirs")
     return markdown(columns, lines) if lines else ""
 
 
 def graphs(rows: Sequence[Row]) -> str:
-    """Totals under torch.compile by system and entry."""
-    here = [r for r in of(rows, "graphs") if r["system"] != "uncached"]
+    """Means, and in brackets the most, under torch.compile by system and entry."""
+    here = [r for r in of(rows, "graphs", backend="capture") if r["system"] != "uncached"]
     lines = []
     for key in dict.fromkeys((r["system"], r["entry"]) for r in here):
         mine = [r for r in here if (r["system"], r["entry"]) == key]
-        totals = [sum(r.get(k, 0) for r in mine) for k in ("graphs", "breaks", "recompiles")]
-        full = sum(r["fullgraph"] == "yes" for r in mine)
-        lines.append((key[0], f"`{key[1]}`", len(mine), *totals, f"{full} of {len(mine)}"))
-    columns = ("", "compiled by", "models × methods", "graphs", "breaks", "recompiles", "fullgraph")
+        ran = [r for r in mine if "error" not in r]
+        counts = [[r[k] for r in ran] for k in ("graphs", "breaks", "recompiles")]
+        most = [f"{statistics.mean(c):.1f} ({max(c)})" if any(c) else "0" for c in counts]
+        full = sum(r["fullgraph"] == "yes" for r in ran)
+        tried = f"{len(ran)} of {len(mine)}"
+        lines.append((key[0], f"`{key[1]}`", tried, *most, f"{full} of {len(ran)}"))
+    columns = ("", "compiled by", "models × methods that ran")
+    columns += ("graphs", "breaks", "recompiles", "fullgraph")
     return markdown(columns, lines) if lines else ""
 
 

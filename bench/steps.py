@@ -10,7 +10,6 @@ the same model without its skipped blocks on the steps that the others skip.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,18 +17,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastcache
 from fastcache import FirstBlock, Guided, Mask, Recipe, Reuse, Stack, Taylor
 
 from . import common, systems
 from .common import Row
+from .models import MODELS, Subject
 from .systems import Attached
 
 STEPS, WARMUP, EVERY = 28, 4, 3
 BATCHES = (1, 8, 64)
 STACK_METHODS = ("MagCache", "FirstBlock", "Taylor on the stack")
+METHODS = (*STACK_METHODS, "Guided", "TaylorSeer", "PAB", "FasterCache")
 OUR_KEPT = {"MagCache": 0, "FirstBlock": 1, "Taylor on the stack": 0, "Guided": 1}
 
 
@@ -53,105 +54,6 @@ def own_plan(method: str, steps: int) -> list[bool]:
 
 def timestep(step: int, steps: int) -> float:
     return 1000.0 * (1 - step / steps)
-
-
-# --- models ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Subject:
-    """A model, the inputs of one run, and which block lists a stack cache skips."""
-
-    name: str
-    batch: int
-    model: nn.Module
-    calls: list[dict[str, Any]]
-    lists: tuple[str, ...]
-
-    @property
-    def hidden_bytes(self) -> int:
-        """Size of one hidden state."""
-        first = self.calls[0]
-        tokens = first["hidden_states"].shape[1] + first["encoder_hidden_states"].shape[1]
-        width = self.model.config.num_attention_heads * self.model.config.attention_head_dim
-        return self.batch * tokens * width * first["hidden_states"].element_size()
-
-    def twin(self) -> nn.Module:
-        """The same weights in modules of its own, so that hooks do not meet."""
-        shared: dict[int, Any] = {id(t): t for t in self.model.parameters()}
-        shared |= {id(t): t for t in self.model.buffers()}
-        return copy.deepcopy(self.model, shared)
-
-    def without_blocks(self, kept: int) -> nn.Module:
-        """The modules that must still run on a reused step: all but the blocks past the first `kept`."""
-        model = self.twin()
-        for i, name in enumerate(self.lists):
-            blocks = list(getattr(model, name))[: kept if i == 0 else 0]
-            setattr(model, name, nn.ModuleList(blocks))
-        return model
-
-
-def trained(batch: int, steps: int, **_: Any) -> Subject:
-    """The shipped model on its own noise; latents drift as in a real run."""
-    from fastcache.demo.data import encode_labels, position_ids
-    from fastcache.demo.model import load_model
-    from fastcache.demo.sample import initial_noise, sigmas
-
-    text, pooled = encode_labels(torch.arange(batch) % 10)
-    image_ids, text_ids = position_ids()
-    noise, levels = initial_noise(batch, 0), sigmas(steps)
-    fixed = {"encoder_hidden_states": text, "pooled_projections": pooled}
-    fixed |= {"img_ids": image_ids, "txt_ids": text_ids, "return_dict": False}
-    calls = [
-        {**fixed, "hidden_states": noise * s, "timestep": torch.full((batch,), s)}
-        for s in levels[:-1]
-    ]
-    lists = ("transformer_blocks", "single_transformer_blocks")
-    return Subject("digits", batch, load_model(), calls, lists)
-
-
-def flux(
-    batch: int, steps: int, depth: tuple[int, int], tokens: int, device: str, dtype: torch.dtype
-) -> Subject:
-    """FluxTransformer2DModel at FLUX.1's width with random weights; (19, 38) blocks are full size."""
-    from diffusers import FluxTransformer2DModel
-
-    with torch.device(device):
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            model: Any = FluxTransformer2DModel(num_layers=depth[0], num_single_layers=depth[1])
-        finally:
-            torch.set_default_dtype(default)
-    model.eval().requires_grad_(False)
-    g = torch.Generator(device).manual_seed(0)
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.normal_(0, 0.6 / p.shape[-1] ** 0.5, generator=g)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g, device=device, dtype=dtype)
-
-    side = int(tokens**0.5)
-    ids = torch.zeros(side * side, 3, device=device, dtype=dtype)
-    ids[:, 1] = torch.arange(side * side, device=device) // side
-    ids[:, 2] = torch.arange(side * side, device=device) % side
-    text = 512 if tokens >= 1024 else 64
-    fixed = {
-        "encoder_hidden_states": draw(batch, text, 4096),
-        "pooled_projections": draw(batch, 768),
-        "img_ids": ids,
-        "txt_ids": torch.zeros(text, 3, device=device, dtype=dtype),
-        "return_dict": False,
-    }
-    latents = draw(batch, side * side, 64)
-    calls = [
-        {**fixed, "hidden_states": latents, "timestep": torch.full((batch,), t, device=device, dtype=dtype)}
-        for t in torch.linspace(1, 1 / steps, steps).tolist()
-    ]  # fmt: skip
-    name = "FLUX.1 random" if depth == (19, 38) else f"FLUX width, {depth[0]}+{depth[1]} blocks"
-    lists = ("transformer_blocks", "single_transformer_blocks")
-    return Subject(name, batch, model, calls, lists)
 
 
 # --- contenders -----------------------------------------------------------------------------------------
@@ -372,12 +274,14 @@ def main(argv: list[str] | None = None) -> int:
         print("the models are diffusers' own classes: nothing can be measured")
         return 0
     if args.quick:
-        args.batch, args.rounds = [1], 1
+        args.batch, args.rounds, args.steps = [1], 1, 10
     environment = common.environment(args.device)
     rows = common.read_lines(args.json) if args.resume else []
-    have = {(r["batch"], bool(r["compiled"])) for r in rows}
-    args.batch = [b for b in args.batch if (b, args.mode == "compiled") not in have]
-    for subject in _subjects(args):
+    have = {(r["model"], r["batch"], bool(r["compiled"])) for r in rows}
+    for batch in args.batch:
+        subject = MODELS[args.model](batch, args.steps, args.tokens, args.device)
+        if (subject.name, batch, args.mode == "compiled") in have:
+            continue
         rows += [{**row, **environment} for row in measure(subject, args)]
         if args.json:
             common.write_lines(args.json, rows)
@@ -387,17 +291,6 @@ def main(argv: list[str] | None = None) -> int:
 
         save(steps_figure(rows), args.plot)
     return 0
-
-
-def _subjects(args: Any) -> Iterator[Subject]:
-    steps = 10 if args.quick else STEPS
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    for batch in args.batch:
-        if args.model == "digits":
-            yield trained(batch, steps)
-        else:
-            depth = (19, 38) if args.model == "flux" else (1, 3)
-            yield flux(batch, steps, depth, args.tokens, args.device, dtype)
 
 
 def measure(subject: Subject, args: Any) -> list[Row]:
@@ -411,12 +304,14 @@ def measure(subject: Subject, args: Any) -> list[Row]:
 
     with systems.quietly(), torch.no_grad():
         for contender in contenders(subject, args.mode):
+            if contender.system != "uncached" and contender.method not in args.method:
+                continue
             if late(0.7):
                 print(f"out of time before {contender.system} {contender.method}")
                 break
             try:
-                contender.run(subject, sync)  # warm-up, also where compilation happens
-                contender.run(subject, sync)
+                for _ in range(args.warmup):  # also where compilation happens
+                    contender.run(subject, sync)
             except Exception as error:
                 print(f"{contender.system} {contender.method} {contender.compiled}: {error}"[:300])
                 continue
@@ -524,9 +419,12 @@ def _kib(value: int | None) -> str:
 
 def _parser() -> Any:
     p = common.parser("steps", __doc__)
-    p.add_argument("--model", choices=("digits", "flux-slice", "flux"), default="digits")
+    p.add_argument("--model", choices=MODELS, default="digits")
     p.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
     p.add_argument("--tokens", type=int, default=1024, help="image tokens of the random models")
+    p.add_argument("--steps", type=int, default=STEPS)
+    p.add_argument("--method", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    p.add_argument("--warmup", type=int, default=2, help="runs of each before the rounds")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument(
         "--mode",

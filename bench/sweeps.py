@@ -206,6 +206,25 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
                 yield ours("TaylorSeer", label, setting, recipe)
 
 
+AFTER_THREE = ", after 3"  # the schedule on which guided prediction was first measured
+COMPARABLE: dict[str, Any] = {
+    "order 1": Taylor(1),
+    "residual guide": Guided(),
+    "modulated guide": Guided(guide="modulated"),
+    "modulated guide, order 1": Guided(1, "modulated"),
+}
+
+
+def comparable_points(steps: int) -> Iterator[Point]:
+    """Predictors on the very same computed steps: the first three, every n-th from there, and the last."""
+    for n in INTERVALS:
+        plan = [int(i < 3 or (i - 2) % n == 0 or i == steps - 1) for i in range(steps)]
+        for label, what in COMPARABLE.items():
+            recipe = Recipe(Mask(plan, warmup=0, last=False), what, Stack())
+            method = "Guided" if isinstance(what, Guided) else "Interval"
+            yield ours(method, label, f"every {n}{AFTER_THREE}", recipe)
+
+
 def guided_points(cell: Cell) -> Iterator[Point]:
     """Guided prediction, in some cells also what is no candidate for the frontier."""
     plain = cell.guidance == "none"
@@ -214,6 +233,7 @@ def guided_points(cell: Cell) -> Iterator[Point]:
         for n in guide.intervals:
             setting = f"every {n}{guide.setting}"
             yield ours("Guided", guide.label, setting, guide.recipe(n, cell.steps))
+    yield from comparable_points(cell.steps) if plain else ()
     for t in MISFIT if plain else ():
         recipe = Recipe(Misfit(t, warmup=4, last=True), Guided())
         yield ours("Guided", "residual guide", f"misfit {t:g}", recipe)

@@ -153,7 +153,7 @@ def attach_cache_dit(
         from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig
 
         _silence(cache_dit)
-        # said either way: of some models, such as Wan, it takes two calls a step for granted
+        # else its own guess for the class, which is right for whole pipelines alone
         fields: dict[str, Any] = {"enable_separate_cfg": separate_cfg}
         if mask is not None:
             fields |= {"steps_computation_mask": mask, "steps_computation_policy": "static"}
@@ -166,7 +166,7 @@ def attach_cache_dit(
             **fields,
         )
         calibrator = TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
-        cache_dit.enable_cache(model, cache_config=config, calibrator_config=calibrator)
+        cache_dit.enable_cache(_known(model), cache_config=config, calibrator_config=calibrator)
 
     def context(
         name: str, step: int, steps: int, timestep: float | None = None
@@ -178,6 +178,17 @@ def attach_cache_dit(
             cache_dit.refresh_context(model, num_inference_steps=steps)
 
     return Attached(context, reset, lambda: None, lambda: _context_bytes(model))
+
+
+def _known(model: nn.Module) -> Any:
+    """cache-dit knows diffusers' classes; blocks that take text and return hidden states it is told of."""
+    if type(model).__module__.startswith("diffusers"):
+        return model
+    from cache_dit import BlockAdapter, ForwardPattern
+
+    return BlockAdapter(
+        transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_2
+    )
 
 
 def _silence(cache_dit: Any) -> None:

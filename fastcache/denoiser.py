@@ -97,6 +97,7 @@ class Denoiser:
         self.clock = Clock(type(model).forward, cache.evented)
         self.branches = Branches()
         self.inside = False  # the model's forward is running
+        self.cuts: tuple = ()  # how stacks were cut by the last recording call
         self.owns_graphs = False  # fastcache.compile drives this model
         self.untraceable = False  # torch.compile(model) has given up on the forward
         self.prepared: Prepared | None = None
@@ -234,6 +235,8 @@ class Denoiser:
                 output = self.guidance.around(forward, args, kwargs)
             for target in self.targets:
                 target.finish()
+        if not recorded:
+            self.cuts = tuple(t.cut for t in self.targets if isinstance(t, StackTarget))
         return output
 
     # --- calls without storage ----------------------------------------------------------------------------
@@ -658,6 +661,8 @@ class Denoiser:
             target = self.targets[self.decisions.index(decision)]
             if getattr(target, "guide", None) is not None:
                 late = state.head["misfit"].clone()
+            elif "seen" in state.head:  # the device has decided
+                late = state.head["seen"].clone()
         self.cache.stats.add(
             Record(
                 state.key[0],

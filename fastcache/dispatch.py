@@ -131,16 +131,25 @@ def dense_rows(t: Tensor) -> bool:
     return t.dim() == 3 and t.stride(2) == 1 and t.stride(1) == t.shape[2]
 
 
+def rows_apart(t: Tensor) -> bool:
+    """Contiguous, or [B, T, C] with dense rows at any distance: also every k-th token."""
+    return t.is_contiguous() or (t.dim() == 3 and t.stride(2) == 1)
+
+
+# The layouts of ops whose kernels take more than `dense_rows`.
+_LAYOUTS = {"guided_sums": rows_apart}
+
+
 def kernel(op: str, tensors: list[Tensor]) -> Callable:
     """The implementation of `op` for these tensors. Mismatched shapes are refused before a kernel reads them."""
     name = active(tensors[0].device.type)
     if name != REFERENCE:
         shape, dtype = tensors[0].shape, tensors[0].dtype
-        plain = True
+        plain, dense = True, _LAYOUTS.get(op, dense_rows)
         for t in tensors:
             if t.shape != shape:
                 raise ValueError(f"{op}: shapes {tuple(shape)} and {tuple(t.shape)} differ")
-            plain &= dense_rows(t) and t.dtype == dtype
+            plain &= dense(t) and t.dtype == dtype
         if not plain and not _takes(name, op, tensors):
             name = REFERENCE
     return function(name, op)
@@ -148,7 +157,7 @@ def kernel(op: str, tensors: list[Tensor]) -> Callable:
 
 def _takes(name: str, op: str, tensors: list[Tensor]) -> bool:
     """Whether a kernel takes these layouts and this mix of dtypes."""
-    if not all(dense_rows(t) for t in tensors):
+    if not all(map(_LAYOUTS.get(op, dense_rows), tensors)):
         return False
     mixed = getattr(importlib.import_module(MODULES[name]), "takes_dtypes", None)
     return mixed is None or mixed(op, [t.dtype for t in tensors])

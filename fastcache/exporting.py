@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from .context import Call, call_signature, eagerly
 from .denoiser import Denoiser
-from .policies import COMPUTE, REUSE, Step
-from .recipe import Rule
+from .policies import COMPUTE, REUSE
+from .recipe import Recipe, Rule
 from .runtime import denoisers_of
 from .shell import MARK
 from .state import Ring, State, Table, Timeline, stage
-from .targets.stack import WHOLE
+from .targets.stack import WHOLE, Stop
 
 STAGED = ("order", "row", "scale", "weights")  # of a history that holds more than one value
 
@@ -44,16 +44,14 @@ class Exported:
     def plan(
         self, steps: int, timesteps: Sequence[float] | None = None
     ) -> list[tuple[str, dict[str, Tensor]]]:
-        """Per step of a run: the variant to call, and what to copy into its cache before the call."""
+        """Per step of a run: the variant to call, and what to copy into its cache before the call.
+
+        timesteps: of the run, as `Recipe.plan` takes them.
+        """
         rule, timeline = self.rule, Timeline(self.rule.what.depth)
-        run, cpu = rule.when.begin(steps), torch.device("cpu")
+        cpu = torch.device("cpu")
         planned: list[tuple[str, dict[str, Tensor]]] = []
-        for i in range(steps):
-            step = Step(i, steps, None if timesteps is None else float(timesteps[i]))
-            action = rule.when.decide(run, step).action
-            if action == REUSE and not timeline.pushes:
-                rule.when.computed(run, step)
-                action = COMPUTE
+        for i, action in enumerate(Recipe.of([rule]).plan(steps, timesteps).rows[0]):
             reused = action == REUSE and rule.what.depth
             stage(timeline, rule.what.weights(timeline.steps, i) if reused else (), i, cpu)
             facts = {
@@ -72,21 +70,26 @@ class Exported:
 
 
 class Variant(nn.Module):
-    """The model's forward with its action fixed and its storage given as an argument."""
+    """The model's forward with its action and phase fixed and its storage given as an argument.
 
-    def __init__(self, denoiser: Denoiser, state: State, action: str) -> None:
+    In the head phase it returns what the rule decides by.
+    """
+
+    def __init__(self, denoiser: Denoiser, state: State, action: str, phase: str) -> None:
         super().__init__()
         self.model = denoiser.model
-        self.held = (denoiser, state, action)
+        self.held = (denoiser, state, action, phase)
 
     def forward(self, cache: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        denoiser, state, action = self.held
+        denoiser, state, action, phase = self.held
         control = denoiser.control
         with Borrowed(state, cache):
             control.actions[:] = [action] * len(control.actions)
-            control.armed = True
+            control.armed, control.phase = True, phase
             try:
                 return denoiser.original(*args, **kwargs)
+            except Stop:
+                return state.head["sums"].clone()
             finally:
                 control.armed = False
 
@@ -99,7 +102,7 @@ class Borrowed:
         self.tensors = tensors
 
     def __enter__(self) -> None:
-        self.own = [getattr(owner, name) for _, owner, name in self.slots]
+        self.own = [held(owner, name) for _, owner, name in self.slots]
         for label, owner, name in self.slots:
             _put(owner, name, self.tensors[label])
 
@@ -108,7 +111,15 @@ class Borrowed:
             _put(owner, name, value)
 
 
+def held(owner: Any, name: str) -> Tensor:
+    """The tensor at a place that `slots_of` names."""
+    return owner[name] if isinstance(owner, dict) else getattr(owner, name)
+
+
 def _put(owner: Any, name: str, value: Tensor) -> None:
+    if isinstance(owner, dict):
+        owner[name] = value
+        return
     setattr(owner, name, value)
     if isinstance(owner, Ring | Table):
         owner.views = list(value.unbind(0))
@@ -125,7 +136,8 @@ def slots_of(state: State) -> list[tuple[str, Any, str]]:
         if timeline.staged is not None and timeline.depth > 1:
             for name in STAGED:
                 found.append((f"rule{i}.{name}", timeline.staged, name))
-    return found
+    tensors = (name for name, value in state.head.items() if isinstance(value, Tensor))
+    return found + [(f"head.{name}", state.head, name) for name in tensors]
 
 
 def export_variants(
@@ -164,12 +176,10 @@ def export_variants(
         before = (control.state, control.compiled)
         control.compiled = True
         try:
-            state = _recorded(denoiser, args, kwargs)
-            buffers = {
-                label: getattr(owner, name).clone() for label, owner, name in slots_of(state)
-            }
+            state = recorded_state(denoiser, args, kwargs)
+            buffers = {label: held(owner, name).clone() for label, owner, name in slots_of(state)}
             variants = {
-                action: _exported(denoiser, state, action, buffers, args, kwargs, options)
+                action: exported_part(denoiser, state, action, WHOLE, args, kwargs, **options)
                 for action in (COMPUTE, REUSE)
             }
         finally:
@@ -178,7 +188,7 @@ def export_variants(
     return Exported(rules[0], variants, buffers)
 
 
-def _recorded(denoiser: Denoiser, args: tuple, kwargs: dict) -> State:
+def recorded_state(denoiser: Denoiser, args: tuple, kwargs: dict) -> State:
     """A state of its own, whose storage one computed step has allocated."""
     state = denoiser.slots.new((object(), "export"))
     state.signature = call_signature(args, kwargs)
@@ -194,20 +204,23 @@ def _recorded(denoiser: Denoiser, args: tuple, kwargs: dict) -> State:
     return state
 
 
-def _exported(
+def exported_part(
     denoiser: Denoiser,
     state: State,
     action: str,
-    buffers: dict[str, Tensor],
+    phase: str,
     args: tuple,
     kwargs: dict,
-    options: dict,
+    **options: Any,
 ) -> torch.export.ExportedProgram:
-    control = denoiser.control
-    control.state, control.batch, control.phase = state, "full", WHOLE
+    """One variant of a step, traced with a copy of the state's storage."""
+    denoiser.control.state, denoiser.control.batch = state, "full"
     for target in denoiser.targets:
         target.begin()
-    cache = {name: t.clone() for name, t in buffers.items()}
+    cache = {label: held(owner, name).clone() for label, owner, name in slots_of(state)}
     return torch.export.export(
-        Variant(denoiser, state, action), (cache, *args), kwargs, **{"strict": False, **options}
+        Variant(denoiser, state, action, phase),
+        (cache, *args),
+        kwargs,
+        **{"strict": False, **options},
     )

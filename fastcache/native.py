@@ -2,7 +2,8 @@
 
 The shared object holds the operators `fastcache_C::*`. It is loaded on first use, never at import.
 Every tensor may be float32, float16 or bfloat16, independently of the others within the limits of
-`takes_dtypes`; each is contiguous or dense within its samples (a token range of [B, T, C]).
+`takes_dtypes`; each is contiguous or dense within its samples (a token range of [B, T, C]), guides
+also within their rows alone (every k-th token).
 """
 
 from __future__ import annotations
@@ -74,13 +75,13 @@ def takes_dtypes(op: str, dtypes: Sequence[torch.dtype]) -> bool:
     """Whether `op` takes tensors of these dtypes, in the order y, x, prev, out or y, *factors.
 
     Weighted sums (store, apply, linear and guidance combine) take any mix. The metrics want y like
-    x and out like prev, the Taylor update factors of one dtype.
+    x and out like prev, the Taylor update factors of one dtype, guided sums cached guides of one.
     """
     if not DTYPES.issuperset(dtypes):
         return False
     if op in ("residual_l1", "residual_magnitude"):
         return dtypes[0] == dtypes[1] and len(set(dtypes[2:])) == 1
-    return op != "taylor_update" or len(set(dtypes[1:])) == 1
+    return op not in ("taylor_update", "guided_sums") or len(set(dtypes[1:])) == 1
 
 
 def residual_l1(
@@ -137,3 +138,22 @@ def guidance_combine(
 ) -> None:
     if out.numel():
         _op("guidance_combine")(out, cond, low, high, w_low, w_high)
+
+
+def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = False) -> Tensor:
+    if not guide.numel():
+        return reference.guided_sums(guide, guides, per_sample)
+    groups, columns = guide.shape[0] if per_sample else 1, 3 * (len(guides) - 1)
+    sums = torch.empty((groups, columns), dtype=torch.float64, device=CPU)
+    _op("guided_sums")(sums, guide, guides, per_sample)
+    return sums
+
+
+def guided_solve(
+    sums: Tensor, prior: Tensor, ridge: float, base: bool = False
+) -> tuple[Tensor, Tensor]:
+    groups, terms = sums.shape[0], prior.numel() + 1 + base
+    weights = torch.empty((groups, terms), dtype=torch.float32, device=CPU)
+    misfit = torch.empty(groups, dtype=torch.float32, device=CPU)
+    _op("guided_solve")(weights, misfit, sums.double(), prior.contiguous(), ridge)
+    return weights, misfit

@@ -120,8 +120,7 @@ def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = Fals
     guide: of the current step; guides: g_1 (newest) .. g_(K+1), K = 1 or 2, any strides. S is 1, or the
     batch per sample. Order: upper triangle of D D^T row by row, D q, q.q; M = 3 or 6.
     """
-    groups = guide.shape[0] if per_sample else 1
-    now, *held = (t.double().reshape(groups, -1) for t in (guide, *guides))
+    now, *held = (_samples(t.double(), per_sample) for t in (guide, *guides))
     q, d = now - held[0], [a - b for a, b in pairwise(held)]
     pairs = [(a, b) for i, a in enumerate(d) for b in d[i:]] + [(a, q) for a in d] + [(q, q)]
     return torch.stack([(a * b).sum(dim=1) for a, b in pairs], dim=1)

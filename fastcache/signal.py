@@ -81,7 +81,8 @@ def scalar(value: Any) -> float:
     if isinstance(value, Tensor):
         if value.numel() == 0:
             raise ValueError("timestep is an empty tensor, must hold a number")
-        return float(value.reshape(-1)[0].item())
+        one = value if value.numel() == 1 else value.reshape(-1)[0]
+        return float(one.item())
     return float(value)
 
 

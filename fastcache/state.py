@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops import direct
 from .policies import Run
 from .predictors import Predictor
 
-_store = torch.ops.fastcache.residual_store_.default
-_apply = torch.ops.fastcache.residual_apply_.default
-_combine = torch.ops.fastcache.linear_combine_.default
-_combine_device = torch.ops.fastcache.linear_combine_device_.default
-_update = torch.ops.fastcache.taylor_update_.default
-_quantize = torch.ops.fastcache._quantize_store_.default
-_dequantize = torch.ops.fastcache._quantized_combine_.default
+_store = direct("residual_store_")
+_apply = direct("residual_apply_")
+_combine = direct("linear_combine_")
+_combine_device = direct("linear_combine_device_")
+_update = direct("taylor_update_")
+_quantize = direct("_quantize_store_")
+_dequantize = direct("_quantized_combine_")
 FP8 = torch.float8_e4m3fn
 KERNEL_TERMS = 5
 

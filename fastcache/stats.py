@@ -36,7 +36,7 @@ class Stats:
         self.watch: Callable[[Record], object] | None = None  # told of every record, while set
 
     def add(self, record: Record, late: Any = None) -> None:
-        """Append a record. late: a device scalar that becomes its signal when somebody looks."""
+        """Append a record. late: [signal] or [signal, whether it reused], on the device until somebody looks."""
         if late is not None:
             record, self._pending = record._replace(signal=late), True
         self._all.append(record)
@@ -47,10 +47,10 @@ class Stats:
     def _records(self) -> deque[Record]:
         """The records, late signals read."""
         if self._pending:
-            self._pending = False
             for i, record in enumerate(self._all):
                 if record.signal is not None and not isinstance(record.signal, float):
-                    self._all[i] = record._replace(signal=signal.scalar(record.signal))
+                    self._all[i] = _known(record)
+            self._pending = False
         return self._all
 
     def clear(self) -> None:
@@ -109,3 +109,12 @@ class Stats:
             for (action, reason), count in reasons.most_common()
         ]
         return lines
+
+
+def _known(record: Record) -> Record:
+    """The record with what was still on the device."""
+    number, *reused = signal.numbers([record.signal])  # type: ignore[list-item]
+    if not reused:
+        return record._replace(signal=number)
+    action = REUSE if reused[0] else COMPUTE
+    return record._replace(signal=number, action=action, actions=(action,))

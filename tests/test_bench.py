@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from bench import (  # noqa: E402
     common,
     figures,
     graphs,
+    models,
     ops,
     overhead,
     quality,
@@ -57,13 +59,14 @@ def test_ops(tmp_path):
     picture = tmp_path / "ops.png"
     rows = rows_of(
         ops.main, tmp_path / "ops.jsonl", "--quick", "--op", "residual_l1 + store", "of 3",
-        "--compile", "of 3", "--dtype", "bf16", "--plot", str(picture),
+        "guided", "--compile", "of 3", "--dtype", "bf16", "--plot", str(picture),
     )  # fmt: skip
     cells = {(r["op"], r["contender"]): r for r in rows}
     for op in ("residual_l1 + store", "linear_combine of 3"):
         assert cells[op, "copy"]["of_copy"] == pytest.approx(1.0)
         assert cells[op, "diffusers"]["passes"] > cells[op, "diffusers"]["min_passes"]
         assert {"diffusers", "cache-dit", "reference"} <= {c for o, c in cells if o == op}
+    assert {"reference", "copy"} <= {c for o, c in cells if o == "guided_weights of order 2"}
     assert ("linear_combine of 3", "compile") in cells
     assert ("residual_l1 + store", "compile") not in cells
     assert all(r["p20"] <= r["p50"] <= r["p80"] for r in rows)
@@ -83,7 +86,7 @@ def test_overhead(tmp_path):
     pytest.importorskip("diffusers")
     rows = rows_of(overhead.main, tmp_path / "overhead.jsonl", "--quick")
     cases = {r["case"] for r in rows}
-    assert {"uncached model", "MagCache, diffusers", "MagCache, fastcache.compile"} <= cases
+    assert {"uncached model", "MagCache, diffusers", "MagCache, fastcache, compile"} <= cases
     assert {c["claim"] for c in overhead.claims(rows)} == {name for name, *_ in overhead.WANT}
 
 
@@ -97,9 +100,12 @@ def test_soak(tmp_path):
 def test_graphs(tmp_path):
     pytest.importorskip("diffusers")
     rows = rows_of(graphs.main, tmp_path / "graphs.jsonl", "--quick")
+    # diffusers' hooks refuse a model of a class that they do not know
+    assert all(r["system"] == "diffusers" for r in rows if "error" in r)
+    rows = [r for r in rows if "error" not in r]
     ours = [r for r in rows if r["system"] == "fastcache"]
     theirs = [r for r in rows if r["system"] == "diffusers"]
-    assert all(r["breaks"] == 0 and r["fullgraph"] == "yes" for r in ours)
+    assert theirs and all(r["breaks"] == 0 and r["fullgraph"] == "yes" for r in ours)
     assert all(r["breaks"] and r["fullgraph"].startswith("fails") for r in theirs)
     assert all(r["difference"] == 0 for r in rows)
 
@@ -115,17 +121,31 @@ def test_steps(tmp_path):
     assert found["fastcache", "MagCache"]["reads"] == 0
 
 
-def test_every_system_follows_the_schedule_it_is_timed_on():
+SMALL = {  # a slice that is as narrow as its inputs let it be
+    "wan-slice": {"num_attention_heads": 1, "attention_head_dim": 12, "ffn_dim": 16},
+    "cogvideox-slice": {"num_attention_heads": 1, "time_embed_dim": 4},
+    "flux-slice": {"num_attention_heads": 1},
+}
+
+
+@pytest.mark.parametrize("name", ["digits", *SMALL])
+def test_every_system_follows_the_schedule_it_is_timed_on(name):
     """Otherwise computed steps would be reported as reused ones."""
     pytest.importorskip("diffusers")
-    subject = steps_bench.trained(1, 10)
+    make = models.MODELS[name]
+    if name in SMALL:
+        make = dataclasses.replace(make, fields={**make.fields, **SMALL[name]})
+    subject = make(1, 10, 16, "cpu")
     for contender in steps_bench.contenders(subject, "eager"):
         if contender.attached is None:
             continue
         whole = contender.kept is not None
-        found = [m for n, m in contender.call.named_modules() if n.endswith("attn.to_q")]
+        if name in SMALL and not whole:  # timed on the trained model
+            continue
+        calls = [n for n, _ in contender.call.named_modules() if n.endswith(".to_q")]
+        found = contender.call.get_submodule(calls[-1 if whole else 0])
         plan, computed, ran = steps_bench.own_plan(contender.method, 10), [], []
-        found[-1 if whole else 0].register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        found.register_forward_hook(lambda *_, ran=ran: ran.append(1))
         for i, inputs in enumerate(subject.calls):
             ran.clear()
             systems.CLOCK["t"] = t = steps_bench.timestep(i, 10)

@@ -143,6 +143,95 @@ def test_one_graph_per_mode_and_the_same_bits_as_eager(name: str, method: str) -
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("method", [*METHODS, *RECIPES])
+@pytest.mark.filterwarnings("ignore:fastcache. each of:UserWarning")
+def test_frozen_gives_the_same_bits_over_contexts_runs_and_resolutions(method: str) -> None:
+    make, limit = {**METHODS, **RECIPES}[method]
+    sizes = [{}, {"encoder_hidden_states": 5}]  # another text length: storage of another layout
+
+    def outputs(call: Callable, cache: fastcache.Cache, inputs: dict) -> list[Tensor]:
+        found = []
+        for size in (*sizes, *sizes):
+            given = {k: v[:, : size[k]] if k in size else v for k, v in inputs.items()}
+            found += drive(cache, "Wan3D", given, call, runs=1)
+        return found
+
+    model, inputs = tiny.build("Wan3D")
+    with fastcache.enable(model, make("Wan3D")) as cache:
+        expected = outputs(model, cache, inputs)
+    fresh()
+    model, inputs = tiny.build("Wan3D")
+    graphs = Graphs()
+    with fastcache.enable(model, make("Wan3D")) as cache:
+        compiled = fastcache.compile(model, frozen=True, backend=graphs)
+        found = outputs(compiled, cache, inputs)
+    assert_quiet(graphs, limit * len(sizes))
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+class Scaled(nn.Module):
+    """Two blocks, and an attribute that the forward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.scale = 1.0
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden_states = hidden_states + block(hidden_states)
+        return hidden_states * self.scale
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_changed_attribute_is_noticed_unless_frozen(frozen: bool) -> None:
+    fresh()
+    model, x = Scaled().eval(), torch.randn(1, 4, 8)
+    every_other = fastcache.Recipe(fastcache.Interval(2))
+    with fastcache.enable(model, every_other), torch.no_grad():
+        compiled = fastcache.compile(model, frozen=frozen, backend="eager")
+        before = [compiled(x) for _ in range(4)][
+            -1
+        ]  # a reused step, as is the last one of the next
+        model.scale = 3.0
+        after = [compiled(x) for _ in range(2)][-1]
+        anew = fastcache.compile(model, frozen=frozen, backend="eager")
+        assert torch.equal([anew(x) for _ in range(2)][-1], before * 3.0)
+    assert torch.equal(after, before * (1.0 if frozen else 3.0))
+
+
+def test_frozen_refuses_a_guard_filter_of_the_users_and_takes_a_mode() -> None:
+    from fastcache.compiled import frozen_options
+
+    with fastcache.enable(model := Scaled().eval(), fastcache.Recipe(fastcache.Interval(2))):
+        with pytest.raises(ValueError, match="guard_filter_fn"):
+            fastcache.compile(model, frozen=True, options={"guard_filter_fn": lambda guards: []})
+    options = frozen_options({"mode": "reduce-overhead", "fullgraph": True})
+    assert options["mode"] is None and options["options"]["triton.cudagraphs"] is True
+
+
+def test_a_compiled_callable_follows_an_update() -> None:
+    fresh()
+    model, x = Scaled().eval(), torch.randn(1, 4, 8)
+
+    def run(call: Callable) -> list[Tensor]:
+        return [call(x + i) for i in range(7)]
+
+    with fastcache.enable(model, fastcache.Recipe(fastcache.Interval(3))) as cache, torch.no_grad():
+        compiled = fastcache.compile(model, backend="eager")
+        run(compiled)
+        cache.update(fastcache.Recipe(fastcache.Interval(2), fastcache.Taylor(1)))
+        cache.stats.clear()
+        found, steps = run(compiled), [r.action for r in cache.stats]
+        cache.reset()
+        for got, want in zip(found, run(model), strict=True):
+            assert torch.equal(got, want)
+        assert steps == [r.action for r in cache.stats][7:]
+    uncached = run(compiled)  # disabled: the model itself
+    assert torch.equal(uncached[3], model(x + 3))
+
+
 @pytest.mark.parametrize("method", ["mag", "taylorseer", "pab", "faster"])
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_the_users_own_fullgraph_compile_works(method: str, order: str) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from test_compile import PlainModel, fresh
+from test_static_addresses import METHODS, STEPS
 from torch import Tensor
 
 import fastcache
@@ -15,15 +15,6 @@ import fastcache
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.version.cuda is None, reason="needs a CUDA device"
 )
-STEPS = 12
-METHODS: dict[str, Callable[[], Any]] = {
-    "mag": lambda: fastcache.MagCacheConfig(
-        mag_ratios=torch.ones(STEPS), num_inference_steps=STEPS, retention_ratio=0.1
-    ),
-    "first_block": lambda: fastcache.FirstBlockCacheConfig(0.3),
-    "interval_taylor2": lambda: fastcache.Recipe(fastcache.Interval(3), fastcache.Taylor(2)),
-    "taylorseer": lambda: fastcache.TaylorSeerCacheConfig(cache_interval=3),
-}
 
 
 def run(cache: fastcache.Cache, call: Callable, start: Tensor, drift: Tensor) -> list[Tensor]:
@@ -38,8 +29,12 @@ def run(cache: fastcache.Cache, call: Callable, start: Tensor, drift: Tensor) ->
     return outputs
 
 
-@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"cudagraphs": True}], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+GRAPHED = [{"mode": "reduce-overhead"}, {"cudagraphs": True}, {"cudagraphs": True, "frozen": True}]
+CASES = [(method, options) for method in METHODS for options in GRAPHED]
+CASES += [("first_block", {"cudagraphs": True, "on_device": True})]
+
+
+@pytest.mark.parametrize(("method", "options"), CASES, ids=str)
 @pytest.mark.filterwarnings("ignore:fastcache. each of:UserWarning")
 def test_replayed_steps_agree_with_eager(method: str, options: dict) -> None:
     fresh()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fastcache
 from fastcache.policies import COMPUTE, REUSE, FirstBlock, Interval, Magnitude, Step, TimestepRange
 from fastcache.policies.base import Policy
+from fastcache.policies.magnitude import _Account
 from fastcache.predictors import TaylorTable
 
 EVERY = toys.METHODS
@@ -353,11 +354,11 @@ MUTANTS = [
     (Policy, "must_compute", "run.in_a_row >= self.max_skips", "run.in_a_row > self.max_skips"),
     (Policy, "must_compute", "step.index == step.total - 1", "step.index == step.total"),
     (Policy, "decide", "run.in_a_row + 1 if", "run.in_a_row if"),
-    (Magnitude, "_judge", "account.error <= threshold\n", "account.error < 0\n"),
+    (Magnitude, "_judge", "error <= account.threshold", "error < 0"),
     (Magnitude, "_judge", "account.steps <= self.max_skip_steps", "account.steps < self.max_skip_steps"),
     (Magnitude, "_judge", "step.index < account.retained", "step.index <= account.retained"),
     (Magnitude, "_judge", "    account.clear()\n", "    pass\n"),
-    (Magnitude, "_judge", "abs(number(1.0) - account.ratio)", "(number(1.0) - account.ratio)"),
+    (_Account, "add", "abs(self.one - self.ratio)", "(self.one - self.ratio)"),
     (Magnitude, "begin", "* steps + 0.5)", "* steps)"),
     (Interval, "_judge", "step.index >= self.stop", "step.index > self.stop"),
     (Interval, "_judge", "(step.index - phase)", "(step.index - phase + 1)"),

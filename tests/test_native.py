@@ -85,10 +85,13 @@ def test_results_do_not_depend_on_the_number_of_threads():
     y, x, prev = three((3, 400, 333), F32, F32)
     wide = three((3, 400, 333), BF16, BF16)
 
+    def guided(y, x, prev, per_sample):
+        return native.guided_sums(y, [x, prev], per_sample)
+
     def results():
         return [
             f(*operands, per_sample=per_sample)
-            for f in (native.residual_l1, native.residual_magnitude)
+            for f in (native.residual_l1, native.residual_magnitude, guided)
             for operands in ((y, x, prev), wide)
             for per_sample in (False, True)
         ]
@@ -144,14 +147,16 @@ def layouts(draw):
         shape = (draw(st.integers(1, 3)), draw(st.integers(0, 40)), draw(st.integers(1, 70)))
     value, stored = draw(st.sampled_from(PAIRS))
 
-    def make(dtype, seed):
+    def make(dtype, seed, rows_apart=False):
         """The view, and a check that nothing around it was written."""
-        offset, gap = draw(st.integers(0, 33)), 0
+        offset, gap, every = draw(st.integers(0, 33)), 0, 1
         if len(shape) == 3 and draw(st.booleans()):
             gap = draw(st.integers(0, 3)) * shape[2]  # tokens of the sample outside the range
-        length = math.prod(shape[1:]) + gap
+            every = draw(st.integers(1, 4)) if rows_apart else 1
+        length = math.prod(shape[1:]) * every + gap
         storage = torch.full((offset + shape[0] * length + 17,), SENTINEL).to(dtype)
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        strides[1:-1] = [stride * every for stride in strides[1:-1]]
         view = storage.as_strided(shape, [length, *strides[1:]], offset)
         view.copy_(random(shape, dtype, seed))
         inside = torch.zeros_like(storage, dtype=torch.bool)
@@ -258,6 +263,63 @@ def test_offsets_beyond_two_to_the_31():
     assert torch.equal(native.residual_l1(x, r, view), native.residual_l1(x, r, view.clone()))
 
 
+# --- guided prediction ------------------------------------------------------------------------
+
+
+@given(layouts(), st.integers(1, 2), st.booleans())
+@example((F32, BF16, lambda dtype, seed, _: (random((3, 90, 257), dtype, seed), None)), 2, True)
+def test_guided_sums_are_those_of_the_reference_whatever_the_layout(layout, order, per_sample):
+    value, stored, make = layout
+    kinds = [value] + [stored] * (order + 1)
+    guide, *guides = (make(dtype, i, True)[0] for i, dtype in enumerate(kinds))
+    sums = native.guided_sums(guide, guides, per_sample)
+    expected = reference.guided_sums(guide, guides, per_sample)
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12 * largest)
+    copies = [t.contiguous() for t in guides]
+    assert torch.equal(native.guided_sums(guide.contiguous(), copies, per_sample), sums)
+
+
+@given(layouts(), st.integers(1, 2))
+def test_guided_sums_per_sample_are_those_of_each_sample(layout, order):
+    value, _, make = layout
+    tensors = [make(value, i)[0] for i in range(order + 2)]
+    if tensors[0].dim() != 3 or not tensors[0].numel():
+        return
+    sums = native.guided_sums(tensors[0], tensors[1:], True)
+    for b in range(len(sums)):
+        guide, *guides = (t[b : b + 1] for t in tensors)
+        assert torch.equal(native.guided_sums(guide, guides)[0], sums[b])
+
+
+SUMS = st.floats() | st.sampled_from([0.0, -0.0, 1.0, 4.0, math.inf, math.nan, 1e-320, 1e300])
+
+
+@given(
+    st.integers(1, 2).flatmap(
+        lambda order: st.tuples(
+            st.lists(st.lists(SUMS, min_size=3 * order, max_size=3 * order), max_size=4),
+            st.lists(st.floats(width=32), min_size=order, max_size=order),
+        )
+    ),
+    st.sampled_from([0.0, 0.003, 1.0, 1e30]),
+    st.sampled_from([torch.float64, F32]),
+    st.booleans(),
+)
+@example(([[2.0, 6.0, 18.0], [0.0, 0.0, 3.0], [0.0] * 3], [1.5]), 0.0, torch.float64, True)
+@example(([[1.0, 2.0, 4.0, 1.0, 2.0, 3.0]], [1.5, 0.0]), 0.0, torch.float64, True)  # parallel
+@example(([[3.0, 1.0, 2.0, 1.0, 2.0, 3.0]], [1.5, 0.0]), 0.003, torch.float64, False)
+@example(([[3.0, 1.0, math.inf, 1.0, 2.0, 3.0]], [1.5, 0.0]), 0.003, torch.float64, True)
+@example(([[3.0, 1.0, 2.0, 1.0, 2.0, math.nan]], [1.5, 0.0]), 0.003, torch.float64, True)
+def test_guided_solve_has_the_bits_of_the_reference(given_sums, ridge, dtype, base):
+    rows, prior = given_sums
+    sums = torch.tensor(rows, dtype=dtype).reshape(-1, 3 * len(prior))
+    weights, misfit = native.guided_solve(sums, torch.tensor(prior), ridge, base)
+    expected, expected_misfit = reference.guided_solve(sums, torch.tensor(prior), ridge, base)
+    assert weights.shape == expected.shape and identical(weights, expected)
+    assert misfit.shape == expected_misfit.shape and identical(misfit, expected_misfit)
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 
@@ -270,6 +332,7 @@ def test_the_dtype_table_says_what_the_kernels_take():
             "residual_magnitude": lambda t: native.residual_magnitude(*t),
             "linear_combine": lambda t: native.linear_combine(t[3], t[:3], [1.0, 2.0, 3.0]),
             "taylor_update": lambda t: native.taylor_update(t[1:], t[0], 1.0, 3),
+            "guided_sums": lambda t: native.guided_sums(t[0], t[1:]),
         }
         for op, call in calls.items():
             if native.takes_dtypes(op, dtypes):
@@ -289,3 +352,11 @@ def test_a_layout_or_shape_that_no_kernel_takes_is_named():
         native.linear_combine(x, [x] * 9, [1.0] * 9)
     with pytest.raises(RuntimeError, match="2 tensors, 1 weights"):
         native.linear_combine(x, [x, x], [1.0])
+    with pytest.raises(RuntimeError, match="guides has another shape"):
+        native.guided_sums(x, [x, x[:, :3]])
+    with pytest.raises(RuntimeError, match="guide must have dense rows"):
+        native.guided_sums(x[..., ::2], [x[..., :4]] * 2)
+    with pytest.raises(RuntimeError, match="order 1 to 2, got 3"):
+        native.guided_sums(x, [x] * 4)
+    with pytest.raises(RuntimeError, match="sums must be contiguous float64 with 3"):
+        native.guided_solve(torch.zeros(1, 6), torch.zeros(1), 0.0)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastcache import native
@@ -76,6 +76,31 @@ def test_chunks_in_any_order_give_the_same_sums_on_a_tensor_of_many_chunks():
         for grain in (1, 2, 6)
     ]
     assert all(r == results[0] for r in results)
+
+
+@given(
+    st.sampled_from(PAIRS), st.integers(1, 2), st.integers(1, 3), st.integers(1, 30),
+    st.integers(1, 2000), st.booleans(), st.integers(1, 5),
+)  # fmt: skip
+@example(PAIRS[0], 2, 2, 3, box.CHUNK + 5, False, 3)  # rows longer than a chunk
+def test_every_instruction_set_layout_and_order_of_chunks_gives_the_same_guided_sums(
+    pair, order, samples, rows, width, per_sample, grain
+):
+    value, stored = pair
+    n = samples * rows * width
+    guides = [random(n, value if i == 0 else stored, i) for i in range(order + 2)]
+    results = []
+    for isa, g, apart in itertools.product(ISAS, (1, grain), (1, 3)):
+        spread = [
+            torch.full((samples * rows, apart, width), torch.nan, dtype=t.dtype) for t in guides
+        ]
+        for wide, t in zip(spread, guides, strict=True):
+            wide[:, 0] = t.reshape(-1, width)
+        pointers = [t.data_ptr() for t in spread]
+        sizes = (samples, rows, width, apart)
+        results.append(box.guided_sums(isa, value, stored, pointers, *sizes, per_sample, g))
+    assert all(r == results[0] for r in results)
+    assert len(results[0]) == 3 * order * (samples if per_sample else 1)
 
 
 @given(st.sampled_from(PAIRS), st.integers(1, 300), st.integers(1, 8))

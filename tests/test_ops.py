@@ -76,6 +76,7 @@ NAMES = {
     "residual_apply": ["x", "r", "out"],
     "linear_combine": ["tensors", "weights", "out"],
     "taylor_update_": ["factors", "y", "inv_delta", "valid"],
+    "guided_weights": ["guide", "guides", "prior", "ridge"],
 }
 
 
@@ -201,7 +202,9 @@ CALLS = {
     "residual_apply": lambda y, x, z, out: ops.residual_apply(y, x, out=out),
     "linear_combine": lambda y, x, z, out: ops.linear_combine([y, x, z], [1.0, 2.0, 3.0], out=out),
     "taylor_update_": lambda y, x, z, out: ops.taylor_update_([out, z], y, 1.0, 0),
+    "guided_weights": lambda y, x, z, out: ops.guided_weights(y, [x, z], torch.ones(1)),
 }
+METRICS = ("residual_l1", "residual_magnitude", "guided_weights")
 
 
 @pytest.mark.parametrize("place", [1, 2, 3, 5, 8, "tokens"])
@@ -218,7 +221,7 @@ def test_any_offset_and_token_ranges_between_sentinels(name, dtype, place):
         assert torch.equal(torch.nan_to_num(view), torch.nan_to_num(value))
         count = (whole == SENTINEL).sum().item()
         assert count == whole.numel() - view.numel(), "something beside the view was written"
-    if name in ("residual_l1", "residual_magnitude"):
+    if name in METRICS:
         torch.testing.assert_close(again, result, rtol=METRIC, atol=0)
     elif result is not None:
         assert again is views[3][0]
@@ -229,10 +232,12 @@ def test_strides_of_every_kind_are_right_or_refused(name):
     """Transposed inputs and outputs: a kernel that cannot take them must not pretend."""
     given = [*three((6, 4, 8)), torch.zeros(6, 4, 8)]
     expected = [t.clone() for t in given]
-    CALLS[name](*expected)
+    result = CALLS[name](*expected)
     turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in given]
     assert not turned[0].is_contiguous()
-    CALLS[name](*turned)
+    again = CALLS[name](*turned)
+    if name in METRICS:
+        torch.testing.assert_close(again, result, rtol=METRIC, atol=0)
     for a, b in zip(turned, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -274,7 +279,11 @@ def test_a_zero_reference_gives_zero_as_the_second_sum():
 @pytest.mark.parametrize("shape", [(3, 1000, 64), (1, 77, 5)])
 def test_reductions_are_bit_identical_between_runs_and_thread_counts(shape, dtype, backend):
     given = three(shape, dtype)
-    for op in (ops.residual_l1, ops.residual_magnitude):
+
+    def guided(y: Tensor, *others: Tensor) -> Tensor:
+        return torch.cat([t.flatten() for t in ops.guided_weights(y, others, torch.ones(1))])
+
+    for op in (ops.residual_l1, ops.residual_magnitude, guided):
         first = op(*given)
         counts = (1, 2, 3, 4) if backend == "cpp" else (1, 1)
         for threads in counts:
@@ -295,6 +304,7 @@ ARGUMENTS = {
     "linear_combine": {"tensors": [T, T], "weights": [1.0, 2.0], "out": T.clone()},
     "taylor_update_": {"factors": [T.clone(), T.clone()], "y": T, "inv_delta": 1.0, "valid": 1},
     "guidance_combine": {"cond": T, "low": T, "high": T, "w_low": 1.0, "w_high": 1.0},
+    "guided_weights": {"guide": T, "guides": [T, T * 2], "prior": torch.ones(1)},
 }
 BAD_TENSORS = {
     "float64": T.double(),
@@ -375,6 +385,18 @@ BAD_VALUES = [
     ("residual_apply", "out", T[:1].expand(2, 3, 4)),
     ("guidance_combine", "out", T),
     ("guidance_combine", "out", torch.zeros(4, 3, 4).half()),
+    ("guided_weights", "guides", []),
+    ("guided_weights", "guides", [T]),
+    ("guided_weights", "guides", [T] * 4),
+    ("guided_weights", "guides", T),
+    ("guided_weights", "guides", None),
+    ("guided_weights", "prior", torch.ones(2)),
+    ("guided_weights", "prior", torch.ones(1).half()),
+    ("guided_weights", "prior", torch.ones(1).to("meta")),
+    ("guided_weights", "prior", [1.0]),
+    ("guided_weights", "ridge", -1.0),
+    ("guided_weights", "ridge", math.nan),
+    ("guided_weights", "ridge", "small"),
 ]
 
 
@@ -397,7 +419,7 @@ def test_inputs_that_require_grad_are_refused_while_grad_mode_is_on(name, key):
     elif isinstance(ARGUMENTS[name][key], list):
         bad = [T.clone(), T.clone().requires_grad_()]
     else:
-        bad = T.clone().requires_grad_()
+        bad = ARGUMENTS[name][key].clone().requires_grad_()
     arguments = {**ARGUMENTS[name], key: bad}
     with pytest.raises(ValueError, match=key):
         getattr(ops, name)(**arguments)
@@ -429,7 +451,10 @@ def samples() -> dict[str, list[tuple]]:
         "linear_combine_device_": [(torch.zeros_like(y), [y, x], torch.tensor([1.0, 2.0]))],
         "taylor_update_": [([torch.zeros_like(y), torch.zeros_like(y)], y, 0.5, 1)],
         "guidance_combine_": [(torch.zeros(4, 5, 8), y, x, low, 1.1, 0.9)],
-        "guided_weights": [(y, [x, prev], torch.tensor([2.0, -1.0]), 1e-3)],
+        "guided_weights": [
+            (y, [x, prev], torch.tensor([2.0]), 1e-3),
+            (y[:, ::2], [x[:, ::2], prev[:, 2:], low[:, ::2]], torch.ones(2), 0.0, True),
+        ],
     }
 
 
@@ -448,7 +473,8 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["residual_l1", "residual_apply", "linear_combine", "residual_store"]
+    "name",
+    ["residual_l1", "residual_apply", "linear_combine", "residual_store", "guided_weights"],
 )
 def test_wrappers_trace_whole(name):
     """`fullgraph`: no graph break inside a public op."""
@@ -456,4 +482,4 @@ def test_wrappers_trace_whole(name):
     torch._dynamo.reset()
     compiled = torch.compile(getattr(ops, name), backend="eager", fullgraph=True)
     a, b = compiled(**arguments), getattr(ops, name)(**arguments)
-    assert torch.equal(a, b)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)

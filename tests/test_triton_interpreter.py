@@ -29,6 +29,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastcache
+import fastcache.ops
 from fastcache import reference
 
 FP32, FP16, BF16, E4M3 = torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn
@@ -527,6 +529,23 @@ def a_useless_history_falls_back_to_the_prior(lab: Lab, ridge: float) -> None:
                 want = [1.7, -0.7] if order == 1 else [1.7, -0.8, 0.1]
                 torch.testing.assert_close(weights.cpu(), torch.tensor([want]))
                 assert misfit.isnan().item() == (not got_sums.isfinite().all())
+
+
+@case(turned=(False, True))
+def weights_of_guides_in_a_layout_that_no_kernel_takes(lab: Lab, turned: bool) -> None:
+    """The kernel read [B, F, T, C] as if its rows were next to each other, and gave other weights."""
+
+    def view(t: Tensor) -> Tensor:
+        return t.transpose(2, 3)[:, 0] if turned else t[..., ::4, :]
+
+    tensors, prior = [lab.draw(2, 3, 10, 24) for _ in range(4)], torch.tensor([1.5, 0.0])
+    guide, *guides = map(view, tensors)
+    expected = reference.guided_solve(reference.guided_sums(guide, guides), prior, 0.003, True)
+    guide, *guides = (view(t.to(lab.device)) for t in tensors)
+    with fastcache.backend("triton"):
+        got = fastcache.ops.guided_weights(guide, guides, prior.to(lab.device), 0.003)
+    for value, want in zip(got, expected, strict=True):
+        close(value, want, 1e-5)
 
 
 # --- the child process and the tests -------------------------------------------------------------

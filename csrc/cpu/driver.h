@@ -31,6 +31,19 @@ void for_chunks(const Parallel& parallel, const Shape& shape, int64_t size, cons
   });
 }
 
+// sums[groups, count] <- the partial sums of the chunks, added in their order.
+inline void add_chunks(const std::vector<double>& partial, int64_t groups, int count,
+                       double* sums) {
+  const int64_t each = static_cast<int64_t>(partial.size()) / groups;
+  for (int64_t i = 0; i < groups * count; ++i) sums[i] = 0;
+  for (int64_t i = 0; i < groups * each; ++i) sums[i / each * count + i % count] += partial[i];
+}
+
+// Chunks of whole rows, at least one.
+inline int64_t rows_size(const Shape& shape) {
+  return shape.width < CHUNK ? CHUNK / shape.width * shape.width : shape.width;
+}
+
 // sums: [samples, 2]
 template <class Parallel>
 void residual_l1(const Kernels& kernels, const Parallel& parallel, const Shape& shape, Operand y,
@@ -41,11 +54,7 @@ void residual_l1(const Kernels& kernels, const Parallel& parallel, const Shape& 
     kernels.residual_l1(y.type, prev.type, at(y, b, i), at(x, b, i), at(prev, b, i), at(out, b, i),
                         n, &partial[2 * chunk]);
   });
-  for (int64_t i = 0; i < shape.samples; ++i) {
-    sums[2 * i] = sums[2 * i + 1] = 0;
-    for (int64_t c = i * per_sample; c < (i + 1) * per_sample; ++c)
-      sums[2 * i] += partial[2 * c], sums[2 * i + 1] += partial[2 * c + 1];
-  }
+  add_chunks(partial, shape.samples, 2, sums);
 }
 
 // ratios: [samples], each a sum over the rows of a sample
@@ -53,7 +62,7 @@ template <class Parallel>
 void residual_magnitude(const Kernels& kernels, const Parallel& parallel, const Shape& shape,
                         Operand y, Operand x, Operand prev, Operand out, double eps,
                         double* ratios) {
-  const int64_t rows = shape.width < CHUNK ? CHUNK / shape.width : 1, size = rows * shape.width;
+  const int64_t size = rows_size(shape);
   const int64_t per_sample = (shape.length + size - 1) / size;
   std::vector<double> partial(shape.samples * per_sample);
   for_chunks(parallel, shape, size, [&](int64_t chunk, int64_t b, int64_t i, int64_t n) {
@@ -61,10 +70,7 @@ void residual_magnitude(const Kernels& kernels, const Parallel& parallel, const 
         kernels.residual_magnitude(y.type, prev.type, at(y, b, i), at(x, b, i), at(prev, b, i),
                                    at(out, b, i), n / shape.width, shape.width, eps);
   });
-  for (int64_t i = 0; i < shape.samples; ++i) {
-    ratios[i] = 0;
-    for (int64_t c = i * per_sample; c < (i + 1) * per_sample; ++c) ratios[i] += partial[c];
-  }
+  add_chunks(partial, shape.samples, 1, ratios);
 }
 
 inline void combine_chunk(const Kernels& kernels, const Operand& out, const Operand* terms,

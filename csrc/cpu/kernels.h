@@ -18,6 +18,15 @@ struct Term {
 
 constexpr int MAX_TERMS = 8;
 
+// Dense rows, `stride` elements apart.
+struct Rows {
+  const void* data;
+  int64_t stride;
+};
+
+// The sums of guided prediction of order K, 1 or 2: a K x K triangle, K and 1.
+constexpr int sums_of(int order) { return 3 * order; }
+
 struct Kernels {
   // r = round(y - x); sums += { sum |r - prev|, sum |prev| }; out <- r unless null.
   // y and x are `value`, prev and out `stored`.
@@ -32,6 +41,10 @@ struct Kernels {
   // f0 <- y, f[j+1] <- (new f[j] - old f[j]) / delta for j < count - 1.
   void (*taylor_update)(Type value, Type stored, void* const* factors, int count, const void* y,
                         float delta, int64_t n);
+  // With the guides g_0 (of this step, `value`), g_1 .. g_(order + 1) (`stored`), q = g_0 - g_1 and
+  // D_j = g_j - g_(j+1): sums += the upper triangle of D D^T, D q, q.q.
+  void (*guided_sums)(Type value, Type stored, const Rows* guides, int order, int64_t rows,
+                      int64_t width, double* sums);
 };
 
 // A table, or null where the compiler or the machine lacks the instruction set.

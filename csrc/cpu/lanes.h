@@ -141,7 +141,14 @@ INLINE void store(T* to, Floats v) {
 
 INLINE Floats absolute(Floats v) { return bit_cast<Floats>(bit_cast<Words>(v) & 0x7fffffff); }
 
+// As above: GCC 12 converts a wide vector in two parts.
 INLINE Doubles half(Floats v, int which) {
-  return __builtin_convertvector(read<HalfFloats>((const char*)&v + which * sizeof(HalfFloats)),
-                                 Doubles);
+  const auto floats = read<HalfFloats>((const char*)&v + which * sizeof(HalfFloats));
+#if X86 && WIDTH == 16
+  return bit_cast<Doubles>(_mm512_maskz_cvtps_pd(0xff, bit_cast<__m256>(floats)));
+#elif X86 && WIDTH == 8
+  return bit_cast<Doubles>(_mm256_cvtps_pd(bit_cast<__m128>(floats)));
+#else
+  return __builtin_convertvector(floats, Doubles);
+#endif
 }

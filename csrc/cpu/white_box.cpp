@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "driver.h"
+#include "guided.h"
 
 namespace py = pybind11;
 using namespace fastcache;
@@ -79,6 +79,22 @@ void differences(const std::string& isa, Type value, Type stored,
                            reinterpret_cast<const void*>(y), delta, n);
 }
 
+// guides: [samples, rows, width], every row `apart` widths behind the one before it
+std::vector<double> guided(const std::string& isa, Type value, Type stored,
+                           const std::vector<Pointer>& guides, int64_t samples, int64_t rows,
+                           int64_t width, int64_t apart, bool per_sample, int64_t grain) {
+  const int64_t row = apart * width, groups = per_sample ? samples : 1;
+  const int order = static_cast<int>(guides.size()) - 2;
+  std::vector<Guide> list;
+  for (Pointer guide : guides)
+    list.push_back(
+        {{reinterpret_cast<char*>(guide), list.empty() ? value : stored, rows * row}, row});
+  std::vector<double> sums(groups * sums_of(order));
+  guided_sums(table(isa), Backwards{grain}, Shape{samples, rows * width, width}, list.data(), order,
+              groups, sums.data());
+  return sums;
+}
+
 // (chunk, sample, offset, count) of every chunk, in order
 std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> chunks(int64_t samples,
                                                                    int64_t length) {
@@ -104,4 +120,5 @@ PYBIND11_MODULE(_native_test, m) {
   m.def("residual_magnitude", magnitude);
   m.def("combine", weighted_sum);
   m.def("taylor_update", differences);
+  m.def("guided_sums", guided);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,13 @@ def resample(ratios: tuple[float, ...], count: int) -> tuple[float, ...]:
         return ratios[-1:]
     scale = (len(ratios) - 1) / (count - 1)
     return tuple(ratios[int(np.rint(np.float32(i) * np.float32(scale)))] for i in range(count))
+
+
+@lru_cache(maxsize=64)
+def rounded(ratios: tuple[float, ...], threshold: float, precision: str) -> tuple[tuple, Any, Any]:
+    """The ratios, one and the threshold as numpy scalars of a precision."""
+    number = getattr(np, precision)
+    return tuple(number(r) for r in ratios), number(1.0), number(threshold)
 
 
 def checked_ratios(owner: str, values: object) -> tuple[float, ...]:
@@ -82,59 +90,57 @@ class Magnitude(Policy):
 
     def begin(self, total: int | None = None) -> Run:
         steps = total or self.num_inference_steps
-        return Run(
-            memory=_Account(
-                resample(self.mag_ratios, steps), int(self.retention_ratio * steps + 0.5)
-            )
+        ratios, one, threshold = rounded(
+            resample(self.mag_ratios, steps), self.threshold, self.precision
         )
+        return Run(memory=_Account(ratios, one, threshold, int(self.retention_ratio * steps + 0.5)))
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         account: _Account = run.memory
-        number = getattr(np, self.precision)
-        threshold = number(self.threshold)
         if step.index < account.retained:
             return Decision(COMPUTE, None, self.threshold, guard or "retention")
-        ratio = account.ratios[step.index] if step.index < len(account.ratios) else math.nan
-        account.ratio = number(account.ratio) * number(ratio)
-        account.steps += 1
-        account.error = number(account.error) + abs(number(1.0) - account.ratio)
-        error = float(account.error)
-        if (
-            not guard
-            and math.isfinite(error)
-            and account.error <= threshold
-            and account.steps <= self.max_skip_steps
-        ):
-            return Decision(REUSE, error, self.threshold, "error within threshold")
-        if math.isnan(ratio):
+        calibrated = step.index < len(account.ratios)
+        error = account.add(account.ratios[step.index] if calibrated else math.nan)
+        within = error <= account.threshold  # never with a ratio that is missing
+        if within and not guard and account.steps <= self.max_skip_steps and math.isfinite(error):
+            return Decision(REUSE, float(error), self.threshold, "error within threshold")
+        if not calibrated:
             reason = "past the calibrated steps"
-        elif account.error <= threshold:
+        elif within:
             reason = guard or "max_skip_steps"
         else:
             reason = guard or "error above threshold"
         account.clear()
-        return Decision(COMPUTE, error, self.threshold, reason)
+        return Decision(COMPUTE, float(error), self.threshold, reason)
 
     def computed(self, run: Run, step: Step) -> None:
         super().computed(run, step)
         run.memory.clear()
 
 
-@dataclass
 class _Account:
-    """Accumulated ratio and error since the last computed step."""
+    """Accumulated ratio and error since the last computed step, in the numbers that diffusers rounds to."""
 
-    ratios: tuple[float, ...]
-    retained: int
-    ratio: float = 1.0
-    error: float = 0.0
-    steps: int = 0
+    __slots__ = ("error", "one", "ratio", "ratios", "retained", "steps", "threshold")
+
+    def __init__(self, ratios: tuple, one: Any, threshold: Any, retained: int) -> None:
+        self.ratios, self.one, self.threshold, self.retained = ratios, one, threshold, retained
+        self.clear()
 
     def clear(self) -> None:
-        self.ratio, self.error, self.steps = 1.0, 0.0, 0
+        self.ratio, self.error, self.steps = self.one, self.one - self.one, 0
+
+    def add(self, ratio: Any) -> Any:
+        """The accumulated error once another step is skipped."""
+        self.ratio = self.ratio * ratio
+        self.error = self.error + abs(self.one - self.ratio)
+        self.steps += 1
+        return self.error
 
     def __copy__(self) -> _Account:  # a tenth of what the generic one takes, once per step
-        return _Account(self.ratios, self.retained, self.ratio, self.error, self.steps)
+        copy = _Account(self.ratios, self.one, self.threshold, self.retained)
+        copy.ratio, copy.error, copy.steps = self.ratio, self.error, self.steps
+        return copy
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import parameter_names
+from ..ops import direct
 from ..policies import REUSE
 from ..state import State, allocate
 from .spec import Guidance
 
-_rebuild = torch.ops.fastcache.guidance_combine_.default
+_rebuild = direct("guidance_combine_")
 
 
 # Inputs that say where tokens lie, the same for every sample: never halved, whatever their length. Lists of

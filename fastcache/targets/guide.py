@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import direct
 from ..policies import COMPUTE, REUSE
 from ..predictors import Guided
 from ..state import Ring, State, allocate
 
-_weights = torch.ops.fastcache.guided_weights.default
+_weights = direct("guided_weights")
 
 
 class Guide:

@@ -220,7 +220,6 @@ class ModulesTarget:
             else [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
         )
         step = 0 if traced else state.armed_step
-        with torch.no_grad():
-            for stream, value in zip(unit.streams, values, strict=True):
-                stream.store(self._kept(value).detach(), None, step)
+        for stream, value in zip(unit.streams, values, strict=True):
+            stream.store(self._kept(value).detach(), None, step)
         unit.touched = True

@@ -21,12 +21,15 @@ from torch.utils._pytree import tree_leaves
 
 from .. import signal
 from ..adapters import Block, BlockIO
+from ..ops import direct
 from ..policies import COMPUTE, REUSE
 from ..state import State, Unit, allocate, tail
 from .attached import refuse_copy
 from .guide import Guide
 
 ROUTER = "_fastcache_router"
+_change, _magnitude = direct("residual_l1_"), direct("residual_magnitude")
+_store = direct("residual_store_")
 # Phases of a step: all of it in one pass, or (compiled) its first block and then what follows.
 WHOLE, HEAD, REST = "whole", "head", "rest"
 
@@ -406,6 +409,11 @@ class StackTarget:
             if isinstance(gate.modules, Routing):
                 gate.modules.__class__ = type(gate.modules).__mro__[2]
 
+    @property
+    def cut(self) -> tuple:
+        """What later recording calls may change of how the lists are driven."""
+        return len(self.segments), self.threaded, self.copies
+
     def hooked(self) -> list[str]:
         return [f"{gate.name} ({len(gate.modules)} blocks)" for gate in self.gates]
 
@@ -558,20 +566,19 @@ class StackTarget:
             self._allocate_head(hidden, encoder)
         unit = units[segment]
         based, texted, extras = unit.template
-        with torch.no_grad():
-            y = out.detach()
-            if isinstance(based, torch.Size):
-                hidden = turned(hidden, based)
-            elif based and y.shape != hidden.shape:
-                y = y[:, -hidden.shape[1] :]
-            step = 0 if torch.compiler.is_compiling() else state.armed_step
-            if self.measure and based:
-                self._measure(unit, y, hidden.detach())
-            unit.streams[0].store(y, hidden.detach() if based else None, step)
-            if texted:
-                unit.streams[1].store(text.detach(), encoder.detach(), step)
-            for i, at in enumerate(extras):
-                unit.streams[1 + texted + i].store(extra[at].detach(), None, step)
+        y = out.detach()
+        if isinstance(based, torch.Size):
+            hidden = turned(hidden, based)
+        elif based and y.shape != hidden.shape:
+            y = y[:, -hidden.shape[1] :]
+        step = 0 if torch.compiler.is_compiling() else state.armed_step
+        if self.measure and based:
+            self._measure(unit, y, hidden.detach())
+        unit.streams[0].store(y, hidden.detach() if based else None, step)
+        if texted:
+            unit.streams[1].store(text.detach(), encoder.detach(), step)
+        for i, at in enumerate(extras):
+            unit.streams[1 + texted + i].store(extra[at].detach(), None, step)
         unit.touched = True
         self.segments[segment][0].entry = (None, None)
 
@@ -592,7 +599,7 @@ class StackTarget:
         stored: Any = unit.streams[0]
         prev = stored.views[0]
         if self.state.timelines[self.rule].pushes:
-            ratio = torch.ops.fastcache.residual_magnitude.default(y, x, prev)
+            ratio = _magnitude(y, x, prev)
         else:
             ratio = torch.ones(1, device=y.device)
         self.state.measured.append(ratio)
@@ -759,13 +766,10 @@ def first_residual(state: State, hidden: Tensor, x: Tensor, per_sample: bool) ->
     base = head.get("base")
     rows = [tail(row, x) for row in head["residual"].unbind(0)]
     spare = rows[0 if base is None else 1 - base]
-    with torch.no_grad():
-        if base is None:
-            torch.ops.fastcache.residual_store_.default(spare, hidden.detach(), x.detach())
-            return None
-        return torch.ops.fastcache.residual_l1_.default(
-            spare, hidden.detach(), x.detach(), rows[base], per_sample
-        )
+    if base is None:
+        _store(spare, hidden.detach(), x.detach())
+        return None
+    return _change(spare, hidden.detach(), x.detach(), rows[base], per_sample)
 
 
 def keep_residual(state: State) -> None:
