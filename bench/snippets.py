@@ -122,16 +122,23 @@ def bf16(rows: Sequence[Row]) -> str:
 def _schedules(
     groups: Sequence[Sequence[Row]], show: Callable[[Row], str] = lambda r: digits(r["psnr"])
 ) -> str:
-    """Predictors on the same schedules; one that a model does not allow gets no column."""
+    """Predictors on the same schedules; one that a model does not allow gets no column.
+
+    A residual guide runs block 0 on every step: the last column is its lead over Taylor 1 at equal compute.
+    """
     lines = []
     for here in groups:
         at = {(r["method"], r["predictor"], r["setting"]): r for r in _ours(here)}
+        taylors = [r for n in INTERVALS if (r := at.get((*RIVALS["Taylor 1"], f"every {n}")))]
         for i in INTERVALS:
             found = [at.get((*rival, f"every {i}")) for rival in RIVALS.values()]
-            if taylor := found[1]:
+            taylor, residual = found[1:3]
+            if taylor:
                 psnr = ["" if r is None else show(r) for r in found]
-                lines.append((taylor["steps"], i, f"{taylor['compute']:.0%}", *psnr))
-    columns = ("steps", "every", "compute (Taylor)", *RIVALS)
+                lead = residual and claims.above_fewer(residual, taylors)
+                ahead = "" if lead is None else f"{lead:+.1f}"
+                lines.append((taylor["steps"], i, f"{taylor['compute']:.0%}", *psnr, ahead))
+    columns = ("steps", "every", "compute (Taylor)", *RIVALS, "residual, equal compute")
     shown = [k for k in range(len(columns)) if any(line[k] for line in lines)]
     kept = [[line[k] for k in shown] for line in lines]
     return markdown([columns[k] for k in shown], kept) if lines else ""
