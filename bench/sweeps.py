@@ -192,16 +192,18 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
             yield ours("Interval", f"order {order}", f"every {n}, early start", recipe)
     for name in ("balanced", "fast"):
         yield ours("Interval", "order 2", f"preset {name}", fastcache.preset(name))
-    seers = {"order 1": Taylor(1), "modulated guide": Guided(guide="modulated")}
+    seers = {
+        "order 1": Taylor(1),
+        "residual guide": Guided(),
+        "modulated guide": Guided(guide="modulated"),
+    }
     for label, what in seers.items():
         for n in SEER_INTERVALS:
-            mask = Mask(seer_schedule(steps, n), warmup=0, last=False)
-            yield ours("TaylorSeer", label, f"stack, every {n}", Recipe(mask, what, Stack()))
-    for n in SEER_INTERVALS:
-        for last in (1, 2):
-            plan = [int(c or i >= steps - last) for i, c in enumerate(seer_schedule(steps, n))]
-            recipe = Recipe(Mask(plan, warmup=0, last=False), Guided(guide="modulated"), Stack())
-            yield ours("TaylorSeer", "modulated guide", f"stack, every {n}, last {last}", recipe)
+            for last in (0, 1, 2):
+                plan = [int(c or i >= steps - last) for i, c in enumerate(seer_schedule(steps, n))]
+                recipe = Recipe(Mask(plan, warmup=0, last=False), what, Stack())
+                setting = f"stack, every {n}" + f", last {last}" * (last > 0)
+                yield ours("TaylorSeer", label, setting, recipe)
 
 
 AFTER_THREE = ", after 3"  # the schedule on which guided prediction was first measured

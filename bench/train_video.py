@@ -3,7 +3,7 @@
     python -m bench.train_video
 
 Writes the fp16 checkpoint and a record (recipe, held-out loss, sample accuracy, versions) into
-bench/assets, and with --picture some samples. It takes about 20 minutes on one CPU core.
+bench/assets, and with --picture some samples. It takes about 15 minutes of one CPU core.
 """
 
 from __future__ import annotations

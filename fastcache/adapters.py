@@ -43,7 +43,8 @@ class Block:
     hidden, encoder: argument names of the image and the text stream (encoder None: it has none).
     returns: order of the streams in the returned tuple; None finds it from shapes at the first call.
     modulation: the first normalisation with the timestep in it, as (attribute of the block, its keyword for
-    the conditioning, argument of the block that holds that); None: not known.
+    the conditioning, argument of the block that holds that); None: not known. Where the block adds the
+    conditioning to a table of its own, the table's name takes the keyword's place.
     """
 
     hidden: str | None = None
@@ -167,17 +168,20 @@ MODELS: dict[str, BlockAdapter] = {
     "SanaWMLTX2RefinerTransformer3DModel": BlockAdapter(attention=(r"\.attn[12]$",)),
     "T5FilmDecoder": BlockAdapter(blocks=("decoders",)),
 }
-# The first normalisation with the timestep in it, where it is a module: (attribute, keyword, argument).
-MODULATIONS: dict[str, tuple[str, str, str]] = dict.fromkeys(
-    (
-        "FluxTransformerBlock",
-        "BriaTransformerBlock",
-        "HunyuanVideoTransformerBlock",
-        "HunyuanImageTransformerBlock",
-        "JointTransformerBlock",
+# The first normalisation with the timestep in it: (attribute, keyword or table, argument).
+MODULATIONS: dict[str, tuple[str, str, str]] = {
+    **dict.fromkeys(
+        (
+            "FluxTransformerBlock",
+            "BriaTransformerBlock",
+            "HunyuanVideoTransformerBlock",
+            "HunyuanImageTransformerBlock",
+            "JointTransformerBlock",
+        ),
+        ("norm1", "emb", "temb"),
     ),
-    ("norm1", "emb", "temb"),
-)
+    "WanTransformerBlock": ("norm1", "scale_shift_table", "temb"),
+}
 # Calls that fill a key/value cache for those after them, by argument: every module must run in them.
 KEEPING: dict[str, tuple[str, ...]] = {
     "kv_cache_mode": ("extract", "capture_pre_rope", "inject_and_capture_post_rope"),
@@ -212,6 +216,14 @@ def adapter_for(model: object) -> BlockAdapter:
             if base.__name__ in table:
                 return table[base.__name__]
     return BlockAdapter()
+
+
+def shifted(x: Any, table: Any, given: Any) -> Any:
+    """x [B, S, D], shifted and scaled by the first two rows of table [1, n, D] + given [B, n, D] or [B, S, n, D]."""
+    shift, scale = (table + given.float()).unbind(-2)[:2]
+    if given.dim() == 3:  # one for all tokens
+        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+    return x * (1 + scale) + shift
 
 
 class BlockIO:
@@ -262,7 +274,11 @@ class BlockIO:
         """The block's normalised, timestep-modulated input, for this call."""
         attribute, keyword, argument = self.modulation or ("", "", "")
         given = kwargs[argument] if argument in kwargs else args[self.names.index(argument)]
-        value = getattr(block, attribute)(self.read(args, kwargs)[0], **{keyword: given})
+        hidden, norm = self.read(args, kwargs)[0], getattr(block, attribute)
+        table = getattr(block, keyword, None)
+        if table is not None:
+            return shifted(norm(hidden.float()), table, given).type_as(hidden)
+        value = norm(hidden, **{keyword: given})
         return value[0] if isinstance(value, tuple) else value
 
     def positions(self, output: Any, hidden: Any, encoder: Any) -> tuple[int | None, int | None]:

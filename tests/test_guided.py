@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcache
 from fastcache import FirstBlock, Guided, Interval, Misfit, Recipe, Reuse, Taylor, ops
+from fastcache.adapters import BlockIO
 
 demo = pytest.importorskip("fastcache.demo.sample")
 
@@ -221,8 +222,19 @@ def test_a_misfit_rule_needs_a_guide() -> None:
         Recipe(Misfit(0.3), Taylor(1))
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_modulated_guide_of_wan_is_what_its_attention_reads(per_token: bool) -> None:
+    """Its modulation is no module but a table of the block, with one timestep or, as in 2.2, one per token."""
+    block, seen = tiny.build("Wan3D")[0].blocks[0], []
+    temb = torch.randn(2, 5, 6, 24) if per_token else torch.randn(2, 6, 24)
+    args = (torch.randn(2, 5, 24), torch.randn(2, 3, 24), temb, None)
+    block.attn1.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    block(*args)
+    assert torch.equal(BlockIO(block).modulated(block, args, {}), seen[0])
+
+
 def test_a_model_without_a_known_modulation_is_refused() -> None:
-    model, _ = tiny.build("Wan3D")
+    model, _ = tiny.build("CogVideoX")
     with pytest.raises(ValueError, match="modulated"):
         fastcache.enable(model, Recipe(Interval(3), Guided(1, guide="modulated")))
 
