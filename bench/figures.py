@@ -132,7 +132,7 @@ def steps_figure(rows: Sequence[Row]) -> Figure:
         if r["method"] == "uncached" and not r["compiled"]
     }
     rows = [r for r in rows if r.get("reused_ms") is not None and not r["compiled"]]
-    panels = sorted({(r["model"], r["batch"]) for r in rows} & whole.keys())
+    panels = [p for p in dict.fromkeys((r["model"], r["batch"]) for r in rows) if p in whole]
     columns = min(2, max(1, len(panels)))
     lines = max(1, -(-len(panels) // columns))
     figure, axes = new(lines, columns, 6.0 * columns, 3.6 * lines)

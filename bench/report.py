@@ -155,15 +155,16 @@ def _steps(rows: list[Row]) -> Iterator[Block]:
     yield from _origin(rows, COMMANDS["steps"])
     yield Block(
         "p",
-        f"One schedule for all: {rows[0]['computed']} of {rows[0]['steps']} steps computed. Own "
-        "cost: a reused step less the modules that must still run. Launches, device reads and new "
-        "tensors of a reused step are counted, for hidden-state-sized tensors.",
+        "One schedule for all: the first 4 steps computed, then every third. Own cost: a reused step "
+        "less the modules that must still run; where these take a second, it drowns in their noise. "
+        "Launches, device reads and new tensors of a reused step are counted, for hidden-state-sized "
+        "tensors. Models named by a width have random weights.",
     )
     if any(r["reused_ms"] is not None for r in rows):
         yield _image("steps", rows)
     for model, batch in dict.fromkeys((r["model"], r["batch"]) for r in rows):
         here = [r for r in rows if (r["model"], r["batch"]) == (model, batch)]
-        yield Block("h3", f"{model}, batch {batch}")
+        yield Block("h3", f"{model}, batch {batch}, {here[0]['steps']} steps")
         lines = [
             (
                 r["method"],
