@@ -4,8 +4,9 @@
 
 All systems follow one schedule: the first 4 of 28 steps computed, then every third (methods on modules
 come as near as their fields allow, alike on both sides). Only cost is
-compared; weights may be random. "own" is a reused step less the modules that must still run, timed as
-the same model without its skipped blocks on the steps that the others skip.
+compared; weights may be random. "own" is a reused step less the modules that must still run: in every
+round the same model without its skipped blocks runs right before, and the two are subtracted step by
+step, so that a machine that slows down for a while does so for both.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ STEPS, WARMUP, EVERY = 28, 4, 3
 BATCHES = (1, 8, 64)
 STACK_METHODS = ("MagCache", "FirstBlock", "Taylor on the stack")
 METHODS = (*STACK_METHODS, "Guided", "TaylorSeer", "PAB", "FasterCache")
+FLOORS = {0: "no blocks", 1: "first block only"}  # by blocks kept: what a reused step must still run
 OUR_KEPT = {"MagCache": 0, "FirstBlock": 1, "Taylor on the stack": 0, "Guided": 1}
 
 
@@ -69,8 +71,17 @@ class Contender:
     call: Callable[..., Any]
     attached: Attached | None = None
     force: Callable[[bool], object] | None = None
-    kept: int | None = None  # blocks that a reused step still runs; None: not a stack cache
+    kept: int | None = None  # blocks that a reused step still runs; None: has no floor
     times: list[list[float]] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)  # seconds of reused steps above a floor's
+
+    def above(self, floor: Contender, subject: Subject, sync: Callable[[], object]) -> None:
+        """A run of the floor, then one of this, on the same schedule."""
+        floor.run(subject, sync)
+        below = floor.times.pop()
+        self.run(subject, sync)
+        pairs = zip(schedule(len(below)), self.times[-1], below, strict=True)
+        self.own += [mine - least for computed, mine, least in pairs if not computed]
 
     def run(self, subject: Subject, sync: Callable[[], object]) -> None:
         """One whole run, timed step by step."""
@@ -110,7 +121,7 @@ def contenders(subject: Subject, mode: str) -> Iterator[Contender]:
 
 def _eager(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
     yield Contender("uncached", "uncached", "", subject.twin())
-    for kept, name in ((0, "no blocks"), (1, "first block only")):
+    for kept, name in FLOORS.items():
         yield _floor(subject, kept, name)
     for method, config in _our_configs(plan).items():
         model = subject.twin()
@@ -136,6 +147,7 @@ def _floor(subject: Subject, kept: int, name: str) -> Contender:
         "",
         lambda **inputs: turn["model"](**inputs),
         force=lambda compute: turn.update(model=whole if compute else part),
+        kept=kept,  # against itself: what the measure cannot resolve
     )
 
 
@@ -317,17 +329,19 @@ def measure(subject: Subject, args: Any) -> list[Row]:
                 continue
             contender.times.clear()
             found.append(contender)
+        floors = {c.kept: c for c in found if c.method == FLOORS.get(c.kept)}
         with common.bar(args.rounds * len(found), f"{subject.name}, batch {subject.batch}") as bar:
             for index in range(args.rounds):
                 if index and late(1.0):
                     break
                 for contender in found:
                     bar.set_postfix_str(f"{contender.system} {contender.method}")
-                    contender.run(subject, sync)
+                    if floor := floors.get(contender.kept):
+                        contender.above(floor, subject, sync)
+                    else:
+                        contender.run(subject, sync)
                     bar.update()
-        rows = [_row(contender, subject, args) for contender in found]
-    _own_cost(rows, found)
-    return rows
+        return [_row(contender, subject, args) for contender in found]
 
 
 def _row(contender: Contender, subject: Subject, args: Any) -> Row:
@@ -345,6 +359,9 @@ def _row(contender: Contender, subject: Subject, args: Any) -> Row:
     row |= {f"run_{k}": v for k, v in whole.items()} | {"rounds": len(contender.times)}
     row["computed_ms"] = 1e3 * common.quantiles(by_kind[True])["p50"]
     row["reused_ms"] = 1e3 * common.quantiles(by_kind[False])["p50"] if skips else None
+    if contender.own:
+        row |= {f"own_{k}": 1e3 * v for k, v in common.quantiles(contender.own).items()}
+        row["own_ms"] = row.pop("own_p50")
     if cached and not contender.compiled:
         row |= _traffic(contender, subject)
     if args.device == "cuda":
@@ -379,18 +396,6 @@ def _traffic(contender: Contender, subject: Subject) -> Row:
             break
     attached.reset()
     return row
-
-
-def _own_cost(rows: list[Row], found: Sequence[Contender]) -> None:
-    """The reused step less what the model needs for it without a cache."""
-    floors = {
-        kept: next((r["reused_ms"] for r in rows if r["method"] == name), None)
-        for kept, name in ((0, "no blocks"), (1, "first block only"))
-    }
-    for row, contender in zip(rows, found, strict=True):
-        floor = floors.get(contender.kept) if contender.kept is not None else None
-        if floor is not None and row["reused_ms"] is not None:
-            row["own_ms"] = row["reused_ms"] - floor
 
 
 def show(rows: list[Row]) -> None:
