@@ -12,7 +12,7 @@ step, so that a machine that slows down for a while does so for both.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,10 @@ STEPS, WARMUP, EVERY = 28, 4, 3
 BATCHES = (1, 8, 64)
 STACK_METHODS = ("MagCache", "FirstBlock", "Taylor on the stack")
 METHODS = (*STACK_METHODS, "Guided", "TaylorSeer", "PAB", "FasterCache")
-FLOORS = {0: "no blocks", 1: "first block only"}  # by blocks kept: what a reused step must still run
+FLOORS = {
+    0: "no blocks",
+    1: "first block only",
+}  # by blocks kept: what a reused step must still run
 OUR_KEPT = {"MagCache": 0, "FirstBlock": 1, "Taylor on the stack": 0, "Guided": 1}
 
 

@@ -25,7 +25,7 @@ from .ondevice import OnDevice
 from .runtime import denoisers_of
 from .shell import MARK
 from .state import State, allocate
-from .targets.stack import HEAD, REST, WHOLE, Stop, settle_residual
+from .targets.stack import HEAD, REST, WHOLE, Stop
 
 ARGUMENT = re.compile(r"(L\[')?(args|kwargs)\b")  # a guard on what a program is called with
 ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # torch 2.13
@@ -133,11 +133,10 @@ class Compiled:
         return self._program(*control.actions, control.batch, REST)(*args, **kwargs)
 
     def _enter_head(self, state: State, when: Any) -> bool:
-        """Whether the first block has a reference to be compared with, laid out as the graphs expect."""
+        """Whether the first block has a reference to be compared with."""
         head = state.head
-        if head.get("base") is None or "hidden" not in head:
+        if "kept" not in head:
             return False
-        settle_residual(state)
         if "sums" not in head:
             shape = when.sums(head["residual"])
             head["sums"] = allocate(shape, torch.float32, head["hidden"].device)

@@ -29,7 +29,7 @@ from .stats import Record
 from .targets.bind import NothingToHook, bind
 from .targets.guidance import GuidanceTarget
 from .targets.modules import ModulesTarget
-from .targets.stack import HEAD, WHOLE, StackTarget, first_residual, keep_residual
+from .targets.stack import HEAD, WHOLE, StackTarget, first_change
 
 if TYPE_CHECKING:
     from .runtime import Cache
@@ -108,6 +108,7 @@ class Denoiser:
         for i, (rule, target) in enumerate(zip(self.recipe.rules, self.targets, strict=True)):
             if isinstance(target, StackTarget):
                 target.judge = functools.partial(self._judge, i, rule, target)
+                target.signal = rule.when.measures if rule.when.needs_signal else ""
                 target.measure = isinstance(rule.when, Calibrate)
             elif self.guidance is not None and target is not self.guidance:
                 target.conditional_half = getattr(rule.when, "conditional_only", False)
@@ -578,7 +579,7 @@ class Denoiser:
         if rule.when.measures == "misfit":
             measured = self._measure_misfit(i, rule, target, hidden, x)
         else:
-            measured = first_residual(state, hidden, x, getattr(rule.when, "per_sample", False))
+            measured = first_change(state, hidden, x, getattr(rule.when, "per_sample", False))
             if control.phase == HEAD and measured is not None:
                 tail(state.head["sums"], measured).copy_(measured)
         if control.phase != HEAD:
@@ -647,8 +648,8 @@ class Denoiser:
             elif isinstance(target, StackTarget) and computed:
                 half = self.control.batch == "half"
                 state.halved = rule.what.depth if half else max(state.halved - 1, 0)
-            if computed and rule.when.needs_signal and rule.when.measures == "change":
-                keep_residual(state)
+            if computed and getattr(target, "signal", "") == "change":
+                state.head["kept"] = True
         state.index = step.index + 1
         decision = self._leading(self.decisions)
         if decision.reason == "past the calibrated steps":

@@ -498,7 +498,7 @@ class State:
         )
         self.runs: list[Run] = []  # what each policy remembers
         self.measured: list[Tensor] = []  # magnitude ratios of a calibration, on the device
-        self.head.pop("base", None)
+        self.head.pop("kept", None)
         self.head.pop("guided", None)
         for t in self._head_tensors():
             t.zero_()

@@ -269,7 +269,7 @@ def storage(t: Tensor) -> int:
         (Recipe(Interval(3), Guided(2)), ["guided_weights", "linear_combine_device_"]),
         (Recipe(Interval(3), Taylor(1)), ["linear_combine_"]),
         (Recipe(Interval(3), Reuse()), []),  # one aten addition
-        (Recipe(FirstBlock(100.0), Reuse()), ["residual_l1_"]),
+        (Recipe(FirstBlock(100.0), Reuse()), ["residual_l1"]),
     ],
 )
 def test_ops_of_a_reused_step(recipe: Recipe, limit: list[str]) -> None:

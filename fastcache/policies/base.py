@@ -63,7 +63,7 @@ class Policy:
     measures = "change"  # what the signal is: the "change" of the first block, or the "misfit" of its guide
 
     def sums(self, residuals: Any) -> tuple[int, ...]:
-        """Shape of what is measured, where the first block's residuals are [2, B, ...]."""
+        """Shape of what is measured, where the first block's residuals are [B, ...]."""
         return (1,)
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ class FirstBlock(Policy):
         flag("FirstBlock", "per_sample", self.per_sample)
 
     def sums(self, residuals: Any) -> tuple[int, ...]:
-        return (residuals.shape[1], 2) if self.per_sample else (2,)
+        return (residuals.shape[0], 2) if self.per_sample else (2,)
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         if guard or signal is None:

@@ -28,7 +28,7 @@ from .attached import refuse_copy
 from .guide import Guide
 
 ROUTER = "_fastcache_router"
-_change, _magnitude = direct("residual_l1_"), direct("residual_magnitude")
+_change, _magnitude = direct("residual_l1"), direct("residual_magnitude")
 _store = direct("residual_store_")
 # Phases of a step: all of it in one pass, or (compiled) its first block and then what follows.
 WHOLE, HEAD, REST = "whole", "head", "rest"
@@ -290,6 +290,7 @@ class Gate:
                 now = owner.guide.of(hidden, x)
                 tail(owner.state.head["now"], now).copy_(now)
             raise Stop
+        owner.keep_residual(hidden, x)
         if owner.guide is not None:
             owner.guide.see(owner.state, owner.rule, owner.action, owner.guide.of(hidden, x))
         if (owner.action != REUSE or owner.threaded) and self.opens and len(self.modules) > 1:
@@ -304,6 +305,7 @@ class Gate:
         if "encoder" in head:
             encoder = tail(head["encoder"], x)
         owner = self.owner
+        owner.keep_residual(hidden, x)
         if owner.guide is not None:
             owner.guide.see(owner.state, owner.rule, owner.action, tail(head["now"], x))
         if (owner.action != REUSE or owner.threaded) and self.opens and len(self.modules) > 1:
@@ -394,6 +396,7 @@ class StackTarget:
         )
         self.recording = False
         self.judge: Callable[[Tensor, Tensor], None] = lambda hidden, x: None
+        self.signal = ""  # what `judge` measures: "change", "misfit" or nothing
         self.weights: tuple[float, ...] = ()
 
     # --- installing -------------------------------------------------------------------------------------
@@ -437,7 +440,11 @@ class StackTarget:
 
     def recorded(self, state: State) -> bool:
         """Whether storage exists, so that a graph may use it; measuring is done eagerly."""
-        return bool(state.units[self.rule]) and not self.measure
+        return bool(state.units[self.rule]) and not self.measure and not self._lacks_head(state)
+
+    def _lacks_head(self, state: State) -> bool:
+        """Whether graphs are expected, and a step in two parts has nowhere to keep its first block."""
+        return bool(self.signal) and self.control.compiled and "hidden" not in state.head
 
     def ready(self, state: State) -> bool:
         """Whether a step can be reused from this state."""
@@ -525,6 +532,19 @@ class StackTarget:
         if "encoder" in head:
             tail(head["encoder"], encoder).copy_(encoder)
 
+    def keep_residual(self, hidden: Tensor, x: Tensor) -> None:
+        """On a computed step, make the first block's residual what later steps are compared with."""
+        if self.signal != "change" or self.action != COMPUTE:
+            return
+        head, hidden, x = self.state.head, hidden.detach(), x.detach()
+        if torch.compiler.is_compiling():
+            tail(head["residual"], x).copy_(hidden - x)
+            return
+        held = head.get("residual")
+        if held is None or held.shape[1:] != x.shape[1:] or held.shape[0] < x.shape[0]:
+            head["residual"] = allocate(x.shape, x.dtype, x.device)
+        _store(tail(head["residual"], x), hidden, x)
+
     def _computed(self, gate: Gate, head: int) -> list:
         blocks: list[Any] = list(gate.modules._modules.values())
         wraps_first = not head and (self.recording or gate.opens)
@@ -563,6 +583,7 @@ class StackTarget:
         out, text, extra = exit
         if segment not in units:
             units[segment] = self._unit(hidden, encoder, exit)
+        if self._lacks_head(state):
             self._allocate_head(hidden, encoder)
         unit = units[segment]
         based, texted, extras = unit.template
@@ -585,14 +606,13 @@ class StackTarget:
     def _allocate_head(self, hidden: Tensor, encoder: Any) -> None:
         """Where compiled regions keep what the first block returned."""
         head = self.state.head
-        if self.start and "hidden" not in head:
-            like = head["residual"][0] if "residual" in head else hidden
-            head["hidden"] = allocate(like.shape, like.dtype, like.device)
-            if self.gates[0].form.encoder is not None and isinstance(encoder, Tensor):
-                head["encoder"] = allocate(encoder.shape, encoder.dtype, encoder.device)
-            if self.guide is not None:
-                now = head["guides"].views[0]
-                head["now"] = allocate(now.shape, now.dtype, now.device)
+        like = head.get("residual", hidden)
+        head["hidden"] = allocate(like.shape, like.dtype, like.device)
+        if self.gates[0].form.encoder is not None and isinstance(encoder, Tensor):
+            head["encoder"] = allocate(encoder.shape, encoder.dtype, encoder.device)
+        if self.guide is not None:
+            now = head["guides"].views[0]
+            head["now"] = allocate(now.shape, now.dtype, now.device)
 
     def _measure(self, unit: Unit, y: Tensor, x: Tensor) -> None:
         """MagCache's ratio of this residual to the last one, left on the device; 1 at the first step."""
@@ -751,36 +771,12 @@ def _chained(before: Gate, after: Gate) -> bool:
     return joined and signal.same(left, entered[:, -left.shape[1] :])
 
 
-def first_residual(state: State, hidden: Tensor, x: Tensor, per_sample: bool) -> Tensor | None:
+def first_change(state: State, hidden: Tensor, x: Tensor, per_sample: bool) -> Tensor | None:
     """The two sums of the first block's residual against that of the last computed step; None without one.
 
     [2], or per sample [B, 2].
-    The new residual goes to a spare row; `keep_residual` makes it the reference after a computed step.
     """
-    head = state.head
-    if not torch.compiler.is_compiling():
-        buffer = head.get("residual")
-        if buffer is None or buffer.shape[2:] != x.shape[1:] or buffer.shape[1] < x.shape[0]:
-            head["residual"] = allocate((2, *x.shape), x.dtype, x.device)
-            head["base"] = None
-    base = head.get("base")
-    rows = [tail(row, x) for row in head["residual"].unbind(0)]
-    spare = rows[0 if base is None else 1 - base]
-    if base is None:
-        _store(spare, hidden.detach(), x.detach())
+    if "kept" not in state.head:
         return None
-    return _change(spare, hidden.detach(), x.detach(), rows[base], per_sample)
-
-
-def keep_residual(state: State) -> None:
-    """Make the residual of the step just computed the reference."""
-    base = state.head.get("base")
-    state.head["base"] = 0 if base is None else 1 - base
-
-
-def settle_residual(state: State) -> None:
-    """Put the reference into row 0, where compiled regions expect it."""
-    head = state.head
-    if head.get("base") == 1:
-        head["residual"][0].copy_(head["residual"][1])
-        head["base"] = 0
+    residual = tail(state.head["residual"], x)
+    return _change(hidden.detach(), x.detach(), residual, per_sample)
