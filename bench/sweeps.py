@@ -36,7 +36,7 @@ MAGNITUDE = (0.06, 0.12, 0.18, 0.24, 0.36, 0.50)
 MISFIT = (0.15, 0.2, 0.3)
 INTERVALS = (2, 3, 4, 5, 6, 7, 9)
 RIDGE = 0.03  # ten times the default pull toward Taylor
-LAST = (", no last", "", ", last 2")  # by how many last steps are computed
+LASTS = (1, 2, 5)  # how many last steps peers compute where we choose for them
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Guide:
     @property
     def setting(self) -> str:
         """What comes after "every n"."""
-        text = f", warm-up {self.warmup}" * (self.warmup != 4) + LAST[self.last]
+        text = f", warm-up {self.warmup}" * (self.warmup != 4) + _last(self.last)
         text += "" if self.ridge is None else f", ridge {self.ridge:g}"
         return text + ", all tokens" * (self.tokens == 1)
 
@@ -66,6 +66,11 @@ class Guide:
         fields = {} if self.ridge is None else {"ridge": self.ridge}
         when = Interval(n, warmup=self.warmup, stop=steps - self.last, last=False)
         return Recipe(when, Guided(self.order, self.guide, tokens=self.tokens, **fields))
+
+
+def _last(steps: int) -> str:
+    """How a setting says that so many last steps are computed; one goes without saying."""
+    return "" if steps == 1 else f", last {steps}" if steps else ", no last"
 
 
 GUIDES = (
@@ -76,6 +81,8 @@ GUIDES = (
     Guide("modulated", 1, warmup=2, last=0),
     Guide("modulated", 1, warmup=2),
     Guide("modulated", 1, warmup=2, last=2),
+    Guide("modulated", 1, warmup=3, last=2),
+    Guide("modulated", 1, warmup=3, last=5),
 )
 # without guidance also these, which are no candidates for the frontier: Taylor's schedule, and promises
 ABLATED = (3, 5, 7)
@@ -295,7 +302,7 @@ def diffusers_points(steps: int, guidance: str, ratios: Sequence[float]) -> Iter
         yield theirs("MagCache", "reuse", f"{t:g}", "MagCacheConfig", threshold=t, **fields)
     yield from _module_points(guidance, theirs)
     for n in SEER_INTERVALS:  # the best of upstream, on the steps that serve ours best
-        for last in (1, 2):
+        for last in LASTS:
             yield theirs(
                 "TaylorSeer",
                 "order 1",
@@ -345,7 +352,7 @@ def cache_dit_points(steps: int, separate_cfg: bool) -> Iterator[Point]:
             mask = [int(i < 4 or (i - 3) % n == 0 or i == steps - 1) for i in range(steps)]
             yield _dbcache(steps, separate_cfg, label, f"every {n}", order=order, mask=mask)
     for n in (2, 3, 4, 5, 6):  # on the steps that serve ours best
-        for last in (1, 2):
+        for last in LASTS:
             mask = [int(i < 3 or (i - 1) % n == 0 or i >= steps - last) for i in range(steps)]
             setting = f"every {n}, early, last {last}"
             yield _dbcache(steps, separate_cfg, "order 1", setting, order=1, mask=mask, warmup=3)
