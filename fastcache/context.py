@@ -57,12 +57,12 @@ class Eager:
                 self.stance.__exit__(None, None, None)
 
 
-_eager, _as_it_is = Eager(), contextlib.nullcontext()
+_eager, NOTHING = Eager(), contextlib.nullcontext()
 
 
 def eagerly(wanted: bool) -> contextlib.AbstractContextManager:
     """Run whatever is compiled uncompiled: calls that allocate storage are not for graphs."""
-    return _eager if wanted and "torch._dynamo" in sys.modules else _as_it_is
+    return _eager if wanted and "torch._dynamo" in sys.modules else NOTHING
 
 
 LONGEST = 600.0  # seconds that a thread waits for another one's compiled call
@@ -87,8 +87,6 @@ class Context:
         if "torch._dynamo" not in sys.modules:
             return
         try:
-            if self.cache._armed_outside():
-                self.lock(LONGEST)
             if not self.cache._expect(self):
                 _eager.__enter__()
                 self._eager = True
@@ -99,7 +97,7 @@ class Context:
     def __exit__(self, kind: Any, *_: object) -> None:
         self._close(failed=kind is not None)
 
-    def lock(self, seconds: float) -> bool:
+    def lock(self, seconds: float = LONGEST) -> bool:
         """Keep other threads out until this context closes. Raises RuntimeError where they stay too long."""
         if not self._locked:
             self._locked = self.cache.lock.acquire(timeout=seconds)
@@ -151,14 +149,8 @@ def checked_call(
         raise TypeError(
             f"context: request is {type(request).__name__}, must be hashable"
         ) from error
-    for label, value, low in (
-        ("step_index", step_index, 0),
-        ("num_inference_steps", num_inference_steps, 1),
-    ):
-        if value is not None:
-            whole("context", label, value, low)
-    step_index = None if step_index is None else step_index.__index__()
-    total = None if num_inference_steps is None else num_inference_steps.__index__()
+    step_index = _whole("step_index", step_index, 0)
+    total = _whole("num_inference_steps", num_inference_steps, 1)
     if step_index is not None and total is not None and step_index >= total:
         raise ValueError(
             f"context: step_index is {step_index}, must be below num_inference_steps = {total}"
@@ -171,6 +163,13 @@ def checked_call(
             value = signal.scalar(value)
         numbers[label] = None if value is None else real("context", label, value)
     return Call(name, request, step_index, total, **numbers)
+
+
+def _whole(label: str, value: Any, low: int) -> int | None:
+    """`value` as an int >= low, or None."""
+    if value is None or (type(value) is int and value >= low):
+        return value
+    return whole("context", label, value, low)
 
 
 def call_signature(args: tuple, kwargs: dict) -> tuple:

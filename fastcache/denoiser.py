@@ -143,6 +143,7 @@ class Denoiser:
         for nothing in missing:
             warnings.warn(f"fastcache: {nothing}", stacklevel=6)
         self.recipe = Recipe.of([rule for rule, _ in bound], self.recipe.name)
+        self.decides_inside = self.recipe.needs_signal
         self.control.actions = [COMPUTE] * len(bound)
         return [target for _, target in bound]
 
@@ -345,20 +346,23 @@ class Denoiser:
 
         Where nothing was ever traced there is nothing to do: `graph_begins` says when that changes.
         """
+        outside = self.armed_outside
+        if outside:
+            frame.lock()
         state = self.slots.states.get((frame.call.request, frame.call.name))
         if state is None or state.bare or state.away or not self._recorded(state):
             self._withdraw()
-            return self.owns_graphs or (self.recipe.needs_signal and not self.untraceable)
-        if self.owns_graphs or self.recipe.needs_signal:
+            return self.owns_graphs or (self.decides_inside and not self.untraceable)
+        if self.owns_graphs or self.decides_inside:
             return self.owns_graphs or not self.untraceable
-        if self.armed_outside:
+        if outside:
             self._prepare(frame, state)
         return True
 
     @property
     def armed_outside(self) -> bool:
         """Whether steps are decided by contexts, before a call that is a graph of the user's own."""
-        return self.control.compiled and not (self.owns_graphs or self.recipe.needs_signal)
+        return self.control.compiled and not (self.owns_graphs or self.decides_inside)
 
     def graph_begins(self) -> None:
         """Called when torch.compile is about to trace something, perhaps this model."""

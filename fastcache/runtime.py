@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import dispatch
 from .adapters import BlockAdapter, adapter_for
 from .configs import Config, resolve
-from .context import IMPLICIT, Call, Context, checked_call, innermost
+from .context import IMPLICIT, NOTHING, Call, Context, checked_call, innermost
 from .denoiser import ALL, Denoiser, watch_compiling
 from .policies.base import flag, whole
 from .shell import MARK
@@ -137,9 +137,6 @@ class Cache:
         call = checked_call(name, request, step_index, num_inference_steps, timestep, sigma)
         return Context(self, call)
 
-    def _armed_outside(self) -> bool:
-        return any(denoiser.armed_outside for denoiser in self.denoisers)
-
     def _expect(self, frame: Context) -> bool:
         """Get every denoiser ready for a compiled call; False where it must run eagerly."""
         watch_compiling()
@@ -163,11 +160,7 @@ class Cache:
         return self._call().request
 
     def _backend(self) -> contextlib.AbstractContextManager:
-        return (
-            contextlib.nullcontext()
-            if self.backend == dispatch.AUTO
-            else dispatch.backend(self.backend)
-        )
+        return NOTHING if self.backend == dispatch.AUTO else dispatch.backend(self.backend)
 
     def reset(self, request: Any = ALL) -> None:
         """Forget the run of one request, or all runs (also with None). Storage is kept for the next."""

@@ -226,6 +226,34 @@ def test_a_reused_step_adds_the_last_residual_of_both_streams(shape, length, met
         assert torch.allclose(a, b, atol=2e-5), f"step {i} of {strip}"
 
 
+@pytest.mark.parametrize("shape, length", STREAMS)
+def test_the_change_is_that_of_the_stream_which_the_latents_take(shape, length, monkeypatch):
+    """By hand: the first block's residual against that of the last computed step, from the step after the first."""
+    text = toys.SHAPES[shape][1]
+    monkeypatch.setattr(toys, "TEXT", length)
+    target, calls = toys.model(shape), toys.inputs(text=text)
+    seen: list[list[Tensor]] = []
+    target.embed.register_forward_hook(lambda m, a, out: seen.append([out.detach().clone()]))
+    block = getattr(target, target.lists[0])[0]
+
+    def look(module, args, kwargs, out):
+        if isinstance(out, tuple):
+            out = out[1] if target.streams == "eh" else out[0]
+        seen[-1].append(out.detach().clone())
+
+    block.register_forward_hook(look, with_kwargs=True)
+    cache, _, clock = enabled("first_block", target)
+    toys.run(cache, target, calls, clock)
+    reference = None
+    for record, call, (embedded, hidden) in zip(cache.stats, calls, seen, strict=True):
+        t = call["timestep"].reshape(-1, 1, 1)
+        residual = hidden - (embedded + 0.1 * torch.sin(t / 300))
+        if reference is not None:
+            change = float((residual - reference).abs().mean() / reference.abs().mean())
+            assert record.signal == pytest.approx(change, rel=1e-3), record
+        reference = residual if record.action == COMPUTE else reference
+
+
 @pytest.mark.parametrize("method", EVERY)
 def test_users_own_hooks_see_the_modules_that_run(method):
     cache, target, clock = enabled(method)

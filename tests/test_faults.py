@@ -380,7 +380,7 @@ def test_a_mutant_of_a_rule_is_caught(owner, name, old, new, monkeypatch):
 STATE_MUTANTS = [
     ("State", "restart", "self.index = 0", "self.index = getattr(self, 'index', 0)"),
     ("State", "restart", "timeline.clear()", "pass"),
-    ("Unit", "ready", "self.last == timeline.pushes - 1", "True"),
+    ("Unit", "ready", "self.last != timeline.pushes - 1", "False"),
     ("Ring", "intact", "self.buffer._version == self.version", "True"),
     ("Timeline", "push", "self.pushes += 1", "self.pushes += 2"),
     ("Timeline", "gap", "step - self.steps[0]", "step - self.steps[-1]"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -141,7 +140,8 @@ class Gate:
         self.form = Form()
         self.entry: tuple[Any, Any] = (None, None)
         self.exit: tuple[Any, Any, dict[int, Any]] = (None, None, {})
-        self.clone: Tensor | None = None
+        self.clone: Tensor | None = None  # of what entered, until it is known to be left as it is
+        self.chained = False  # goes on where the list before has stopped
         self.passed: Any = None  # what the block before returned, while recording
         self.probed: Any = None  # input of the first block, while recording
 
@@ -150,10 +150,14 @@ class Gate:
     def enter(self, hidden: Any, encoder: Any) -> None:
         owner = self.owner
         if owner.recording:
+            owner.note_entry(self, hidden)
+            if self.chained:
+                return
             self.clone = hidden.clone()
-            owner.order.append((self, "enter"))
         elif owner.copies:
             hidden = hidden.clone()
+        if owner.action != REUSE and owner.encoder_read is False and not owner.signal:
+            encoder = None  # not to be kept alive: its residual is not stored
         self.entry = (hidden, encoder)
 
     def first(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,7 +169,18 @@ class Gate:
         if self.owner.recording:
             self.note_form(self.first_io, output, hidden, encoder)
             self.note_passed(self.first_io, output, hidden, encoder)
+            self.note_written(output)
         return output
+
+    def note_written(self, output: Any) -> None:
+        """Whether a block has written into what entered; one that passes it on says nothing yet."""
+        (hidden, encoder), clone = self.entry, self.clone
+        place = lambda t: t.untyped_storage().data_ptr() if isinstance(t, Tensor) else None  # noqa: E731
+        if clone is None or place(hidden) in map(place, tree_leaves(output)):
+            return
+        if not signal.same(hidden, clone):
+            self.owner.copies, self.entry = True, (clone, encoder)
+        self.clone = None
 
     def middle(self, index: int) -> Port:
         """A block in between on a recording call: looks whether it gets what the one before returned."""
@@ -177,6 +192,7 @@ class Gate:
             self.note_arrival(hidden, encoder)
             output = block(*args, **kwargs)
             self.note_passed(io, output, hidden, encoder)
+            self.note_written(output)
             return output
 
         return Port(run, block)
@@ -195,6 +211,7 @@ class Gate:
             return
         (io, output, *given), self.passed = self.passed, None
         self.learn(io, output, given, hidden, encoder)
+        self.probed = None
         hidden_at, _ = io.positions(output, *given)
         before = output if hidden_at is None else output[hidden_at]
         if before is not hidden:
@@ -221,6 +238,7 @@ class Gate:
         self.note_form(io, output, *given)
         if self.probed is not None:  # it was measured, and its exit noted, by the wrong order
             self.owner.judge(hidden, self.probed)
+            self.owner.keep_residual(hidden, self.probed)
             if self.opens:
                 self.clone, self.entry = hidden.clone(), (hidden, encoder)
 
@@ -316,7 +334,8 @@ class Gate:
 
     def replay(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for all blocks of the segment: its input plus the predicted residual."""
-        self.look(args, kwargs)
+        if self.owner.guide is not None:
+            self.look(args, kwargs)
         return self.predicted(*self.replay_io.read(args, kwargs))
 
     def look(self, args: tuple, kwargs: dict) -> None:
@@ -386,6 +405,7 @@ class StackTarget:
         if start:
             self.gates[0].replay_io = self.gates[0].next_io
         self.segments: list[list[Gate]] = []
+        self.numbers: set[int] = set()  # of the segments that lists belong to
         self.measure = False  # calibration: also measure the magnitude ratio of every residual
         self.copies = False  # some block writes into its input: keep a copy of what went in
         self.threaded = False  # the model's loop does more than call one block after the other
@@ -432,19 +452,20 @@ class StackTarget:
 
     def begin(self) -> None:
         """Called by the runtime before the model's forward."""
-        units = self.state.units[self.rule]
-        if units and not any(g.segment in units for g in self.gates):
+        units = self.control.state.units[self.rule]
+        if units and units.keys().isdisjoint(self.numbers):
             units.clear()  # from before the stack was cut anew
         self.recording = not self.segments or not units
-        self.order, self.returned = [], []
+        if self.recording:
+            self.order, self.returned = [], []
 
     def recorded(self, state: State) -> bool:
         """Whether storage exists, so that a graph may use it; measuring is done eagerly."""
-        return bool(state.units[self.rule]) and not self.measure and not self._lacks_head(state)
+        return bool(state.units[self.rule]) and not (self.measure or self._lacks_head(state))
 
     def _lacks_head(self, state: State) -> bool:
         """Whether graphs are expected, and a step in two parts has nowhere to keep its first block."""
-        return bool(self.signal) and self.control.compiled and "hidden" not in state.head
+        return self.control.compiled and self.signal != "" and "hidden" not in state.head
 
     def ready(self, state: State) -> bool:
         """Whether a step can be reused from this state."""
@@ -461,7 +482,8 @@ class StackTarget:
     def route(self, modules: nn.ModuleList) -> Iterator:
         """What the model's loop gets. Traced by torch.compile: reads `control` and nothing that counts."""
         gate = self._gate(modules)
-        if self.control.phase == WHOLE and self.action not in (COMPUTE, REUSE):
+        action = self.control.actions[self.rule]
+        if self.control.phase == WHOLE and action not in (COMPUTE, REUSE):
             return self._route_probed(gate)
         return iter(self._ported(gate, self._listed(gate)))
 
@@ -668,12 +690,29 @@ class StackTarget:
             if head.clone is not None and not signal.same(head.entry[0], head.clone):
                 self.copies = True
                 head.entry = (head.clone, head.entry[1])
-        for number, gates in enumerate(self.segments):
-            if gates:
+        cut = [(number, gates) for number, gates in enumerate(self.segments) if gates]
+        # what was let go is there next time, now that the cut is known
+        if all(gates[0].entry[0] is not None and gates[-1].exit[0] is not None for _, gates in cut):
+            for number, gates in cut:
                 self.store(number, gates[-1].exit)
+        else:
+            self.state.units[self.rule].clear()
         for gate in self.gates:
             gate.clone, gate.entry, gate.exit = None, (None, None), (None, None, {})
             gate.passed = gate.probed = None
+
+    def note_entry(self, gate: Gate, hidden: Tensor) -> None:
+        """A recording call enters a list. Of two that follow each other directly, nothing between is kept."""
+        before, kind = self.order[-1] if self.order else (gate, "")
+        gate.chained = False
+        if kind == "leave" and not self.threaded:
+            known = bool(self.segments)
+            gate.chained = (
+                before.segment == gate.segment if known else _chained(before.exit[0], hidden)
+            )
+            if gate.chained:
+                before.exit = (None, None, {})
+        self.order.append((gate, "enter"))
 
     def refuse_collected(self, used: tuple) -> None:
         """Raise where the model holds on to what its blocks return: a skipped stack would leave it without.
@@ -731,8 +770,8 @@ class StackTarget:
             )
         segments = [[ordered[0]]]
         self.threaded = self.threaded or woven
-        for before, after in itertools.pairwise(ordered):
-            if woven or (not self.threaded and _chained(before, after)):
+        for after in ordered[1:]:
+            if woven or (not self.threaded and after.chained):
                 segments[-1].append(after)
             else:
                 segments.append([after])
@@ -744,7 +783,7 @@ class StackTarget:
                 gate.opens, gate.closes = gate is gates[0], gate is gates[-1]
         if alone:
             self.gates[0].opens = self.gates[0].closes = False
-        self.segments = segments
+        self.segments, self.numbers = segments, {gate.segment for gate in self.gates}
 
 
 def turns(entered: torch.Size, left: torch.Size) -> bool:
@@ -762,9 +801,8 @@ def turned(x: Tensor, shape: torch.Size) -> Tensor:
     return x.unflatten(0, (-1, shape[1])).transpose(1, 2).reshape(shape)
 
 
-def _chained(before: Gate, after: Gate) -> bool:
+def _chained(left: Tensor, entered: Tensor) -> bool:
     """Whether one list goes on where the other stopped, perhaps with the text joined in front."""
-    left, entered = before.exit[0], after.clone if after.clone is not None else after.entry[0]
     if left.shape == entered.shape:
         return signal.same(left, entered)
     joined = left.dim() == entered.dim() == 3 and entered.shape[1] > left.shape[1]
