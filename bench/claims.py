@@ -187,11 +187,14 @@ def graphs(rows: Sequence[Row]) -> Iterator[Claim]:
 def steps(rows: Sequence[Row]) -> Iterator[Claim]:
     here = [r for r in rows if r["model"] == "digits" and r["batch"] == 8]
     at = {(r["system"], r["method"], r["compiled"]): r for r in here}
-    for method in ("MagCache", "FirstBlock"):
+    for method, (ours, theirs) in itertools.product(
+        ("MagCache", "FirstBlock"), (("", ""), ("fastcache.compile", "torch.compile"))
+    ):
         for peer in ("diffusers", "cache-dit"):
-            mine, other = at.get(("fastcache", method, "")), at.get((peer, method, ""))
+            mine, other = at.get(("fastcache", method, ours)), at.get((peer, method, theirs))
             if mine and other and mine.get("own_ms") is not None and other.get("own_ms"):
-                text = f"own cost of a reused step, {method}, batch 8, against {peer}"
+                how = ", compiled" * bool(ours)
+                text = f"own cost of a reused step, {method}{how}, batch 8, against {peer}"
                 ratio = mine["own_ms"] / other["own_ms"]
                 bound = "at most 0.5×"
                 yield Claim("steps", text, f"{ratio:.2f}×", bound, 0 <= ratio <= 0.5)
@@ -212,6 +215,17 @@ def steps(rows: Sequence[Row]) -> Iterator[Claim]:
         value = best / min(r["run_p50"] for r in mine)
         text = "compiled runs, batch 8, over the best compiled peer"
         yield at_least("steps", text, value, 1.15)
+    for method in dict.fromkeys(r["method"] for r in here):
+        ours = at.get(("fastcache", method, ""), {}).get("peak_bytes")
+        peaks = {
+            p: at.get((p, method, ""), {}).get("peak_bytes") for p in ("diffusers", "cache-dit")
+        }
+        ratios = {p: ours / peak for p, peak in peaks.items() if ours and peak}
+        if ratios:
+            peer = max(ratios, key=ratios.__getitem__)
+            text = f"peak memory of a run from nothing, {method}, batch 8, against {peer}"
+            found = f"{ratios[peer]:.3f}×"
+            yield Claim("steps", text, found, "at most 1×", ratios[peer] <= 1)
     seer = at.get(("diffusers", "TaylorSeer", ""))
     stack = at.get(("fastcache", "Taylor on the stack", ""))
     if seer and stack and seer.get("cache_bytes"):

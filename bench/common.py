@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,36 @@ class Traffic(TorchDispatchMode):
             self.launches += size > 0
             self.bytes += size
         return out
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors made inside that are alive at once, caches included: `now` and at the `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: dict[int, Any] = {}  # storages alive, by address of their own
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._see((args, kwargs), made=False)
+        out = func(*args, **(kwargs or {}))
+        self._see(out, made=True)
+        return out
+
+    def _see(self, values: Any, made: bool) -> None:
+        for t in tree_leaves(values):
+            if not isinstance(t, Tensor):
+                continue
+            storage = t.untyped_storage()
+            key, size = storage._cdata, storage.nbytes() * made
+            if key not in self.seen:
+                self.seen[key] = weakref.finalize(storage, self._gone, key, size)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.pop(key, None)
+        self.now -= size
 
 
 # --- results ------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ MAG: dict[str, Any] = {  # reuses every step
 
 OURS, THEIRS = "MagCache, fastcache", "MagCache, diffusers"
 BARE, BARE_COMPILED = "FLUX without blocks", "FLUX without blocks, torch.compile"
+# one addition, as a reused step has one too
+ALONE, ALONE_COMPILED = "first block alone", "first block alone, torch.compile"
 
 
 class Want(NamedTuple):
@@ -63,6 +65,13 @@ WANT = (
             (BARE_COMPILED, BARE),
         )
         for how in ("compile(frozen=True)", "compile", "torch.compile")
+    ),
+    Want(
+        "own cost of a reused step of 57 trivial blocks, compile(frozen=True), against diffusers' hooks, eager",
+        f"{OURS}, compile(frozen=True)",
+        THEIRS,
+        1 / 10,
+        (ALONE_COMPILED, ALONE),
     ),
     Want(
         "whole reuse step of 57 trivial blocks, fastcache.compile(frozen=True), against diffusers' hooks",
@@ -201,6 +210,9 @@ def _cases(blocks: int, backend: str) -> Iterator[Case]:
         yield f"{OURS}, {how}", ("fastcache", _driven(fresh(), mag, inputs, how, backend))
     alone = torch.compile(fresh(), fullgraph=True, backend=backend)
     yield "uncached, torch.compile", ("compile", _calling(alone, inputs))
+    yield ALONE, ("uncached", _calling(make(1).eval(), inputs))
+    alone = torch.compile(make(1).eval(), fullgraph=True, backend=backend)
+    yield ALONE_COMPILED, ("compile", _calling(alone, inputs))
     # what no compiled step can be cheaper than
     least = torch.compile(lambda x: x + 1, fullgraph=True, backend=backend)
     yield "one addition, torch.compile", ("compile", _calling(least, inputs))

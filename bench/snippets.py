@@ -273,8 +273,11 @@ def overhead(rows: Sequence[Row]) -> str:
             lines.append((f"{method}, 57 trivial blocks, eager", f"{ours / theirs:.2f}×"))
     for want in python_cost.WANT:
         if want.floors and want.claim in value:
-            how = want.ours.rpartition(", ")[2]
-            lines.append((f"MagCache, FLUX's 57 blocks, `{how}`, own cost", value[want.claim]))
+            kind, how = (
+                "FLUX's 57" if "FLUX" in want.ours else "57 trivial",
+                want.ours.split(", ")[-1],
+            )
+            lines.append((f"MagCache, {kind} blocks, `{how}`, own cost", value[want.claim]))
     return (
         markdown(("a skipped step", "Python time against diffusers' hooks, eager"), lines)
         if lines

@@ -77,6 +77,7 @@ class Contender:
     kept: int | None = None  # blocks that a reused step still runs; None: has no floor
     times: list[list[float]] = field(default_factory=list)
     own: list[float] = field(default_factory=list)  # seconds of reused steps above a floor's
+    peak: int | None = None  # most bytes alive in a run from nothing, eager
 
     def above(self, floor: Contender, subject: Subject, sync: Callable[[], object]) -> None:
         """A run of the floor, then one of this, on the same schedule."""
@@ -137,17 +138,19 @@ def _eager(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
         yield from _cache_dit(subject, plan)
 
 
-def _floor(subject: Subject, kept: int, name: str) -> Contender:
+def _floor(subject: Subject, kept: int, name: str, compiled: str = "") -> Contender:
     """What a reused step of a stack cache cannot go below: the model without the blocks that it skips.
 
     On the schedule of the others, so that it too starts from caches that a whole step has filled.
     """
     whole, part = subject.twin(), subject.without_blocks(kept)
-    turn = {"model": whole}
+    turn: dict[str, Any] = {"model": whole}
+    if compiled:
+        part = torch.compile(part)  # type: ignore[assignment]
     return Contender(
         "uncached",
         name,
-        "",
+        compiled,
         lambda **inputs: turn["model"](**inputs),
         force=lambda compute: turn.update(model=whole if compute else part),
         kept=kept,  # against itself: what the measure cannot resolve
@@ -254,15 +257,16 @@ def _compiled(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
     if not systems.missing("cache-dit"):
         for other in _cache_dit(subject, plan):
             other.call.compile_repeated_blocks()  # type: ignore[attr-defined]
-            other.compiled = "repeated blocks"
+            other.compiled, other.kept = "repeated blocks", None
             yield other
     yield Contender("uncached", "uncached", "torch.compile", torch.compile(subject.twin()))
+    for kept, name in FLOORS.items():
+        yield _floor(subject, kept, name, "torch.compile")
     for method, config in ours.items():
         model = subject.twin()
         attached = systems.attach_fastcache(model, config)
-        yield Contender(
-            "fastcache", method, "fastcache.compile", fastcache.compile(model), attached
-        )
+        call, kept = fastcache.compile(model), OUR_KEPT[method]
+        yield Contender("fastcache", method, "fastcache.compile", call, attached, kept=kept)
     if not systems.missing("diffusers"):
         for other in _diffusers(subject, plan):
             if other.method in STACK_METHODS:
@@ -325,6 +329,10 @@ def measure(subject: Subject, args: Any) -> list[Row]:
                 print(f"out of time before {contender.system} {contender.method}")
                 break
             try:
+                if not contender.compiled and args.device == "cpu":
+                    with common.Live() as live:
+                        contender.run(subject, sync)
+                    contender.peak = live.peak
                 for _ in range(args.warmup):  # also where compilation happens
                     contender.run(subject, sync)
             except Exception as error:
@@ -332,14 +340,14 @@ def measure(subject: Subject, args: Any) -> list[Row]:
                 continue
             contender.times.clear()
             found.append(contender)
-        floors = {c.kept: c for c in found if c.method == FLOORS.get(c.kept)}
+        floors = {(c.kept, bool(c.compiled)): c for c in found if c.method in FLOORS.values()}
         with common.bar(args.rounds * len(found), f"{subject.name}, batch {subject.batch}") as bar:
             for index in range(args.rounds):
                 if index and late(1.0):
                     break
                 for contender in found:
                     bar.set_postfix_str(f"{contender.system} {contender.method}")
-                    if floor := floors.get(contender.kept):
+                    if floor := floors.get((contender.kept, bool(contender.compiled))):
                         contender.above(floor, subject, sync)
                     else:
                         contender.run(subject, sync)
@@ -367,6 +375,8 @@ def _row(contender: Contender, subject: Subject, args: Any) -> Row:
         row["own_ms"] = row.pop("own_p50")
     if cached and not contender.compiled:
         row |= _traffic(contender, subject)
+    if contender.peak is not None:
+        row["peak_bytes"] = contender.peak
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -409,11 +419,11 @@ def show(rows: list[Row]) -> None:
             + [_ms(r.get(k)) for k in ("computed_ms", "reused_ms", "own_ms")]
             + [common.spread({p: r[f"run_{p}"] for p in ("p20", "p50", "p80")}, 1e3, 1)]
             + [r.get("launches"), r.get("reads"), _kib(r.get("temporaries"))]
-            + [_kib(r.get("cache_bytes"))]
+            + [_kib(r.get("cache_bytes")), _kib(r.get("peak_bytes"))]
             for r in sorted(here, key=lambda r: (r["compiled"], r["method"]))
         ]
         columns = ["method", "system", "compiled", "computed ms", "reused ms", "own ms"]
-        columns += ["run ms p20/p50/p80", "launches", "reads", "new KiB", "cache KiB"]
+        columns += ["run ms p20/p50/p80", "launches", "reads", "new KiB", "cache KiB", "peak KiB"]
         common.print_table(f"{model}, batch {batch}", columns, table)
 
 
