@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from . import overhead
 from .common import Row
 from .quality import cells, frontier
+from .steps import FROZEN
 from .sweeps import ABLATED, AFTER_THREE, INTERVALS, RIDGE
 
 # Guided prediction over Taylor 1: by steps of a run, the intervals and dB that are promised
@@ -188,12 +189,12 @@ def steps(rows: Sequence[Row]) -> Iterator[Claim]:
     here = [r for r in rows if r["model"] == "digits" and r["batch"] == 8]
     at = {(r["system"], r["method"], r["compiled"]): r for r in here}
     for method, (ours, theirs) in itertools.product(
-        ("MagCache", "FirstBlock"), (("", ""), ("fastcache.compile", "torch.compile"))
+        ("MagCache", "FirstBlock"), (("", ""), (FROZEN, "torch.compile"))
     ):
         for peer in ("diffusers", "cache-dit"):
             mine, other = at.get(("fastcache", method, ours)), at.get((peer, method, theirs))
             if mine and other and mine.get("own_ms") is not None and other.get("own_ms"):
-                how = ", compiled" * bool(ours)
+                how = f", {ours}" * bool(ours)
                 text = f"own cost of a reused step, {method}{how}, batch 8, against {peer}"
                 ratio = mine["own_ms"] / other["own_ms"]
                 bound = "at most 0.5×"

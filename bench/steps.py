@@ -11,6 +11,7 @@ step, so that a machine that slows down for a while does so for both.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -35,7 +36,8 @@ METHODS = (*STACK_METHODS, "Guided", "TaylorSeer", "PAB", "FasterCache")
 FLOORS = {
     0: "no blocks",
     1: "first block only",
-}  # by blocks kept: what a reused step must still run
+}  # what a reused step must still run, by blocks kept
+FROZEN = "compile(frozen=True)"
 OUR_KEPT = {"MagCache": 0, "FirstBlock": 1, "Taylor on the stack": 0, "Guided": 1}
 
 
@@ -262,11 +264,14 @@ def _compiled(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
     yield Contender("uncached", "uncached", "torch.compile", torch.compile(subject.twin()))
     for kept, name in FLOORS.items():
         yield _floor(subject, kept, name, "torch.compile")
-    for method, config in ours.items():
+    for (method, config), frozen in itertools.product(ours.items(), (False, True)):
         model = subject.twin()
         attached = systems.attach_fastcache(model, config)
-        call, kept = fastcache.compile(model), OUR_KEPT[method]
-        yield Contender("fastcache", method, "fastcache.compile", call, attached, kept=kept)
+        call, how = (
+            fastcache.compile(model, frozen=frozen),
+            FROZEN if frozen else "fastcache.compile",
+        )
+        yield Contender("fastcache", method, how, call, attached, kept=OUR_KEPT[method])
     if not systems.missing("diffusers"):
         for other in _diffusers(subject, plan):
             if other.method in STACK_METHODS:

@@ -205,7 +205,7 @@ def _width(denoiser: Denoiser) -> int:
 
 
 def _bytes(denoiser: Denoiser, rule: Rule, target: Any, shapes: Shapes) -> int:
-    """Bytes that one rule holds for one context."""
+    """Bytes that one rule holds for one context, in eager: graphs in two parts keep the first block's output too."""
     if isinstance(target, StackTarget):
         return _stack_bytes(denoiser, rule, target, shapes)
     if isinstance(target, ModulesTarget):
@@ -229,14 +229,11 @@ def _stack_bytes(denoiser: Denoiser, rule: Rule, target: StackTarget, shapes: Sh
     returned = last.returns is not None and ENCODER in last.returns
     texted = target.encoder_read is not False and last.encoder_at is not None and returned
     held = rule.what.depth * (image + texted * text)
-    signal = rule.when.needs_signal
-    if signal:  # two residuals of the first block, and what it returned
-        first = target.gates[0].first_io
-        streams = first.returns is not None and ENCODER in first.returns
-        held += 3 * image + streams * text
+    if target.signal == "change":  # the first block's residual
+        held += image
     if isinstance(rule.what, Guided):  # its history, its weights, and the running step's guide
         depth, thinned = rule.what.depth, -(-shapes.tokens // rule.what.tokens)
-        held += (depth + signal) * row * thinned + 4 * (depth + 1 + 1 + rule.what.order)
+        held += depth * row * thinned + 4 * (depth + 1 + 1 + rule.what.order)
     return held
 
 

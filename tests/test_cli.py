@@ -192,7 +192,7 @@ def test_inspect_names_what_came_close():
 def test_inspect_full_size_model_without_memory(capsys):
     pytest.importorskip("diffusers")
     out = said(capsys, "inspect", "FluxTransformer2DModel", "--config", "firstblock")
-    assert "11,8" in out and "transformer_blocks (19 blocks)" in out and "99.0 MiB" in out
+    assert "11,8" in out and "transformer_blocks (19 blocks)" in out and "48.0 MiB" in out
 
 
 class Counting(Plain):
