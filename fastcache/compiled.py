@@ -28,6 +28,7 @@ from .state import State, allocate
 from .targets.stack import HEAD, REST, WHOLE, Stop
 
 ARGUMENT = re.compile(r"(L\[')?(args|kwargs)\b")  # a guard on what a program is called with
+TRAINING = "AUTOGRAD_SAVED_TENSORS_HOOKS"  # a guard on what autograd alone asks for
 ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # torch 2.13
 
 
@@ -62,7 +63,10 @@ def frozen_options(options: dict[str, Any]) -> dict[str, Any]:
         given = list_mode_options(options["mode"])
 
     def keep(guards: Sequence[Any]) -> list[bool]:
-        return [not guard.name or bool(ARGUMENT.match(guard.name)) for guard in guards]
+        return [
+            bool(ARGUMENT.match(guard.name)) if guard.name else guard.guard_type != TRAINING
+            for guard in guards
+        ]
 
     return {**options, "mode": None, "options": {**given, "guard_filter_fn": keep}}
 
