@@ -350,7 +350,8 @@ def measure(subject: Subject, args: Any) -> list[Row]:
             for index in range(args.rounds):
                 if index and late(1.0):
                     break
-                for contender in found:
+                turn = index % len(found)  # so that no contender is always late in a round
+                for contender in found[turn:] + found[:turn]:
                     bar.set_postfix_str(f"{contender.system} {contender.method}")
                     if floor := floors.get((contender.kept, bool(contender.compiled))):
                         contender.above(floor, subject, sync)
