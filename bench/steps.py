@@ -372,8 +372,9 @@ def _row(contender: Contender, subject: Subject, args: Any) -> Row:
     row: Row = {"bench": "steps", "model": subject.name, "batch": subject.batch}
     row |= {"system": contender.system, "method": contender.method}
     row |= {"compiled": contender.compiled, "steps": len(plan), "computed": sum(plan)}
-    whole = common.quantiles([sum(times) for times in contender.times])
-    row |= {f"run_{k}": v for k, v in whole.items()} | {"rounds": len(contender.times)}
+    runs = [sum(times) for times in contender.times]
+    row |= {f"run_{k}": v for k, v in common.quantiles(runs).items()}
+    row |= {"rounds": len(runs), "runs": [round(t, 6) for t in runs]}
     row["computed_ms"] = 1e3 * common.quantiles(by_kind[True])["p50"]
     row["reused_ms"] = 1e3 * common.quantiles(by_kind[False])["p50"] if skips else None
     if contender.own:
