@@ -143,7 +143,7 @@ class Denoiser:
         for nothing in missing:
             warnings.warn(f"fastcache: {nothing}", stacklevel=6)
         self.recipe = Recipe.of([rule for rule, _ in bound], self.recipe.name)
-        self.decides_inside = self.recipe.needs_signal
+        self.decides_inside = self.recipe.needs_signal  # asked for in every context
         self.control.actions = [COMPUTE] * len(bound)
         return [target for _, target in bound]
 

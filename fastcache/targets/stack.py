@@ -334,8 +334,7 @@ class Gate:
 
     def replay(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for all blocks of the segment: its input plus the predicted residual."""
-        if self.owner.guide is not None:
-            self.look(args, kwargs)
+        self.look(args, kwargs)
         return self.predicted(*self.replay_io.read(args, kwargs))
 
     def look(self, args: tuple, kwargs: dict) -> None:
