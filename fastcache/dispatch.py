@@ -142,14 +142,15 @@ _LAYOUTS = {"guided_sums": rows_apart}
 
 def kernel(op: str, tensors: list[Tensor]) -> Callable:
     """The implementation of `op` for these tensors. Mismatched shapes are refused before a kernel reads them."""
-    name = active(tensors[0].device.type)
+    first = tensors[0]
+    name = active(first.device.type)
     if name != REFERENCE:
-        shape, dtype = tensors[0].shape, tensors[0].dtype
-        plain, dense = True, _LAYOUTS.get(op, dense_rows)
+        shape, dtype, plain = first.shape, first.dtype, op not in _LAYOUTS
         for t in tensors:
             if t.shape != shape:
                 raise ValueError(f"{op}: shapes {tuple(shape)} and {tuple(t.shape)} differ")
-            plain &= dense(t) and t.dtype == dtype
+            if t.dtype != dtype or not t.is_contiguous():
+                plain = False
         if not plain and not _takes(name, op, tensors):
             name = REFERENCE
     return function(name, op)

@@ -145,7 +145,8 @@ def direct(name: str) -> Callable[..., Any]:
     op, body = getattr(torch.ops.fastcache, name).default, BODIES[name]
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        # export traces under a dispatch mode, so asking for Dynamo is enough
+        if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
             return op(*args)
         first = args[0]
         plain = type(first if isinstance(first, Tensor) else first[0]) in (Tensor, Parameter)
