@@ -239,6 +239,9 @@ class Denoiser:
                 target.finish()
         if not recorded:
             self.cuts = tuple(t.cut for t in self.targets if isinstance(t, StackTarget))
+            for target in self.targets:
+                if isinstance(target, ModulesTarget):
+                    output = target.kept_apart(output)
         return output
 
     # --- calls without storage ----------------------------------------------------------------------------
@@ -644,7 +647,7 @@ class Denoiser:
                 timeline = state.timelines[i]
                 for unit in state.units[i].values():
                     if unit.touched:
-                        unit.stored(timeline.pushes)
+                        unit.stored(timeline.pushes, self.control.compiled)
                 timeline.push(step.index)
             target = self.targets[i]
             if isinstance(target, GuidanceTarget):

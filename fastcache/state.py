@@ -158,18 +158,40 @@ class Ring:
             view.copy_(y)
         else:
             _store(view, y, x)
+        self.mark()
+
+    def exchanged(self, y: Tensor) -> Tensor:
+        """The row that y was just copied to, in its place, so that not both stay alive; y where they differ."""
+        row = self.views[self.timeline.next_row]
+        alike = type(y) is Tensor and (y.dtype, y.shape) == (row.dtype, row.shape)
+        if self.copies or y.requires_grad or not alike or y.stride() != row.stride():
+            return y
+        return row.detach()
 
     def predict(self, base: Tensor | None, weights: Sequence[float] | Tensor) -> Tensor:
-        """base + sum of weights * rows, newest first, as a new tensor."""
+        """base + sum of weights * rows, newest first; a plain reuse without a base is the row itself."""
         if isinstance(weights, Tensor):
             return self.predict_weighted(base, weights)
+        if base is None and weights == (1.0,) and self.timeline.depth == 1:  # never while compiling
+            row = self.views[0]
+            if self.copies or row.dtype != self.dtype:
+                return row.to(self.dtype, copy=True)
+            return row.detach()
         if torch.compiler.is_compiling():
             return self._predict_compiled(base)
-        if base is None and weights == (1.0,) and self.timeline.depth == 1:
-            row, copy = self.views[0], self.copies
-            return row.to(self.dtype, copy=True) if copy else row.detach().to(self.dtype)
         rows = [tail(self.views[r], base) for r in self.timeline.rows[: len(weights)]]
         return weighted(rows, weights, base, self.dtype)
+
+    def advance(self, weights: Sequence[float]) -> Tensor:
+        """The sum of weights * rows, which becomes the newest row: in place, unless that would round it."""
+        row, rows = self.views[self.timeline.next_row], self.timeline.rows[: len(weights)]
+        if row.dtype != self.dtype:
+            predicted = self.predict(None, weights)
+            self.store(predicted, None, 0)
+            return predicted
+        weighted([self.views[r] for r in rows], weights, None, self.dtype, row)
+        self.mark()
+        return row.clone() if self.copies else row.detach()
 
     def _write(self, held: Tensor, value: Tensor) -> None:
         """Put a value into the row that is next, in compiled code."""
@@ -214,8 +236,8 @@ class Ring:
         self.version = self.buffer._version
 
     def intact(self) -> bool:
-        """Whether nobody has written into the buffer since; a plain reuse hands out the buffer itself."""
-        if self.timeline.depth > 1 or self.buffer._version == self.version:
+        """Whether nobody has written into the buffer since: rows themselves are handed out."""
+        if self.buffer._version == self.version:
             return True
         self.copies = True
         return False
@@ -257,6 +279,7 @@ class Quantized(Ring):
         if not torch.compiler.is_compiling():
             row = self.timeline.next_row
             _quantize(tail(self.views[row], y), tail(self.scales[row], y[..., 0]), y, x)
+            self.mark()
             return
         r = y.float() if x is None else y.float() - x.float()
         largest = r.abs().amax(dim=-1)
@@ -328,6 +351,9 @@ class Table:
             return total.to(self.dtype if base is None else base.dtype)
         return weighted(self.views[: len(weights)], weights, base, self.dtype)
 
+    def exchanged(self, y: Tensor) -> Tensor:
+        return y
+
     def mark(self) -> None:
         """Nothing to note: a table is never handed out."""
 
@@ -360,6 +386,9 @@ class Blank:
             else base.clone()
         )
 
+    def exchanged(self, y: Tensor) -> Tensor:
+        return y
+
     def mark(self) -> None:
         """Nothing to note."""
 
@@ -387,9 +416,14 @@ def make_store(
 
 
 def weighted(
-    rows: list[Tensor], weights: Sequence[float], base: Tensor | None, dtype: torch.dtype
+    rows: list[Tensor],
+    weights: Sequence[float],
+    base: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """base + sum weights * rows in one launch (two beyond five terms); the sum alone without a base."""
+    """base + sum weights * rows in one launch (two beyond five terms); without a base the sum alone, also
+    into `out`, which may be one of the rows."""
     if base is not None:
         if len(rows) == 1 and weights[0] == 1.0 and base.dtype == rows[0].dtype:
             return base + rows[0]  # the kernel's bits and passes, with a sixth of its call overhead
@@ -399,10 +433,12 @@ def weighted(
             return out
         terms, factors = [base, *rows], [1.0, *weights]
     else:
-        out = torch.empty_like(rows[0], dtype=dtype, memory_format=torch.contiguous_format)
+        if out is None:
+            out = torch.empty_like(rows[0], dtype=dtype, memory_format=torch.contiguous_format)
         terms, factors = list(rows), list(weights)
-    used = [i for i, w in enumerate(factors) if w != 0.0] or [0]
-    terms, factors = [terms[i] for i in used], [factors[i] for i in used]
+    if 0.0 in factors:
+        used = [i for i, w in enumerate(factors) if w != 0.0] or [0]
+        terms, factors = [terms[i] for i in used], [factors[i] for i in used]
     _combine(out, terms[:KERNEL_TERMS], factors[:KERNEL_TERMS])
     if len(terms) > KERNEL_TERMS:
         _combine(out, [out, *terms[KERNEL_TERMS:]], [1.0, *factors[KERNEL_TERMS:]])
@@ -428,14 +464,15 @@ class Unit:
         self.first, self.last = 0, -1
         self.touched = False  # written to in the running step
 
-    def stored(self, pushes: int) -> None:
-        """Note that the running step has stored a value, as push number `pushes`."""
+    def stored(self, pushes: int, traced: bool) -> None:
+        """Note that the running step has stored a value, as push number `pushes`; perhaps in traced code."""
         self.touched = False
         if self.last != pushes - 1:
             self.first = pushes
         self.last = pushes
-        for stream in self.streams:
-            stream.mark()
+        if traced:  # which could not mark it
+            for stream in self.streams:
+                stream.mark()
 
     def ready(self, timeline: Timeline) -> bool:
         """Whether every step that the timeline still holds is held here too."""

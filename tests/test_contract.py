@@ -371,6 +371,65 @@ def test_a_consumer_may_write_into_what_a_reused_module_returned(method):
         assert torch.allclose(a, b, atol=1e-6), f"step {i}"
 
 
+PREDICTORS = [fastcache.Reuse(), fastcache.Extrapolate(), fastcache.Taylor(1)]
+
+
+@pytest.mark.parametrize("what", PREDICTORS, ids=lambda what: type(what).__name__)
+def test_what_the_model_returns_is_the_callers_to_keep(what):
+    """Also where the last module is the one that is skipped: a solver of several steps keeps old outputs."""
+    target, kept = toys.Model(), []
+    where = fastcache.Modules(("proj_out",), kind="any")
+    recipe = fastcache.Recipe(fastcache.Interval(3, warmup=1), what, where)
+    with fastcache.enable(target, recipe) as cache:
+        for call in toys.inputs():
+            with cache.context("default"):
+                output = toys.step(target, call)
+            kept.append((output, output.clone()))
+        assert {"C", "."} == set(toys.actions(cache))
+    assert all(torch.equal(output, then) for output, then in kept)
+
+
+@pytest.mark.parametrize("what", PREDICTORS, ids=lambda what: type(what).__name__)
+def test_a_hook_may_keep_what_a_skipped_module_returned(what):
+    target, kept = toys.Model(), []
+    recipe = fastcache.Recipe(fastcache.Interval(3, warmup=1), what, fastcache.Modules(("attn",)))
+    with fastcache.enable(target, recipe) as cache:
+        for module in target.modules():
+            if isinstance(module, toys.Attention):
+                module.register_forward_hook(lambda m, given, out: kept.append((out, out.clone())))
+        toys.run(cache, target, toys.inputs())
+    assert kept and all(torch.equal(output, then) for output, then in kept)
+
+
+@pytest.mark.parametrize("what", PREDICTORS, ids=lambda what: type(what).__name__)
+def test_a_stored_value_and_what_it_was_copied_from_are_not_both_kept(what):
+    """Peak memory: a block holds what its attention returned until it ends."""
+    alive = []
+
+    class Own(toys.Attention):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            self.last = weakref.ref(output)
+            return output
+
+    class Watching(toys.Block):
+        def __init__(self):
+            super().__init__()
+            self.attn = Own()
+
+        def change(self, hidden_states, encoder_hidden_states=None):
+            output = self.attn(hidden_states)
+            alive.append(self.attn.last() is not None)
+            return output
+
+    target = toys.Model(block=Watching)
+    recipe = fastcache.Recipe(fastcache.Interval(3, warmup=1), what, fastcache.Modules(("attn",)))
+    with fastcache.enable(target, recipe) as cache:
+        toys.run(cache, target, toys.inputs())
+        assert {"C", "."} == set(toys.actions(cache))
+    assert alive and not any(alive)
+
+
 # --- exactness ----------------------------------------------------------------------------------
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..policies import COMPUTE, REUSE
 from ..predictors import Extrapolate, Predictor
-from ..state import State, Unit, allocate
+from ..state import Ring, State, Unit, allocate
 from .attached import refuse_copy
 
 NODE = "_fastcache_node"
@@ -152,54 +152,52 @@ class ModulesTarget:
 
     def call(self, node: Node, run: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a module, or predict what it would return. Traced by torch.compile."""
-        control = self.control
+        control, unit = self.control, node.unit
         state: State = control.state
-        unit = node.unit
         traced = torch.compiler.is_compiling()
         action = control.actions[self.rule]
-        if action == REUSE and unit is not None and self._usable(unit, state, traced):
-            output = self._predict(unit, self._weights(node, state, traced))
-            if self.predictor.feeds_back:
-                self._store(unit, output, state, traced)
-            return output
+        if action == REUSE and unit is not None:
+            if not unit.shared if traced else unit.ready(state.timelines[self.rule]):
+                return self._reused(node, unit, state, traced)
         output = run(*args, **kwargs)
-        if action == COMPUTE:
-            if unit is None:
-                unit = node.unit = state.units[self.rule][node.key] = self._unit(output, state)
+        if action != COMPUTE:
+            return output
+        if unit is None:
+            unit = node.unit = state.units[self.rule][node.key] = self._unit(output, state)
+        stored = self._store(unit, output, state, traced)
+        if traced or control.compiled or not stored or node.module._forward_hooks:
+            return output
+        return self._exchanged(unit, output)
+
+    def _reused(self, node: Node, unit: Unit, state: State, traced: bool) -> Any:
+        """What a module would return, predicted; where the predictor feeds back, it enters the history."""
+        weights: Any = self.weights
+        if traced:  # they are on the device
+            weights = node.weights if self.per_module else ()
+        elif self.per_module:
+            steps = state.timelines[self.rule].steps
+            assert isinstance(self.predictor, Extrapolate)
+            weights = self.predictor.weights(steps, state.armed_step, node.module)
+        streams: Any = unit.streams
+        feeds_back = self.predictor.feeds_back
+        if feeds_back and not (traced or self.control.compiled or unit.touched):
+            unit.touched, feeds_back = True, False
+            values = [stream.advance(weights) for stream in streams]
+        else:
+            values = [stream.predict(None, weights) for stream in streams]
+        if not traced and node.module._forward_hooks:  # one may keep what it sees
+            values = [value.clone() for value in values]
+        output = rebuilt(unit.template, values)
+        if feeds_back:
             self._store(unit, output, state, traced)
         return output
 
-    def _usable(self, unit: Unit, state: State, traced: bool) -> bool:
-        return not unit.shared if traced else unit.ready(state.timelines[self.rule])
-
-    def _weights(self, node: Node, state: State, traced: bool) -> Any:
-        if traced:  # they are on the device
-            return node.weights if self.per_module else ()
-        if self.per_module:
-            steps = state.timelines[self.rule].steps
-            assert isinstance(self.predictor, Extrapolate)
-            return self.predictor.weights(steps, state.armed_step, node.module)
-        return self.weights
-
-    def _predict(self, unit: Unit, weights: Any) -> Any:
-        if unit.template is None:
-            return unit.streams[0].predict(None, weights)
-        leaves, spec = unit.template
-        streams = iter(unit.streams)
-        return tree_unflatten(
-            [next(streams).predict(None, weights) if leaf is Tensor else leaf for leaf in leaves],
-            spec,
-        )
-
     def _unit(self, output: Any, state: State) -> Unit:
         unit, timeline = Unit(), state.timelines[self.rule]
-        leaves, spec = tree_flatten(output)
-        if not isinstance(output, Tensor):
-            unit.template = ([Tensor if isinstance(v, Tensor) else v for v in leaves], spec)
+        unit.template = template_of(output)
         unit.streams = [
             self.make_store(self._kept(v).detach(), timeline)
-            for v in leaves
-            if isinstance(v, Tensor)
+            for v in tensors(unit.template, output)
         ]
         return unit
 
@@ -209,17 +207,72 @@ class ModulesTarget:
             return value[value.shape[0] // 2 :]
         return value
 
-    def _store(self, unit: Unit, output: Any, state: State, traced: bool) -> None:
-        if not traced and unit.touched:  # the second call in one step
+    def _store(self, unit: Unit, output: Any, state: State, traced: bool) -> bool:
+        """Keep what a module has returned; False where that is its second call in one step."""
+        if not traced and unit.touched:
             unit.shared = True
         if unit.shared:
-            return
-        values = (
-            [output]
-            if unit.template is None
-            else [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
-        )
+            return False
         step = 0 if traced else state.armed_step
-        for stream, value in zip(unit.streams, values, strict=True):
+        for stream, value in zip(unit.streams, tensors(unit.template, output), strict=True):
             stream.store(self._kept(value).detach(), None, step)
         unit.touched = True
+        return True
+
+    @staticmethod
+    def _exchanged(unit: Unit, output: Any) -> Any:
+        """The stored tensors as the module returns them, in place of those that they were copied from."""
+        pairs = zip(unit.streams, tensors(unit.template, output), strict=True)
+        return rebuilt(unit.template, [stream.exchanged(value) for stream, value in pairs])
+
+    def kept_apart(self, output: Any) -> Any:
+        """What the model returns, without storage in it: callers keep it for longer than a step."""
+        units = self.control.state.units[self.rule].values()
+        rings = {
+            stream.buffer.untyped_storage().data_ptr(): stream
+            for unit in units
+            for stream in unit.streams
+            if isinstance(stream, Ring)
+        }
+
+        def own(leaf: Any) -> Any:
+            ring = rings.get(leaf.untyped_storage().data_ptr()) if type(leaf) is Tensor else None
+            if ring is None:
+                return leaf
+            ring.copies = True
+            return leaf.clone()
+
+        return tree_map(own, output)
+
+
+def template_of(output: Any) -> Any:
+    """How a module returns its tensors: None for a bare one, tuple or list where they are all it holds, else
+    the leaves and their tree."""
+    if isinstance(output, Tensor):
+        return None
+    if type(output) in (tuple, list) and all(isinstance(v, Tensor) for v in output):
+        return type(output)
+    leaves, spec = tree_flatten(output)
+    return [Tensor if isinstance(v, Tensor) else v for v in leaves], spec
+
+
+def tensors(template: Any, output: Any) -> Any:
+    """The tensors of what a module has returned, in order."""
+    if template is None:
+        return (output,)
+    if type(output) is template:
+        return output
+    return [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
+
+
+def rebuilt(template: Any, values: list[Tensor]) -> Any:
+    """These tensors as a module returns them."""
+    if template is None:
+        return values[0]
+    if template is tuple:
+        return tuple(values)
+    if template is list:
+        return values
+    leaves, spec = template
+    found = iter(values)
+    return tree_unflatten([next(found) if leaf is Tensor else leaf for leaf in leaves], spec)
