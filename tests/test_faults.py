@@ -9,15 +9,18 @@ import threading
 import tracemalloc
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastcache
 from fastcache.policies import COMPUTE, REUSE, FirstBlock, Interval, Magnitude, Step, TimestepRange
 from fastcache.policies.base import Policy
-from fastcache.policies.magnitude import _Account
+from fastcache.policies.magnitude import ROUND, _Account, rounded
 from fastcache.predictors import TaylorTable
 
 EVERY = toys.METHODS
@@ -358,7 +361,7 @@ MUTANTS = [
     (Magnitude, "_judge", "account.steps <= self.max_skip_steps", "account.steps < self.max_skip_steps"),
     (Magnitude, "_judge", "step.index < account.retained", "step.index <= account.retained"),
     (Magnitude, "_judge", "    account.clear()\n", "    pass\n"),
-    (_Account, "add", "abs(self.one - self.ratio)", "(self.one - self.ratio)"),
+    (_Account, "add", "abs(self.round(1.0 - self.ratio))", "self.round(1.0 - self.ratio)"),
     (Magnitude, "begin", "* steps + 0.5)", "* steps)"),
     (Interval, "_judge", "step.index >= self.stop", "step.index > self.stop"),
     (Interval, "_judge", "(step.index - phase)", "(step.index - phase + 1)"),
@@ -375,6 +378,20 @@ MUTANTS = [
 def test_a_mutant_of_a_rule_is_caught(owner, name, old, new, monkeypatch):
     monkeypatch.setattr(owner, name, swap(owner, name, old, new))
     assert rules() != EXPECTED
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.floats(2.0**-100, 2.0**100, width=32), min_size=1, max_size=12))
+def test_accumulated_ratios_have_the_bits_of_float32(ratios):
+    """diffusers accumulates in the dtype of its ratios; ours are Python numbers, rounded."""
+    account = _Account(rounded(tuple(ratios), "float32"), 0, 1.0, ROUND["float32"])
+    ratio, error = np.float32(1.0), np.float32(0.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for i, value in enumerate(ratios):
+            ratio = ratio * np.float32(value)
+            error = error + abs(np.float32(1.0) - ratio)
+            assert np.array_equal(np.float32(account.add(account.ratios[i])), error, equal_nan=True)
+            assert np.array_equal(np.float32(account.ratio), ratio, equal_nan=True)
 
 
 STATE_MUTANTS = [

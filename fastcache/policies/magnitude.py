@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from struct import Struct
 
 import numpy as np
 
@@ -23,11 +24,24 @@ def resample(ratios: tuple[float, ...], count: int) -> tuple[float, ...]:
     return tuple(ratios[int(np.rint(np.float32(i) * np.float32(scale)))] for i in range(count))
 
 
+_FLOAT32 = Struct("f")
+
+
+def single(x: float) -> float:
+    """x rounded to float32. A sum or product of two such numbers, rounded once more, is what float32 gives."""
+    try:
+        return _FLOAT32.unpack(_FLOAT32.pack(x))[0]
+    except OverflowError:
+        return math.copysign(math.inf, x)
+
+
+ROUND: dict[str, Callable[[float], float]] = {"float32": single, "float64": float}
+
+
 @lru_cache(maxsize=64)
-def rounded(ratios: tuple[float, ...], threshold: float, precision: str) -> tuple[tuple, Any, Any]:
-    """The ratios, one and the threshold as numpy scalars of a precision."""
-    number = getattr(np, precision)
-    return tuple(number(r) for r in ratios), number(1.0), number(threshold)
+def rounded(ratios: tuple[float, ...], precision: str) -> tuple[float, ...]:
+    """The ratios in a precision."""
+    return tuple(map(ROUND[precision], ratios))
 
 
 def checked_ratios(owner: str, values: object) -> tuple[float, ...]:
@@ -83,17 +97,16 @@ class Magnitude(Policy):
             whole("Magnitude", "num_inference_steps", self.num_inference_steps, 1),
         )
         put("mag_ratios", checked_ratios("Magnitude", self.mag_ratios))
-        if self.precision not in ("float32", "float64"):
+        if self.precision not in ROUND:
             raise ValueError(
                 f"Magnitude: precision is {self.precision!r}, must be 'float32' or 'float64'"
             )
 
     def begin(self, total: int | None = None) -> Run:
         steps = total or self.num_inference_steps
-        ratios, one, threshold = rounded(
-            resample(self.mag_ratios, steps), self.threshold, self.precision
-        )
-        return Run(memory=_Account(ratios, one, threshold, int(self.retention_ratio * steps + 0.5)))
+        ratios = rounded(resample(self.mag_ratios, steps), self.precision)
+        retained = int(self.retention_ratio * steps + 0.5)
+        return Run(memory=_Account(ratios, retained, self.threshold, ROUND[self.precision]))
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         account: _Account = run.memory
@@ -103,7 +116,7 @@ class Magnitude(Policy):
         error = account.add(account.ratios[step.index] if calibrated else math.nan)
         within = error <= account.threshold  # never with a ratio that is missing
         if within and not guard and account.steps <= self.max_skip_steps and math.isfinite(error):
-            return Decision(REUSE, float(error), self.threshold, "error within threshold")
+            return Decision(REUSE, error, self.threshold, "error within threshold")
         if not calibrated:
             reason = "past the calibrated steps"
         elif within:
@@ -111,7 +124,7 @@ class Magnitude(Policy):
         else:
             reason = guard or "error above threshold"
         account.clear()
-        return Decision(COMPUTE, float(error), self.threshold, reason)
+        return Decision(COMPUTE, error, self.threshold, reason)
 
     def computed(self, run: Run, step: Step) -> None:
         super().computed(run, step)
@@ -121,24 +134,25 @@ class Magnitude(Policy):
 class _Account:
     """Accumulated ratio and error since the last computed step, in the numbers that diffusers rounds to."""
 
-    __slots__ = ("error", "one", "ratio", "ratios", "retained", "steps", "threshold")
+    __slots__ = ("error", "ratio", "ratios", "retained", "round", "steps", "threshold")
 
-    def __init__(self, ratios: tuple, one: Any, threshold: Any, retained: int) -> None:
-        self.ratios, self.one, self.threshold, self.retained = ratios, one, threshold, retained
+    def __init__(self, ratios: tuple, retained: int, threshold: float, round: Callable) -> None:
+        self.ratios, self.retained, self.round = ratios, retained, round
+        self.threshold = round(threshold)
         self.clear()
 
     def clear(self) -> None:
-        self.ratio, self.error, self.steps = self.one, self.one - self.one, 0
+        self.ratio, self.error, self.steps = 1.0, 0.0, 0
 
-    def add(self, ratio: Any) -> Any:
+    def add(self, ratio: float) -> float:
         """The accumulated error once another step is skipped."""
-        self.ratio = self.ratio * ratio
-        self.error = self.error + abs(self.one - self.ratio)
+        self.ratio = self.round(self.ratio * ratio)
+        self.error = self.round(self.error + abs(self.round(1.0 - self.ratio)))
         self.steps += 1
         return self.error
 
     def __copy__(self) -> _Account:  # a tenth of what the generic one takes, once per step
-        copy = _Account(self.ratios, self.one, self.threshold, self.retained)
+        copy = _Account(self.ratios, self.retained, self.threshold, self.round)
         copy.ratio, copy.error, copy.steps = self.ratio, self.error, self.steps
         return copy
 
