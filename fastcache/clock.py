@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import signal
 from .adapters import parameter_names
-from .context import Call
+from .context import Context
 from .state import State
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time")
@@ -43,7 +43,7 @@ class Clock:
             return kwargs[self.name]
         return args[self.place] if len(args) > self.place else None
 
-    def told(self, call: Call, callback: Callable[[], Any] | None) -> float | None:
+    def told(self, call: Context, callback: Callable[[], Any] | None) -> float | None:
         """The timestep that was told: by the config's callback, read once per step, or by the context."""
         if callback is None or (value := callback()) is None:
             return call.timestep
@@ -55,7 +55,7 @@ class Clock:
             ) from error
         return number if math.isfinite(number) else None  # not a number: no rule may reuse
 
-    def read(self, state: State, call: Call, args: tuple, kwargs: dict) -> float | None:
+    def read(self, state: State, call: Context, args: tuple, kwargs: dict) -> float | None:
         """The timestep by which runs are told apart, from the model's own argument.
 
         One on an accelerator is read (one wait) only where nothing else tells runs apart.
@@ -77,7 +77,7 @@ class Clock:
         number = signal.scalar(value)
         return number if math.isfinite(number) else None
 
-    def index(self, state: State, call: Call, clock: float | None) -> tuple[int, bool]:
+    def index(self, state: State, call: Context, clock: float | None) -> tuple[int, bool]:
         """The index of this step, and whether a new run begins with it.
 
         Raises ValueError where the same explicit step_index comes twice.
@@ -95,7 +95,7 @@ class Clock:
             )
         return call.step_index, started and call.step_index <= last
 
-    def run_is_over(self, state: State, call: Call, clock: float | None) -> bool:
+    def run_is_over(self, state: State, call: Context, clock: float | None) -> bool:
         """Whether this call belongs to the next run: all steps are done, or time has turned back."""
         total = call.num_inference_steps or state.total
         if clock is None or state.timestep is None or clock == state.timestep:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import threading
 from collections.abc import Iterable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,21 +19,6 @@ from .policies.base import real, whole
 
 if TYPE_CHECKING:
     from .runtime import Cache
-
-
-class Call(NamedTuple):
-    """What a context says about the denoiser call inside it."""
-
-    name: str = "default"
-    request: Any = 0
-    step_index: int | None = None
-    num_inference_steps: int | None = None
-    timestep: float | None = None
-    sigma: float | None = None
-
-
-IMPLICIT = Call()
-IMPLICIT_BRANCHES = tuple(Call(f"default#{i + 1}") for i in range(MOST + 1))
 
 
 class Eager:
@@ -69,16 +55,62 @@ LONGEST = 600.0  # seconds that a thread waits for another one's compiled call
 
 
 class Context:
-    """An open context of one cache, around one denoiser call. Contexts nest.
+    """An open context of one cache, around one denoiser call: what it says about that call. Contexts nest.
 
     What a context prepares for a compiled call must not be another thread's: where there are such calls, it
     holds the cache's lock while it is open, so it should hold its call and no waiting for other threads.
     """
 
-    __slots__ = ("_eager", "_locked", "_token", "cache", "call", "outer")
+    __slots__ = (
+        "_eager",
+        "_locked",
+        "_token",
+        "cache",
+        "name",
+        "num_inference_steps",
+        "outer",
+        "request",
+        "sigma",
+        "step_index",
+        "timestep",
+    )
 
-    def __init__(self, cache: Cache, call: Call) -> None:
-        self.cache, self.call = cache, call
+    def __init__(
+        self,
+        cache: Any,
+        name: Any = "default",
+        request: Any = 0,
+        step_index: Any = None,
+        num_inference_steps: Any = None,
+        timestep: Any = None,
+        sigma: Any = None,
+    ) -> None:
+        """Raises TypeError or ValueError that names the argument."""
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"context: name is {name!r}, must be a non-empty string such as 'cond'")
+        try:
+            hash(request)
+        except TypeError as error:
+            raise TypeError(
+                f"context: request is {type(request).__name__}, must be hashable"
+            ) from error
+        if step_index is not None:
+            step_index = _whole("step_index", step_index, 0)
+        total = num_inference_steps
+        if total is not None:
+            total = _whole("num_inference_steps", total, 1)
+            if step_index is not None and step_index >= total:
+                raise ValueError(
+                    f"context: step_index is {step_index}, must be below num_inference_steps = {total}"
+                )
+        if timestep is not None:
+            timestep = _time("timestep", timestep)
+        if sigma is not None:
+            sigma = _time("sigma", sigma)
+        self.cache, self.name, self.request = cache, name, request
+        self.step_index, self.num_inference_steps = step_index, total
+        self.timestep: float | None = timestep
+        self.sigma: float | None = sigma
 
     def __enter__(self) -> None:
         self.outer = _open.get()
@@ -137,51 +169,36 @@ def innermost(cache: Cache) -> Context | None:
     return context
 
 
-def checked_call(
-    name: Any, request: Any, step_index: Any, num_inference_steps: Any, timestep: Any, sigma: Any
-) -> Call:
-    """The arguments of a context, checked. Raises TypeError or ValueError that names the argument."""
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"context: name is {name!r}, must be a non-empty string such as 'cond'")
-    try:
-        hash(request)
-    except TypeError as error:
-        raise TypeError(
-            f"context: request is {type(request).__name__}, must be hashable"
-        ) from error
-    step_index = _whole("step_index", step_index, 0)
-    total = _whole("num_inference_steps", num_inference_steps, 1)
-    if step_index is not None and total is not None and step_index >= total:
-        raise ValueError(
-            f"context: step_index is {step_index}, must be below num_inference_steps = {total}"
-        )
-    if timestep is None and sigma is None:
-        return Call(name, request, step_index, total)
-    numbers = {}
-    for label, value in (("timestep", timestep), ("sigma", sigma)):
-        if isinstance(value, Tensor):
-            value = signal.scalar(value)
-        numbers[label] = None if value is None else real("context", label, value)
-    return Call(name, request, step_index, total, **numbers)
-
-
-def _whole(label: str, value: Any, low: int) -> int | None:
-    """`value` as an int >= low, or None."""
-    if value is None or (type(value) is int and value >= low):
+def _whole(label: str, value: Any, low: int) -> int:
+    """`value` as an int >= low."""
+    if type(value) is int and value >= low:
         return value
     return whole("context", label, value, low)
+
+
+def _time(label: str, value: Any) -> float:
+    """`value` as a finite float."""
+    if type(value) is float and math.isfinite(value):
+        return value
+    return real("context", label, signal.scalar(value) if isinstance(value, Tensor) else value)
+
+
+# What calls without a context have in its place: the first branch of guidance, and those after it.
+IMPLICIT = Context(None)
+IMPLICIT_BRANCHES = tuple(Context(None, f"default#{i + 1}") for i in range(MOST + 1))
 
 
 def call_signature(args: tuple, kwargs: dict) -> tuple:
     """Shapes, dtypes and devices of the tensors of a call: what storage must fit."""
     found: list[tuple] = []
-    _note(found, args)
-    _note(found, kwargs.values())
+    _note(found, (*args, *kwargs.values()))
     return tuple(found)
 
 
 def _note(found: list[tuple], values: Iterable[Any]) -> None:
     for value in values:
+        if value is None:
+            continue
         if isinstance(value, Tensor):
             found.append((value.shape, value.dtype, value.device))
         elif isinstance(value, (list, tuple)):

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import signal
+from . import dispatch, signal
 from .adapters import BlockAdapter, keeps
 from .branches import Branches
 from .clock import Clock
-from .context import IMPLICIT, IMPLICIT_BRANCHES, Call, Context, call_signature, eagerly, innermost
+from .context import IMPLICIT, IMPLICIT_BRANCHES, Context, call_signature, eagerly, innermost
 from .policies import COMPUTE, REUSE, Decision, Run, Step
 from .policies.magnitude import Calibrate
 from .predictors import Guided
 from .recipe import Recipe, Rule
 from .shell import Shell
-from .slots import Slots
+from .slots import Budget, Slots
 from .state import FP8, NoRoom, State, stage, tail
 from .stats import Record
 from .targets.bind import NothingToHook, bind
@@ -194,8 +194,8 @@ class Denoiser:
             if keeps(kwargs):  # it fills a cache of its own, and is no step
                 self._withdraw()
                 return self.original(*args, **kwargs)
-            call = self.cache._call()
-            if call is IMPLICIT:
+            call = innermost(self.cache)
+            if call is None:
                 watch_compiling()
                 call = self._branch(args, kwargs)
             try:
@@ -206,7 +206,9 @@ class Denoiser:
                 state, step = self._arm(call, args, kwargs)
                 self.inside = True
                 try:
-                    if not (state.blocked or self._without_room(state)):
+                    if self.cache.budget is not None:
+                        self._look_for_room(self.cache.budget, state)
+                    if not (state.blocked or state.bare):
                         output = self._cached(state, args, kwargs, run)
                 except NoRoom as error:
                     self._give_up(state, error)
@@ -230,13 +232,11 @@ class Denoiser:
             target.begin()
         recorded = self._recorded(state)
         forward = run if run is not None and recorded else self.original
-        with self.cache._backend(), eagerly(not recorded):
-            if self.guidance is None:
-                output = forward(*args, **kwargs)
-            else:
-                output = self.guidance.around(forward, args, kwargs)
-            for target in self.targets:
-                target.finish()
+        if recorded and self.cache.backend == dispatch.AUTO:
+            output = self._forward(forward, args, kwargs)
+        else:
+            with self.cache._backend(), eagerly(not recorded):
+                output = self._forward(forward, args, kwargs)
         if not recorded:
             self.cuts = tuple(t.cut for t in self.targets if isinstance(t, StackTarget))
             for target in self.targets:
@@ -244,14 +244,21 @@ class Denoiser:
                     output = target.kept_apart(output)
         return output
 
+    def _forward(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if self.guidance is None:
+            output = forward(*args, **kwargs)
+        else:
+            output = self.guidance.around(forward, args, kwargs)
+        for target in self.targets:
+            target.finish()
+        return output
+
     # --- calls without storage ----------------------------------------------------------------------------
 
-    def _without_room(self, state: State) -> bool:
-        """Whether the cache's budget leaves nothing for this step."""
-        budget, group = self.cache.budget, self.cache.process_group
-        if budget is not None:
-            state.bare = budget.refuses(self.slots, state, group, self._device(state))
-        return state.bare
+    def _look_for_room(self, budget: Budget, state: State) -> None:
+        """Note whether the cache's budget leaves nothing for this step."""
+        group = self.cache.process_group
+        state.bare = budget.refuses(self.slots, state, group, self._device(state))
 
     def _give_up(self, state: State, error: NoRoom) -> None:
         """Out of memory for storage: the rest of the run goes without; the step is computed anew."""
@@ -277,7 +284,7 @@ class Denoiser:
                 action=COMPUTE, reason="no room for a cache"
             )
 
-    def _branch(self, args: tuple, kwargs: dict) -> Call:
+    def _branch(self, args: tuple, kwargs: dict) -> Context:
         """The call that no context describes: the first branch of guidance, or another one."""
         timestep = self.clock.argument(args, kwargs)
         named = {k: v for k, v in kwargs.items() if k != self.clock.name}
@@ -349,23 +356,19 @@ class Denoiser:
 
         Where nothing was ever traced there is nothing to do: `graph_begins` says when that changes.
         """
-        outside = self.armed_outside
+        inside = self.owns_graphs or self.decides_inside
+        outside = self.control.compiled and not inside  # steps are decided here, before the call
         if outside:
             frame.lock()
-        state = self.slots.states.get((frame.call.request, frame.call.name))
+        state = self.slots.states.get((frame.request, frame.name))
         if state is None or state.bare or state.away or not self._recorded(state):
             self._withdraw()
             return self.owns_graphs or (self.decides_inside and not self.untraceable)
-        if self.owns_graphs or self.decides_inside:
+        if inside:
             return self.owns_graphs or not self.untraceable
         if outside:
             self._prepare(frame, state)
         return True
-
-    @property
-    def armed_outside(self) -> bool:
-        """Whether steps are decided by contexts, before a call that is a graph of the user's own."""
-        return self.control.compiled and not (self.owns_graphs or self.decides_inside)
 
     def graph_begins(self) -> None:
         """Called when torch.compile is about to trace something, perhaps this model."""
@@ -390,11 +393,10 @@ class Denoiser:
         self._withdraw()
         if crossed:
             return
-        call = frame.call
-        timestep = self.clock.told(call, self.cache.timestep_callback)
-        index = self._index(state, call, timestep)
+        timestep = self.clock.told(frame, self.cache.timestep_callback)
+        index = self._index(state, frame, timestep)
         before = [run.copy() for run in state.runs]  # none where a run begins
-        step = self._decide_all(state, call, index, timestep)
+        step = self._decide_all(state, frame, index, timestep)
         if state.blocked:
             return
         for target in self.targets:
@@ -449,9 +451,10 @@ class Denoiser:
                 "or give cache.context(step_index=...) or num_inference_steps"
             )
 
-    def _arm(self, call: Call, args: tuple, kwargs: dict) -> tuple[State, Step]:
+    def _arm(self, call: Context, args: tuple, kwargs: dict) -> tuple[State, Step]:
         """Find the state, notice whether a run begins, and decide what can be decided beforehand."""
-        self._refuse_training()
+        if torch.is_grad_enabled() and self.model.training:
+            self._refuse_training()
         state = self.slots.of((call.request, call.name))
         shape, prepared, clock = call_signature(args, kwargs), self.prepared, self.clock
         if prepared is not None and prepared.state is state:
@@ -470,7 +473,7 @@ class Denoiser:
         return state, self._decide_all(state, call, index, now)
 
     def _prepared_step(
-        self, state: State, call: Call, shape: tuple, clock: float | None
+        self, state: State, call: Context, shape: tuple, clock: float | None
     ) -> Step | None:
         """The step that a context prepared for a graph, where a call that runs eagerly would be decided alike."""
         if self.prepared is None or self.prepared.state is not state or state.signature != shape:
@@ -486,7 +489,7 @@ class Denoiser:
         self.prepared = None
         return step
 
-    def _decide_all(self, state: State, call: Call, index: int, timestep: float | None) -> Step:
+    def _decide_all(self, state: State, call: Context, index: int, timestep: float | None) -> Step:
         """Decide for every rule, and hand the decisions to `control`."""
         if not state.runs:
             state.total = call.num_inference_steps or self._planned_total()
@@ -702,7 +705,7 @@ class Denoiser:
 
     # --- runs ---------------------------------------------------------------------------------------------
 
-    def _index(self, state: State, call: Call, clock: float | None) -> int:
+    def _index(self, state: State, call: Context, clock: float | None) -> int:
         """The index of this step; restarts the state where a new run begins."""
         index, anew = self.clock.index(state, call, clock)
         if anew:
@@ -717,8 +720,6 @@ class Denoiser:
         )
 
     def _refuse_training(self) -> None:
-        if not (torch.is_grad_enabled() and self.model.training):
-            return
         if any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
                 "target: the model is in training mode with gradients on; a cached step has no gradient. "

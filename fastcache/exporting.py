@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import Call, call_signature, eagerly
+from .context import IMPLICIT, call_signature, eagerly
 from .denoiser import Denoiser
 from .policies import COMPUTE, REUSE
 from .recipe import Recipe, Rule
@@ -192,7 +192,7 @@ def recorded_state(denoiser: Denoiser, args: tuple, kwargs: dict) -> State:
     """A state of its own, whose storage one computed step has allocated."""
     state = denoiser.slots.new((object(), "export"))
     state.signature = call_signature(args, kwargs)
-    denoiser._decide_all(state, Call(), 0, None)
+    denoiser._decide_all(state, IMPLICIT, 0, None)
     for target in denoiser.targets:
         target.begin()
     denoiser.inside = denoiser.control.armed = True

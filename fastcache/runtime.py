@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import dispatch
 from .adapters import BlockAdapter, adapter_for
 from .configs import Config, resolve
-from .context import IMPLICIT, NOTHING, Call, Context, checked_call, innermost
+from .context import IMPLICIT, NOTHING, Context, innermost
 from .denoiser import ALL, Denoiser, watch_compiling
 from .policies.base import flag, whole
 from .shell import MARK
@@ -134,8 +134,7 @@ class Cache:
         scale. Contexts nest; the outer one is restored. An exception inside forgets the request's runs.
         Raises TypeError or ValueError that names the argument.
         """
-        call = checked_call(name, request, step_index, num_inference_steps, timestep, sigma)
-        return Context(self, call)
+        return Context(self, name, request, step_index, num_inference_steps, timestep, sigma)
 
     def _expect(self, frame: Context) -> bool:
         """Get every denoiser ready for a compiled call; False where it must run eagerly."""
@@ -150,14 +149,10 @@ class Cache:
         for denoiser in self.denoisers:
             denoiser.settle(frame, failed)
             if failed:
-                denoiser.abandon(frame.call.request)
-
-    def _call(self) -> Call:
-        frame = innermost(self)
-        return IMPLICIT if frame is None else frame.call
+                denoiser.abandon(frame.request)
 
     def _request(self) -> Any:
-        return self._call().request
+        return (innermost(self) or IMPLICIT).request
 
     def _backend(self) -> contextlib.AbstractContextManager:
         return NOTHING if self.backend == dispatch.AUTO else dispatch.backend(self.backend)

@@ -16,7 +16,9 @@ def relative_change(sums: Tensor, group: Any = None) -> float:
     """
     if group is not None:
         sums = agreed(sums, group)
-    ratios = [_ratio(*pair) for pair in sums.reshape(-1, 2).tolist()]
+    if sums.dim() == 1:
+        return _ratio(*sums.tolist())
+    ratios = [_ratio(*pair) for pair in sums.tolist()]
     return next((r for r in ratios if r != r), max(ratios))
 
 

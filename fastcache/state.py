@@ -172,15 +172,22 @@ class Ring:
         """base + sum of weights * rows, newest first; a plain reuse without a base is the row itself."""
         if isinstance(weights, Tensor):
             return self.predict_weighted(base, weights)
-        if base is None and weights == (1.0,) and self.timeline.depth == 1:  # never while compiling
-            row = self.views[0]
-            if self.copies or row.dtype != self.dtype:
-                return row.to(self.dtype, copy=True)
-            return row.detach()
+        if weights == (1.0,):  # never while compiling
+            return self._reuse(base)
         if torch.compiler.is_compiling():
             return self._predict_compiled(base)
         rows = [tail(self.views[r], base) for r in self.timeline.rows[: len(weights)]]
         return weighted(rows, weights, base, self.dtype)
+
+    def _reuse(self, base: Tensor | None) -> Tensor:
+        """base + the newest row, or that row."""
+        row = tail(self.views[self.timeline.rows[0]], base)
+        if base is not None and row.dtype == base.dtype:
+            return base + row  # the kernel's bits and passes, with a sixth of its call overhead
+        if base is None and self.timeline.depth == 1:
+            hand_out = row.dtype == self.dtype and not self.copies
+            return row.detach() if hand_out else row.to(self.dtype, copy=True)
+        return weighted([row], (1.0,), base, self.dtype)
 
     def advance(self, weights: Sequence[float]) -> Tensor:
         """The sum of weights * rows, which becomes the newest row: in place, unless that would round it."""
@@ -425,8 +432,6 @@ def weighted(
     """base + sum weights * rows in one launch (two beyond five terms); without a base the sum alone, also
     into `out`, which may be one of the rows."""
     if base is not None:
-        if len(rows) == 1 and weights[0] == 1.0 and base.dtype == rows[0].dtype:
-            return base + rows[0]  # the kernel's bits and passes, with a sixth of its call overhead
         out = torch.empty_like(base, memory_format=torch.contiguous_format)
         if len(rows) == 1 and weights[0] == 1.0:
             _apply(out, base, rows[0])

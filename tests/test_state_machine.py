@@ -6,6 +6,7 @@ bits, every record the same step and action, whatever else happened in between.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 import fastcache
-from fastcache import context, denoiser, runtime
+from fastcache import denoiser
 
 REQUESTS, NAMES = (0, "r1", ("r", 2)), ("a", "b")
 KEYS = st.tuples(st.sampled_from(REQUESTS), st.sampled_from(NAMES))
@@ -258,19 +259,25 @@ def survive_faults(monkeypatch) -> None:
     monkeypatch.setattr(denoiser.Denoiser, "abandon", lambda self, request: None)
 
 
+def told_otherwise(monkeypatch, **fields) -> None:
+    """Contexts say something else than they were opened with."""
+    original = denoiser.innermost
+
+    def other(cache):
+        frame = copy.copy(original(cache))
+        for name, value in fields.items() if frame is not None else ():
+            setattr(frame, name, value)
+        return frame
+
+    monkeypatch.setattr(denoiser, "innermost", other)
+
+
 def share_contexts(monkeypatch) -> None:
-    original = runtime.Cache._call
-
-    def merged(self):
-        call = original(self)
-        return call._replace(name="a")
-
-    monkeypatch.setattr(runtime.Cache, "_call", merged)
+    told_otherwise(monkeypatch, name="a")
 
 
 def share_requests(monkeypatch) -> None:
-    original = runtime.Cache._call
-    monkeypatch.setattr(runtime.Cache, "_call", lambda self: context.Call(original(self).name))
+    told_otherwise(monkeypatch, request=0)
 
 
 def survive_resets(monkeypatch) -> None:

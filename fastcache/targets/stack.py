@@ -138,6 +138,7 @@ class Gate:
         self.opens = self.closes = True  # first and last list of its segment
         self.woven = False  # its segment is of lists that take turns
         self.form = Form()
+        self.handed: list | None = None  # on reused steps, where nothing is compiled
         self.entry: tuple[Any, Any] = (None, None)
         self.exit: tuple[Any, Any, dict[int, Any]] = (None, None, {})
         self.clone: Tensor | None = None  # of what entered, until it is known to be left as it is
@@ -334,7 +335,8 @@ class Gate:
 
     def replay(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for all blocks of the segment: its input plus the predicted residual."""
-        self.look(args, kwargs)
+        if self.owner.guide is not None:
+            self.look(args, kwargs)
         return self.predicted(*self.replay_io.read(args, kwargs))
 
     def look(self, args: tuple, kwargs: dict) -> None:
@@ -349,10 +351,12 @@ class Gate:
 
     def predicted(self, hidden: Any, encoder: Any) -> Any:
         """What the last block of the segment would return, from what its first one got."""
-        unit: Unit = self.owner.state.units[self.owner.rule][self.segment]
-        weights: Any = () if torch.compiler.is_compiling() else self.owner.weights
-        if self.owner.guide is not None:  # they lie on the device
-            weights = self.owner.state.head["weights"]
+        owner = self.owner
+        state = owner.control.state
+        unit: Unit = state.units[owner.rule][self.segment]
+        weights: Any = () if torch.compiler.is_compiling() else owner.weights
+        if owner.guide is not None:  # they lie on the device
+            weights = state.head["weights"]
         based, texted, extras = unit.template
         streams = unit.streams
         base = turned(hidden, based) if isinstance(based, torch.Size) else hidden
@@ -457,14 +461,18 @@ class StackTarget:
         self.recording = not self.segments or not units
         if self.recording:
             self.order, self.returned = [], []
+            for gate in self.gates:
+                gate.handed = None
 
     def recorded(self, state: State) -> bool:
         """Whether storage exists, so that a graph may use it; measuring is done eagerly."""
-        return bool(state.units[self.rule]) and not (self.measure or self._lacks_head(state))
+        if not state.units[self.rule] or self.measure:
+            return False
+        return not (self.control.compiled and self._lacks_head(state))
 
     def _lacks_head(self, state: State) -> bool:
-        """Whether graphs are expected, and a step in two parts has nowhere to keep its first block."""
-        return self.control.compiled and self.signal != "" and "hidden" not in state.head
+        """Whether a step in two parts has nowhere to keep its first block."""
+        return self.signal != "" and "hidden" not in state.head
 
     def ready(self, state: State) -> bool:
         """Whether a step can be reused from this state."""
@@ -484,7 +492,14 @@ class StackTarget:
         action = self.control.actions[self.rule]
         if self.control.phase == WHOLE and action not in (COMPUTE, REUSE):
             return self._route_probed(gate)
+        if action == REUSE and not self.control.compiled:
+            return iter(self._handed(gate) if gate.handed is None else gate.handed)
         return iter(self._ported(gate, self._listed(gate)))
+
+    def _handed(self, gate: Gate) -> list:
+        """What a list hands out on every reused step, until a recording call sees the stack anew."""
+        gate.handed = self._ported(gate, self._listed(gate))
+        return gate.handed
 
     def _gate(self, modules: nn.ModuleList) -> Gate:
         for gate in self.gates:
@@ -538,8 +553,10 @@ class StackTarget:
                 if i:
                     yield Port(functools.partial(self._late, gate, i), block)
             return
-        handed = self._listed(gate) if self.action == REUSE else self._computed(gate, 1)
-        yield from self._ported(gate, handed)[1:]
+        if self.action == REUSE:
+            yield from (self._handed(gate) if gate.handed is None else gate.handed)[1:]
+        else:
+            yield from self._ported(gate, self._computed(gate, 1))[1:]
 
     def _late(self, gate: Gate, index: int, *args: Any, **kwargs: Any) -> Any:
         handed = self._listed(gate)
@@ -604,7 +621,7 @@ class StackTarget:
         out, text, extra = exit
         if segment not in units:
             units[segment] = self._unit(hidden, encoder, exit)
-        if self._lacks_head(state):
+        if self.control.compiled and self._lacks_head(state):
             self._allocate_head(hidden, encoder)
         unit = units[segment]
         based, texted, extras = unit.template
@@ -815,5 +832,6 @@ def first_change(state: State, hidden: Tensor, x: Tensor, per_sample: bool) -> T
     """
     if "kept" not in state.head:
         return None
-    residual = tail(state.head["residual"], x)
-    return _change(hidden.detach(), x.detach(), residual, per_sample)
+    hidden = hidden.detach() if hidden.requires_grad else hidden
+    x = x.detach() if x.requires_grad else x
+    return _change(hidden, x, tail(state.head["residual"], x), per_sample)
