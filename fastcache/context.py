@@ -6,7 +6,6 @@ import contextlib
 import math
 import sys
 import threading
-from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -94,16 +93,18 @@ class Context:
             raise TypeError(
                 f"context: request is {type(request).__name__}, must be hashable"
             ) from error
-        if step_index is not None:
-            step_index = _whole("step_index", step_index, 0)
+        # what is usual is looked at here: every function called costs an eager step its own time
+        if step_index is not None and (type(step_index) is not int or step_index < 0):
+            step_index = whole("context", "step_index", step_index, 0)
         total = num_inference_steps
         if total is not None:
-            total = _whole("num_inference_steps", total, 1)
+            if type(total) is not int or total < 1:
+                total = whole("context", "num_inference_steps", total, 1)
             if step_index is not None and step_index >= total:
                 raise ValueError(
                     f"context: step_index is {step_index}, must be below num_inference_steps = {total}"
                 )
-        if timestep is not None:
+        if timestep is not None and not (type(timestep) is float and math.isfinite(timestep)):
             timestep = _time("timestep", timestep)
         if sigma is not None:
             sigma = _time("sigma", sigma)
@@ -127,7 +128,7 @@ class Context:
             raise
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        self._close(failed=kind is not None)
+        self._close(kind is not None)
 
     def lock(self, seconds: float = LONGEST) -> bool:
         """Keep other threads out until this context closes. Raises RuntimeError where they stay too long."""
@@ -169,17 +170,8 @@ def innermost(cache: Cache) -> Context | None:
     return context
 
 
-def _whole(label: str, value: Any, low: int) -> int:
-    """`value` as an int >= low."""
-    if type(value) is int and value >= low:
-        return value
-    return whole("context", label, value, low)
-
-
 def _time(label: str, value: Any) -> float:
     """`value` as a finite float."""
-    if type(value) is float and math.isfinite(value):
-        return value
     return real("context", label, signal.scalar(value) if isinstance(value, Tensor) else value)
 
 
@@ -191,17 +183,18 @@ IMPLICIT_BRANCHES = tuple(Context(None, f"default#{i + 1}") for i in range(MOST 
 def call_signature(args: tuple, kwargs: dict) -> tuple:
     """Shapes, dtypes and devices of the tensors of a call: what storage must fit."""
     found: list[tuple] = []
-    _note(found, (*args, *kwargs.values()))
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            found.append((value.shape, value.dtype, value.device))
+        elif isinstance(value, (list, tuple, dict)):
+            _note(found, value)
     return tuple(found)
 
 
-def _note(found: list[tuple], values: Iterable[Any]) -> None:
-    for value in values:
-        if value is None:
-            continue
+def _note(found: list[tuple], values: list | tuple | dict) -> None:
+    """The same of what containers hold."""
+    for value in values.values() if isinstance(values, dict) else values:
         if isinstance(value, Tensor):
             found.append((value.shape, value.dtype, value.device))
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple, dict)):
             _note(found, value)
-        elif isinstance(value, dict):
-            _note(found, value.values())

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .runtime import Cache
 
 PENDING = "pending"  # the action of a rule that decides after the first block has run
+AFTER_FIRST_BLOCK = Decision(PENDING)
 ALL: Any = object()  # every request
 
 # Denoisers with a cache attached, to be told when something is traced.
@@ -228,30 +229,29 @@ class Denoiser:
     def _cached(self, state: State, args: tuple, kwargs: dict, run: Callable | None) -> Any:
         """The model's forward with the targets in charge."""
         self.control.armed = True
+        recorded = True
         for target in self.targets:
             target.begin()
-        recorded = self._recorded(state)
+            recorded = recorded and target.recorded(state)
         forward = run if run is not None and recorded else self.original
         if recorded and self.cache.backend == dispatch.AUTO:
             output = self._forward(forward, args, kwargs)
         else:
             with self.cache._backend(), eagerly(not recorded):
                 output = self._forward(forward, args, kwargs)
-        if not recorded:
-            self.cuts = tuple(t.cut for t in self.targets if isinstance(t, StackTarget))
-            for target in self.targets:
-                if isinstance(target, ModulesTarget):
-                    output = target.kept_apart(output)
+        if recorded:
+            return output
+        for target in self.targets:
+            target.finish()
+            if isinstance(target, ModulesTarget):
+                output = target.kept_apart(output)
+        self.cuts = tuple(t.cut for t in self.targets if isinstance(t, StackTarget))
         return output
 
     def _forward(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         if self.guidance is None:
-            output = forward(*args, **kwargs)
-        else:
-            output = self.guidance.around(forward, args, kwargs)
-        for target in self.targets:
-            target.finish()
-        return output
+            return forward(*args, **kwargs)
+        return self.guidance.around(forward, args, kwargs)
 
     # --- calls without storage ----------------------------------------------------------------------------
 
@@ -323,10 +323,7 @@ class Denoiser:
             output = self.original(*args, **kwargs)
             control.missed = True
             return output
-        if self.guidance is not None:
-            output = self.guidance.around(self.original, args, kwargs)
-        else:
-            output = self.original(*args, **kwargs)
+        output = self._forward(self.original, args, kwargs)
         control.armed = False
         return output
 
@@ -455,12 +452,14 @@ class Denoiser:
         """Find the state, notice whether a run begins, and decide what can be decided beforehand."""
         if torch.is_grad_enabled() and self.model.training:
             self._refuse_training()
-        state = self.slots.of((call.request, call.name))
+        key = (call.request, call.name)
+        state = self.slots.states.get(key) or self.slots.add(key)
         shape, prepared, clock = call_signature(args, kwargs), self.prepared, self.clock
         if prepared is not None and prepared.state is state:
             told = prepared.step.timestep
         else:  # not prepared, or what was prepared is another context's
-            told = clock.told(call, self.cache.timestep_callback)
+            callback = self.cache.timestep_callback
+            told = call.timestep if callback is None else clock.told(call, callback)
         now = told if told is not None else clock.read(state, call, args, kwargs)
         if prepared is not None:
             step = self._prepared_step(state, call, shape, now)
@@ -505,7 +504,12 @@ class Denoiser:
         step = Step(index, state.total, timestep, call.sigma)
         self.decisions = []
         for i, rule in enumerate(self.recipe.rules):
-            decision = self._decide(i, rule, state, step)
+            if rule.when.needs_signal:
+                decision = AFTER_FIRST_BLOCK
+            else:
+                decision = rule.when.decide(state.runs[i], step)
+                if decision.action == REUSE:
+                    decision = self._confirmed(i, rule, state, step, decision)
             self.decisions.append(decision)
             control.actions[i] = decision.action
             if self.targets[i] is self.guidance and decision.action == REUSE:
@@ -543,14 +547,6 @@ class Denoiser:
 
     def _device(self, state: State) -> torch.device:
         return state.signature[0][2] if state.signature else torch.device("cpu")
-
-    def _decide(self, i: int, rule: Rule, state: State, step: Step) -> Decision:
-        if rule.when.needs_signal:
-            return Decision(PENDING)
-        decision = rule.when.decide(state.runs[i], step)
-        if decision.action == REUSE:
-            return self._confirmed(i, rule, state, step, decision)
-        return decision
 
     def _confirmed(
         self, i: int, rule: Rule, state: State, step: Step, decision: Decision

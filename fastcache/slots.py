@@ -31,11 +31,10 @@ class Slots:
         state.timelines = [Timeline(rule.what.depth) for rule in self.recipe.rules]
         return state
 
-    def of(self, key: tuple[Any, str]) -> State:
-        """The state of a context of a request."""
-        if key not in self.states:
-            self.states[key] = self.new(key)
-        return self.states[key]
+    def add(self, key: tuple[Any, str]) -> State:
+        """A state for a context of a request, which has none."""
+        state = self.states[key] = self.new(key)
+        return state
 
     def adopt(self, state: State, signature: tuple) -> None:
         """Begin a run with storage for calls of this signature, taken from a spare where there is one."""

@@ -181,10 +181,12 @@ class Ring:
 
     def _reuse(self, base: Tensor | None) -> Tensor:
         """base + the newest row, or that row."""
-        row = tail(self.views[self.timeline.rows[0]], base)
-        if base is not None and row.dtype == base.dtype:
-            return base + row  # the kernel's bits and passes, with a sixth of its call overhead
-        if base is None and self.timeline.depth == 1:
+        row = self.views[self.timeline.rows[0]]
+        if base is not None:
+            row = tail(row, base)
+            if row.dtype == base.dtype:
+                return base + row  # the kernel's bits and passes, with a sixth of its call overhead
+        elif self.timeline.depth == 1:
             hand_out = row.dtype == self.dtype and not self.copies
             return row.detach() if hand_out else row.to(self.dtype, copy=True)
         return weighted([row], (1.0,), base, self.dtype)

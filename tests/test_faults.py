@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fastcache
 from fastcache.policies import COMPUTE, REUSE, FirstBlock, Interval, Magnitude, Step, TimestepRange
 from fastcache.policies.base import Policy
-from fastcache.policies.magnitude import ROUND, _Account, rounded
+from fastcache.policies.magnitude import FORMS, _Account, rounded
 from fastcache.predictors import TaylorTable
 
 EVERY = toys.METHODS
@@ -361,7 +361,7 @@ MUTANTS = [
     (Magnitude, "_judge", "account.steps <= self.max_skip_steps", "account.steps < self.max_skip_steps"),
     (Magnitude, "_judge", "step.index < account.retained", "step.index <= account.retained"),
     (Magnitude, "_judge", "    account.clear()\n", "    pass\n"),
-    (_Account, "add", "abs(self.round(1.0 - self.ratio))", "self.round(1.0 - self.ratio)"),
+    (_Account, "add", "abs(away)", "away"),
     (Magnitude, "begin", "* steps + 0.5)", "* steps)"),
     (Interval, "_judge", "step.index >= self.stop", "step.index > self.stop"),
     (Interval, "_judge", "(step.index - phase)", "(step.index - phase + 1)"),
@@ -384,7 +384,7 @@ def test_a_mutant_of_a_rule_is_caught(owner, name, old, new, monkeypatch):
 @given(st.lists(st.floats(2.0**-100, 2.0**100, width=32), min_size=1, max_size=12))
 def test_accumulated_ratios_have_the_bits_of_float32(ratios):
     """diffusers accumulates in the dtype of its ratios; ours are Python numbers, rounded."""
-    account = _Account(rounded(tuple(ratios), "float32"), 0, 1.0, ROUND["float32"])
+    account = _Account(rounded(tuple(ratios), "float32"), 0, 1.0, FORMS["float32"])
     ratio, error = np.float32(1.0), np.float32(0.0)
     with np.errstate(over="ignore", invalid="ignore"):
         for i, value in enumerate(ratios):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from struct import Struct
@@ -24,24 +23,14 @@ def resample(ratios: tuple[float, ...], count: int) -> tuple[float, ...]:
     return tuple(ratios[int(np.rint(np.float32(i) * np.float32(scale)))] for i in range(count))
 
 
-_FLOAT32 = Struct("f")
-
-
-def single(x: float) -> float:
-    """x rounded to float32. A sum or product of two such numbers, rounded once more, is what float32 gives."""
-    try:
-        return _FLOAT32.unpack(_FLOAT32.pack(x))[0]
-    except OverflowError:
-        return math.copysign(math.inf, x)
-
-
-ROUND: dict[str, Callable[[float], float]] = {"float32": single, "float64": float}
+# Packing rounds a Python number. A sum or product of two float32 numbers so rounded is what float32 gives.
+FORMS = {"float32": Struct("f"), "float64": Struct("d")}
 
 
 @lru_cache(maxsize=64)
 def rounded(ratios: tuple[float, ...], precision: str) -> tuple[float, ...]:
-    """The ratios in a precision."""
-    return tuple(map(ROUND[precision], ratios))
+    """The ratios in a precision; infinity where one is too large for it."""
+    return tuple(float(getattr(np, precision)(ratio)) for ratio in ratios)
 
 
 def checked_ratios(owner: str, values: object) -> tuple[float, ...]:
@@ -97,7 +86,7 @@ class Magnitude(Policy):
             whole("Magnitude", "num_inference_steps", self.num_inference_steps, 1),
         )
         put("mag_ratios", checked_ratios("Magnitude", self.mag_ratios))
-        if self.precision not in ROUND:
+        if self.precision not in FORMS:
             raise ValueError(
                 f"Magnitude: precision is {self.precision!r}, must be 'float32' or 'float64'"
             )
@@ -106,7 +95,8 @@ class Magnitude(Policy):
         steps = total or self.num_inference_steps
         ratios = rounded(resample(self.mag_ratios, steps), self.precision)
         retained = int(self.retention_ratio * steps + 0.5)
-        return Run(memory=_Account(ratios, retained, self.threshold, ROUND[self.precision]))
+        (threshold,) = rounded((self.threshold,), self.precision)
+        return Run(memory=_Account(ratios, retained, threshold, FORMS[self.precision]))
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         account: _Account = run.memory
@@ -134,11 +124,10 @@ class Magnitude(Policy):
 class _Account:
     """Accumulated ratio and error since the last computed step, in the numbers that diffusers rounds to."""
 
-    __slots__ = ("error", "ratio", "ratios", "retained", "round", "steps", "threshold")
+    __slots__ = ("error", "form", "ratio", "ratios", "retained", "steps", "threshold")
 
-    def __init__(self, ratios: tuple, retained: int, threshold: float, round: Callable) -> None:
-        self.ratios, self.retained, self.round = ratios, retained, round
-        self.threshold = round(threshold)
+    def __init__(self, ratios: tuple, retained: int, threshold: float, form: Struct) -> None:
+        self.ratios, self.retained, self.threshold, self.form = ratios, retained, threshold, form
         self.clear()
 
     def clear(self) -> None:
@@ -146,13 +135,18 @@ class _Account:
 
     def add(self, ratio: float) -> float:
         """The accumulated error once another step is skipped."""
-        self.ratio = self.round(self.ratio * ratio)
-        self.error = self.round(self.error + abs(self.round(1.0 - self.ratio)))
+        pack, unpack = self.form.pack, self.form.unpack
         self.steps += 1
+        try:
+            (self.ratio,) = unpack(pack(self.ratio * ratio))
+            (away,) = unpack(pack(1.0 - self.ratio))
+            (self.error,) = unpack(pack(self.error + abs(away)))
+        except OverflowError:
+            self.ratio = self.error = math.inf
         return self.error
 
     def __copy__(self) -> _Account:  # a tenth of what the generic one takes, once per step
-        copy = _Account(self.ratios, self.retained, self.threshold, self.round)
+        copy = _Account(self.ratios, self.retained, self.threshold, self.form)
         copy.ratio, copy.error, copy.steps = self.ratio, self.error, self.steps
         return copy
 

@@ -26,7 +26,7 @@ from ..state import State, Unit, allocate, tail
 from .attached import refuse_copy
 from .guide import Guide
 
-ROUTER = "_fastcache_router"
+GATE = "_fastcache_gate"
 _change, _magnitude = direct("residual_l1"), direct("residual_magnitude")
 _store = direct("residual_store_")
 # Phases of a step: all of it in one pass, or (compiled) its first block and then what follows.
@@ -43,15 +43,15 @@ class Routing:
     __reduce_ex__ = refuse_copy
 
     def __iter__(self) -> Iterator:
-        router = self.__dict__.get(ROUTER)
-        if router is not None and router.control.armed:
-            return router.route(self)
+        gate = self.__dict__.get(GATE)
+        if gate is not None and gate.owner.control.armed:
+            return gate.owner.route(gate)
         return super().__iter__()  # type: ignore[misc]
 
     def __getitem__(self, index: Any) -> Any:
-        router = self.__dict__.get(ROUTER)
-        if router is not None and router.control.armed:
-            return router.pick(self, index)
+        gate = self.__dict__.get(GATE)
+        if gate is not None and gate.owner.control.armed:
+            return gate.owner.pick(gate, index)
         return super().__getitem__(index)  # type: ignore[misc]
 
 
@@ -81,7 +81,9 @@ class Form:
     def build(self, hidden: Any, encoder: Any, extra: dict[int, Any]) -> Any:
         if self.kind is None:
             return hidden
-        values = [extra.get(i) for i in range(self.length)]
+        values: list[Any] = [None] * self.length
+        for i, value in extra.items():
+            values[i] = value
         values[self.hidden or 0] = hidden
         if self.encoder is not None:
             values[self.encoder] = encoder
@@ -354,7 +356,9 @@ class Gate:
         owner = self.owner
         state = owner.control.state
         unit: Unit = state.units[owner.rule][self.segment]
-        weights: Any = () if torch.compiler.is_compiling() else owner.weights
+        # where nothing is compiled, nothing asks whether this is traced
+        traced = owner.control.compiled and torch.compiler.is_compiling()
+        weights: Any = () if traced else owner.weights
         if owner.guide is not None:  # they lie on the device
             weights = state.head["weights"]
         based, texted, extras = unit.template
@@ -426,12 +430,12 @@ class StackTarget:
 
     def install(self) -> None:
         for gate in self.gates:
-            gate.modules.__dict__[ROUTER] = self
+            gate.modules.__dict__[GATE] = gate
             gate.modules.__class__ = routed_class(type(gate.modules))
 
     def remove(self) -> None:
         for gate in self.gates:
-            gate.modules.__dict__.pop(ROUTER, None)
+            gate.modules.__dict__.pop(GATE, None)
             if isinstance(gate.modules, Routing):
                 gate.modules.__class__ = type(gate.modules).__mro__[2]
 
@@ -486,9 +490,8 @@ class StackTarget:
                 return False
         return bool(units)
 
-    def route(self, modules: nn.ModuleList) -> Iterator:
+    def route(self, gate: Gate) -> Iterator:
         """What the model's loop gets. Traced by torch.compile: reads `control` and nothing that counts."""
-        gate = self._gate(modules)
         action = self.control.actions[self.rule]
         if self.control.phase == WHOLE and action not in (COMPUTE, REUSE):
             return self._route_probed(gate)
@@ -500,12 +503,6 @@ class StackTarget:
         """What a list hands out on every reused step, until a recording call sees the stack anew."""
         gate.handed = self._ported(gate, self._listed(gate))
         return gate.handed
-
-    def _gate(self, modules: nn.ModuleList) -> Gate:
-        for gate in self.gates:
-            if gate.modules is modules:
-                return gate
-        raise KeyError("a list that is not of this target")
 
     def _ported(self, gate: Gate, handed: list) -> list:
         """The same items, roles replaced by what plays them in the place of each block."""
@@ -600,10 +597,9 @@ class StackTarget:
             blocks[1:-1] = [gate.middle(i) for i in range(1, len(blocks) - 1)]
         return blocks
 
-    def pick(self, modules: nn.ModuleList, index: Any) -> Any:
+    def pick(self, gate: Gate, index: Any) -> Any:
         """`blocks[i]` or `blocks[a:b]` inside a model's forward, routed like iteration."""
-        gate = self._gate(modules)
-        blocks = list(modules._modules.values())
+        blocks = list(gate.modules._modules.values())
         head = self.start if gate is self.gates[0] else 0
         if self.action == REUSE:
             handed = self._listed(gate)
