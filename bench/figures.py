@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .quality import cells
+from .steps import PASSES
 from .sweeps import AFTER_THREE, INTERVALS
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def steps_figure(rows: Sequence[Row]) -> Figure:
         if r["method"] == "uncached" and not r["compiled"]
     }
     rows = [r for r in rows if r.get("reused_ms") is not None and not r["compiled"]]
+    rows = [r for r in rows if r["system"] != PASSES]
     panels = [p for p in dict.fromkeys((r["model"], r["batch"]) for r in rows) if p in whole]
     columns = min(2, max(1, len(panels)))
     lines = max(1, -(-len(panels) // columns))
@@ -154,6 +156,54 @@ def steps_figure(rows: Sequence[Row]) -> Figure:
         axis.set_visible(False)
     handles = [axes[0][0].bar(0, 0, color=colour(s), label=s) for s in systems]
     figure.legend(handles, systems, loc="outside upper center", ncol=len(systems), frameon=False)
+    return figure
+
+
+def own_rows(rows: Sequence[Row]) -> list[Row]:
+    """What the picture of own costs shows: where the arithmetic alone was measured too, eager."""
+    least = {(r["model"], r["batch"], r["method"]) for r in rows if r["system"] == PASSES}
+    return [
+        r
+        for r in rows
+        if (r["model"], r["batch"], r["method"]) in least and "own_ms" in r and not r["compiled"]
+    ]
+
+
+def own_figure(rows: Sequence[Row]) -> Figure:
+    """What a reused step costs beyond the modules that must run, and how much of that is arithmetic."""
+    panels = list(dict.fromkeys((r["model"], r["batch"]) for r in rows))
+    figure, axes = new(1, len(panels), max(6.4, 4.2 * len(panels)), 3.4)
+    for axis, (model, batch) in zip(axes.flat, panels, strict=True):
+        here = [r for r in rows if (r["model"], r["batch"]) == (model, batch)]
+        methods = list(dict.fromkeys(r["method"] for r in here))
+        for place, method in enumerate(methods):
+            least = next(r for r in here if (r["system"], r["method"]) == (PASSES, method))
+            bars = [r for r in here if r["method"] == method and r is not least]
+            for k, r in enumerate(bars):
+                at, value = place + 0.27 * (k - (len(bars) - 1) / 2), 1e3 * r["own_ms"]
+                axis.bar(at, value, 0.25, color=colour(r["system"]), label=r["system"])
+                low, high = value - 1e3 * r["own_p20"], 1e3 * r["own_p80"] - value
+                axis.errorbar(at, value, [[low], [high]], color=INK, linewidth=0.8, capsize=2)
+                axis.text(
+                    at, 1e3 * r["own_p80"], f" {value:.0f}", ha="center", va="bottom", fontsize=7.5
+                )
+            axis.hlines(
+                1e3 * least["own_ms"],
+                place - 0.42,
+                place + 0.42,
+                color=INK,
+                linestyle="--",
+                label=PASSES,
+            )
+        axis.set_xticks(range(len(methods)), methods)
+        axis.set_title(f"{model}, batch {batch}", loc="left", weight="bold")
+        axis.set_ylabel("own cost of a reused step, µs")
+    found = {
+        label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        found.values(), found.keys(), loc="outside upper center", ncol=len(found), frameon=False
+    )
     return figure
 
 

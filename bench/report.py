@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import claims, common, graphs, snippets
+from . import claims, common, figures, graphs, snippets
 from .common import RESULTS, ROOT, Row
 from .quality import KEY, cells, frontier
 from .subjects import NAMES
@@ -157,15 +157,17 @@ def _steps(rows: list[Row]) -> Iterator[Block]:
         "p",
         "One schedule for all: the first 4 steps computed, then every third. Own cost: a reused step "
         "less the modules that must still run, timed right before in the same round; where these take a "
-        "second, it drowns in their noise. With ten blocks to skip it is some 20 us for a pass over the "
-        "hidden state (60 more where a rule looks at it) and some 100 us of Python that the computed step "
-        "before has pushed out of the processor's caches: all systems pay both, and what fastcache saves per "
+        'second, it drowns in their noise. "Passes alone" is what bounds it: the same arithmetic written '
+        "into the model by hand, with nothing that decides. With ten blocks to skip, what is left above it is "
+        "Python that the computed step before has pushed out of the processor's caches; what fastcache saves per "
         "block shows with 57 of them, under Python cost. Peak: bytes alive at once in a run from nothing. "
         "Launches, device reads and new tensors of a reused step are counted, for hidden-state-sized "
         "tensors. Models named by a width have random weights.",
     )
     if any(r["reused_ms"] is not None for r in rows):
         yield _image("steps", rows)
+    if figures.own_rows(rows):
+        yield _image("own", rows)
     for model, batch in dict.fromkeys((r["model"], r["batch"]) for r in rows):
         here = [r for r in rows if (r["model"], r["batch"]) == (model, batch)]
         yield Block("h3", f"{model}, batch {batch}, {here[0]['steps']} steps")
@@ -408,7 +410,6 @@ def results(folder: Path = RESULTS) -> list[Row]:
 
 def draw(rows: list[Row], folder: Path) -> None:
     """The pictures that the pages refer to."""
-    from . import figures
 
     def of(model: str, rows: list[Row]) -> list[Row]:
         return [r for r in rows if (r["model"], r["dtype"]) == (model, "fp32")]
@@ -420,6 +421,7 @@ def draw(rows: list[Row], folder: Path) -> None:
         "ops": ("ops", figures.ops_figure, list),
         "overhead": ("overhead", figures.overhead_figure, list),
         "steps": ("steps", figures.steps_figure, list),
+        "own": ("steps", figures.own_figure, figures.own_rows),
         "guided": ("quality", figures.guided_figure, _plain),
         "frontier": ("quality", figures.frontier_figure, first),
     }

@@ -6,27 +6,30 @@ All systems follow one schedule: the first 4 of 28 steps computed, then every th
 come as near as their fields allow, alike on both sides). Only cost is
 compared; weights may be random. "own" is a reused step less the modules that must still run: in every
 round the same model without its skipped blocks runs right before, and the two are subtracted step by
-step, so that a machine that slows down for a while does so for both.
+step, each side as it is in its quiet rounds. What the first block takes, eagerly on a CPU, is taken off
+either first. "passes alone" is that model with the arithmetic of a reused step written into it, and
+nothing that decides or keeps books: no cache can cost less.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastcache
-from fastcache import FirstBlock, Guided, Mask, Recipe, Reuse, Stack, Taylor
+from fastcache import FirstBlock, Guided, Mask, Recipe, Reuse, Stack, Taylor, ops
 
 from . import common, systems
 from .common import Row
-from .models import MODELS, Subject
+from .models import FLUX, MODELS, Subject
 from .systems import Attached
 
 STEPS, WARMUP, EVERY = 28, 4, 3
@@ -37,6 +40,7 @@ FLOORS = {
     0: "no blocks",
     1: "first block only",
 }  # what a reused step must still run, by blocks kept
+PASSES = "passes alone"
 FROZEN = "compile(frozen=True)"
 OUR_KEPT = {"MagCache": 0, "FirstBlock": 1, "Taylor on the stack": 0, "Guided": 1}
 
@@ -63,6 +67,56 @@ def timestep(step: int, steps: int) -> float:
     return 1000.0 * (1 - step / steps)
 
 
+class Inside:
+    """Counts the seconds that blocks of one class take, while it is entered."""
+
+    seconds = 0.0
+
+    @contextmanager
+    def __call__(self, kind: Any) -> Iterator[None]:
+        forward, now = kind.forward, common.clock()
+
+        @functools.wraps(forward)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = now()
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.seconds += now() - start
+
+        kind.forward = timed
+        try:
+            yield
+        finally:
+            kind.forward = forward
+
+
+INSIDE = Inside()
+
+
+class Passes(nn.Module):
+    """In the place of FLUX's blocks: what must be done with a hidden state on a reused step, and no more.
+
+    block: a first block that is run and looked at, or None.
+    """
+
+    def __init__(self, block: nn.Module | None) -> None:
+        super().__init__()
+        self.block = block
+        self.residual: Any = None
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **inputs: Any) -> Any:
+        text, y = encoder_hidden_states, hidden_states
+        if self.residual is None:
+            self.residual = torch.zeros_like(y)
+        if self.block is not None:
+            inputs |= {"hidden_states": y, "encoder_hidden_states": text}
+            text, y = self.block(**inputs)
+            change, size = ops.residual_l1(y, hidden_states, self.residual).tolist()
+            self.change = change / (size or 1.0)
+        return text, y + self.residual
+
+
 # --- contenders -----------------------------------------------------------------------------------------
 
 
@@ -77,32 +131,45 @@ class Contender:
     attached: Attached | None = None
     force: Callable[[bool], object] | None = None
     kept: int | None = None  # blocks that a reused step still runs; None: has no floor
+    part: nn.Module | None = None  # what a floor runs on reused steps
     times: list[list[float]] = field(default_factory=list)
-    own: list[float] = field(default_factory=list)  # seconds of reused steps above a floor's
+    around: list[float] = field(default_factory=list)  # of the last run: steps less their blocks
+    pairs: list[tuple] = field(default_factory=list)  # the same of each round, and of the floor's
     peak: int | None = None  # most bytes alive in a run from nothing, eager
 
     def above(self, floor: Contender, subject: Subject, sync: Callable[[], object]) -> None:
         """A run of the floor, then one of this, on the same schedule."""
         floor.run(subject, sync)
-        below = floor.times.pop()
+        floor.times.pop()
+        below = floor.around
         self.run(subject, sync)
-        pairs = zip(schedule(len(below)), self.times[-1], below, strict=True)
-        self.own += [mine - least for computed, mine, least in pairs if not computed]
+        self.pairs.append((self.around, below))
+
+    def own(self) -> list[float]:
+        """Seconds that each reused step takes above the floor's: other load on the machine only ever adds to a
+        time, so each side is its 20th percentile over the rounds."""
+        mine, below = (zip(*rounds, strict=True) for rounds in zip(*self.pairs, strict=True))
+        quiet = [[common.quantiles(times)["p20"] for times in side] for side in (mine, below)]
+        plan = schedule(len(quiet[0]))
+        return [a - b for computed, a, b in zip(plan, *quiet, strict=True) if not computed]
 
     def run(self, subject: Subject, sync: Callable[[], object]) -> None:
         """One whole run, timed step by step."""
         steps, plan, times = len(subject.calls), schedule(len(subject.calls)), []
         now = time.perf_counter if sync is not idle else common.clock()
+        self.around = []
         for i, inputs in enumerate(subject.calls):
             systems.CLOCK["t"] = t = timestep(i, steps)
             if self.force is not None:
                 self.force(plan[i])
             sync()
+            INSIDE.seconds = 0.0
             start = now()
             with self._context(i, steps, t):
                 self.call(**inputs)
             sync()
             times.append(now() - start)
+            self.around.append(times[-1] - INSIDE.seconds)
         if self.attached is not None:
             self.attached.reset()
         self.times.append(times)
@@ -129,6 +196,12 @@ def _eager(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
     yield Contender("uncached", "uncached", "", subject.twin())
     for kept, name in FLOORS.items():
         yield _floor(subject, kept, name)
+    if subject.lists == FLUX:
+        for method, kept in (("MagCache", 0), ("FirstBlock", 1)):
+            part: Any = subject.without_blocks(kept)
+            first = list(part.transformer_blocks)
+            part.transformer_blocks = nn.ModuleList([Passes(*first or [None])])
+            yield _floor(subject, kept, method, part=part, system=PASSES)
     for method, config in _our_configs(plan).items():
         model = subject.twin()
         attached = systems.attach_fastcache(model, config)
@@ -140,22 +213,31 @@ def _eager(subject: Subject, plan: list[bool]) -> Iterator[Contender]:
         yield from _cache_dit(subject, plan)
 
 
-def _floor(subject: Subject, kept: int, name: str, compiled: str = "") -> Contender:
+def _floor(
+    subject: Subject,
+    kept: int,
+    name: str,
+    compiled: str = "",
+    part: nn.Module | None = None,
+    system: str = "uncached",
+) -> Contender:
     """What a reused step of a stack cache cannot go below: the model without the blocks that it skips.
 
     On the schedule of the others, so that it too starts from caches that a whole step has filled.
     """
-    whole, part = subject.twin(), subject.without_blocks(kept)
+    whole = subject.twin()
+    part = subject.without_blocks(kept) if part is None else part
     turn: dict[str, Any] = {"model": whole}
     if compiled:
         part = torch.compile(part)  # type: ignore[assignment]
     return Contender(
-        "uncached",
+        system,
         name,
         compiled,
         lambda **inputs: turn["model"](**inputs),
         force=lambda compute: turn.update(model=whole if compute else part),
         kept=kept,  # against itself: what the measure cannot resolve
+        part=part,
     )
 
 
@@ -326,7 +408,10 @@ def measure(subject: Subject, args: Any) -> list[Row]:
     def late(share: float) -> bool:
         return time.perf_counter() - start > share * args.budget
 
-    with systems.quietly(), torch.no_grad():
+    blocks = type(getattr(subject.model, subject.lists[0])[0])
+    # what is compiled cannot be timed from within, nor what is only launched
+    apart = INSIDE(blocks) if (args.mode, args.device) == ("eager", "cpu") else nullcontext()
+    with systems.quietly(), torch.no_grad(), apart:
         for contender in contenders(subject, args.mode):
             if contender.system != "uncached" and contender.method not in args.method:
                 continue
@@ -377,8 +462,8 @@ def _row(contender: Contender, subject: Subject, args: Any) -> Row:
     row |= {"rounds": len(runs), "runs": [round(t, 6) for t in runs]}
     row["computed_ms"] = 1e3 * common.quantiles(by_kind[True])["p50"]
     row["reused_ms"] = 1e3 * common.quantiles(by_kind[False])["p50"] if skips else None
-    if contender.own:
-        row |= {f"own_{k}": 1e3 * v for k, v in common.quantiles(contender.own).items()}
+    if contender.pairs:
+        row |= {f"own_{k}": 1e3 * v for k, v in common.quantiles(contender.own()).items()}
         row["own_ms"] = row.pop("own_p50")
     if cached and not contender.compiled:
         row |= _traffic(contender, subject)

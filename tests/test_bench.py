@@ -119,6 +119,8 @@ def test_steps(tmp_path):
             assert found[system, method]["reused_ms"] > 0
     assert found["fastcache", "MagCache"]["launches"] <= found["diffusers", "MagCache"]["launches"]
     assert found["fastcache", "MagCache"]["reads"] == 0
+    assert all("own_ms" in found[s, "FirstBlock"] for s in ("diffusers", steps_bench.PASSES))
+    assert len(figures.own_figure(figures.own_rows(rows)).axes) == 1
 
 
 SMALL = {  # a slice that is as narrow as its inputs let it be
@@ -155,6 +157,36 @@ def test_every_system_follows_the_schedule_it_is_timed_on(name):
                 contender.call(**inputs)
             computed.append(bool(ran))
         assert computed == plan, (contender.system, contender.method)
+
+
+@pytest.mark.parametrize("method", ["MagCache", "FirstBlock"])
+def test_the_passes_alone_do_the_arithmetic_of_a_reused_step(method):
+    """Otherwise they would bound nothing."""
+    pytest.importorskip("diffusers")
+    subject = models.MODELS["digits"](2, 10, 16, "cpu")
+    made = {(c.system, c.method): c for c in steps_bench.contenders(subject, "eager")}
+    ours, least = made["fastcache", method], made[steps_bench.PASSES, method]
+    plan = steps_bench.schedule(10)
+    with torch.no_grad():
+        for i, inputs in enumerate(subject.calls[:5]):
+            with ours.attached.context("cond", i, 10, steps_bench.timestep(i, 10)):
+                output = ours.call(**inputs)[0]
+        assert plan[3:5] == [True, False]
+        (state,) = ours.attached.cache.denoisers[0].slots.states.values()
+        (unit,) = state.units[0].values()
+        least.force(False)
+        (passes,) = (m for m in least.part.modules() if isinstance(m, steps_bench.Passes))
+        passes.residual = unit.streams[0].views[0]
+        assert torch.equal(least.call(**inputs)[0], output)
+
+
+def test_own_cost_is_that_of_quiet_rounds():
+    contender = steps_bench.Contender("fastcache", "MagCache", "", lambda: None)
+    plan = steps_bench.schedule(10)
+    for noise in (0.0, 0.0, 5.0, 9.0, 2.0, 0.0, 3.0, 0.0, 7.0, 1.0):
+        mine = [100.0 if computed else 3.0 + noise for computed in plan]
+        contender.pairs.append((mine, [1.0 + 3 * noise] * 10))
+    assert contender.own() == [2.0] * plan.count(False)
 
 
 @pytest.mark.parametrize("model", ["flux", "video"])
