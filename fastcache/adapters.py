@@ -247,6 +247,7 @@ class BlockIO:
         self.hidden_at = names.index(self.hidden) if self.hidden in names else 0
         self.encoder_at = names.index(self.encoder) if self.encoder in names else None
         self.returns = known.returns
+        self.declared = declared(known.returns or ())
         self.found: tuple[int, int | None] | None = None  # places that a recording call has seen
         self.modulation = known.modulation or next(
             (MODULATIONS[b.__name__] for b in type(block).__mro__ if b.__name__ in MODULATIONS),
@@ -286,8 +287,8 @@ class BlockIO:
         if not isinstance(output, tuple | list):
             return None, None
         if self.returns is not None:
-            at = {name: i for i, name in enumerate(self.returns) if i < len(output)}
-            return at.get(HIDDEN, 0), at.get(ENCODER)
+            whole = len(output) >= len(self.returns)
+            return self.declared if whole else declared(self.returns[: len(output)])
         if self.found is not None and max(self.found[0], self.found[1] or 0) < len(output):
             return self.found
         shaped = [i for i, v in enumerate(output) if getattr(v, "shape", None) == hidden.shape]
@@ -299,6 +300,12 @@ class BlockIO:
         first = shaped[0] if shaped else 0
         rest = [i for i in texts if i != first]
         return first, rest[0] if rest else None
+
+
+def declared(returns: tuple[str, ...]) -> tuple[int, int | None]:
+    """The places of the image and the text stream in a tuple of these."""
+    at = {name: i for i, name in enumerate(returns)}
+    return at.get(HIDDEN, 0), at.get(ENCODER)
 
 
 def parameter_names(function: Callable) -> list[str]:

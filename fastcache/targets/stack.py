@@ -312,9 +312,10 @@ class Gate:
                 tail(owner.state.head["now"], now).copy_(now)
             raise Stop
         owner.keep_residual(hidden, x)
+        action = owner.control.actions[owner.rule]
         if owner.guide is not None:
-            owner.guide.see(owner.state, owner.rule, owner.action, owner.guide.of(hidden, x))
-        if (owner.action != REUSE or owner.threaded) and self.opens and len(self.modules) > 1:
+            owner.guide.see(owner.state, owner.rule, action, owner.guide.of(hidden, x))
+        if (action != REUSE or owner.threaded) and self.opens and len(self.modules) > 1:
             self.enter(hidden, encoder)
         return output
 
@@ -542,15 +543,13 @@ class StackTarget:
                 yield Port(functools.partial(self._late, gate, i), block)
             return
         yield gate.ports["probe"][0]
-        if self.action not in (
-            COMPUTE,
-            REUSE,
-        ):  # all blocks are asked for before the first one runs
+        action = self.control.actions[self.rule]
+        if action not in (COMPUTE, REUSE):  # all blocks are asked for before the first one runs
             for i, block in enumerate(gate.modules._modules.values()):
                 if i:
                     yield Port(functools.partial(self._late, gate, i), block)
             return
-        if self.action == REUSE:
+        if action == REUSE:
             yield from (self._handed(gate) if gate.handed is None else gate.handed)[1:]
         else:
             yield from self._ported(gate, self._computed(gate, 1))[1:]
@@ -569,7 +568,7 @@ class StackTarget:
 
     def keep_residual(self, hidden: Tensor, x: Tensor) -> None:
         """On a computed step, make the first block's residual what later steps are compared with."""
-        if self.signal != "change" or self.action != COMPUTE:
+        if self.signal != "change" or self.control.actions[self.rule] != COMPUTE:
             return
         head, hidden, x = self.state.head, hidden.detach(), x.detach()
         if torch.compiler.is_compiling():
