@@ -123,12 +123,19 @@ class Context:
             if not self.cache._expect(self):
                 _eager.__enter__()
                 self._eager = True
-        except BaseException:
-            self._close(failed=True)
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        self._close(kind is not None)
+        _open.reset(self._token)
+        try:
+            if self._eager:
+                _eager.__exit__()
+            self.cache._settle(self, kind is not None)
+        finally:
+            if self._locked:
+                self.cache.lock.release()
 
     def lock(self, seconds: float = LONGEST) -> bool:
         """Keep other threads out until this context closes. Raises RuntimeError where they stay too long."""
@@ -140,16 +147,6 @@ class Context:
                     "nothing but the model's call inside a context"
                 )
         return self._locked
-
-    def _close(self, failed: bool) -> None:
-        _open.reset(self._token)
-        try:
-            if self._eager:
-                _eager.__exit__()
-            self.cache._settle(self, failed)
-        finally:
-            if self._locked:
-                self.cache.lock.release()
 
     def within(self, other: Context) -> bool:
         """Whether this one was opened inside `other`."""

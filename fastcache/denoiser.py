@@ -353,17 +353,16 @@ class Denoiser:
 
         Where nothing was ever traced there is nothing to do: `graph_begins` says when that changes.
         """
-        inside = self.owns_graphs or self.decides_inside
-        outside = self.control.compiled and not inside  # steps are decided here, before the call
-        if outside:
+        if self.owns_graphs or self.decides_inside:
+            return self.owns_graphs or not self.untraceable
+        compiled = self.control.compiled
+        if compiled:
             frame.lock()
         state = self.slots.states.get((frame.request, frame.name))
         if state is None or state.bare or state.away or not self._recorded(state):
             self._withdraw()
-            return self.owns_graphs or (self.decides_inside and not self.untraceable)
-        if inside:
-            return self.owns_graphs or not self.untraceable
-        if outside:
+            return False
+        if compiled:  # the step is decided here, before the call
             self._prepare(frame, state)
         return True
 
@@ -415,14 +414,12 @@ class Denoiser:
                 return False
         return True
 
-    def settle(self, frame: Context, failed: bool) -> None:
+    def settle(self, prepared: Prepared, failed: bool) -> None:
         """Account for what happened inside a context that a call was prepared for."""
-        if self.prepared is None or self.prepared.frame is not frame:
-            return
         if failed or self.control.armed:  # or it held no call
             self._withdraw()
             return
-        (state, step, _, _), self.prepared = self.prepared, None
+        (state, step, _, _), self.prepared = prepared, None
         if self.control.missed:  # another shape: the next call allocates
             self.slots.forget(state.key)
         else:

@@ -147,7 +147,9 @@ class Cache:
     def _settle(self, frame: Context, failed: bool) -> None:
         """Account for a context that closes."""
         for denoiser in self.denoisers:
-            denoiser.settle(frame, failed)
+            prepared = denoiser.prepared
+            if prepared is not None and prepared.frame is frame:
+                denoiser.settle(prepared, failed)
             if failed:
                 denoiser.abandon(frame.request)
 

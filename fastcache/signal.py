@@ -17,17 +17,15 @@ def relative_change(sums: Tensor, group: Any = None) -> float:
     if group is not None:
         sums = agreed(sums, group)
     if sums.dim() == 1:
-        return _ratio(*sums.tolist())
-    ratios = [_ratio(*pair) for pair in sums.tolist()]
+        change, size = sums.tolist()
+        return change / size if size else _of_nothing(change)
+    ratios = [change / size if size else _of_nothing(change) for change, size in sums.tolist()]
     return next((r for r in ratios if r != r), max(ratios))
 
 
-def _ratio(change: float, size: float) -> float:
-    return (
-        change / size
-        if size
-        else (float("nan") if change == 0 or change != change else float("inf"))
-    )
+def _of_nothing(change: float) -> float:
+    """A change relative to zero."""
+    return float("nan") if change == 0 or change != change else float("inf")
 
 
 def agreed(sums: Tensor, group: Any) -> Tensor:
