@@ -234,8 +234,8 @@ class Denoiser:
             target.begin()
             recorded = recorded and target.recorded(state)
         forward = run if run is not None and recorded else self.original
-        if recorded and self.cache.backend == dispatch.AUTO:
-            output = self._forward(forward, args, kwargs)
+        if recorded and self.guidance is None and self.cache.backend == dispatch.AUTO:
+            output = forward(*args, **kwargs)
         else:
             with self.cache._backend(), eagerly(not recorded):
                 output = self._forward(forward, args, kwargs)
@@ -390,7 +390,9 @@ class Denoiser:
         if crossed:
             return
         timestep = self.clock.told(frame, self.cache.timestep_callback)
-        index = self._index(state, frame, timestep)
+        index, anew = self.clock.index(state, frame, timestep)
+        if anew:
+            self._end(state)
         before = [run.copy() for run in state.runs]  # none where a run begins
         step = self._decide_all(state, frame, index, timestep)
         if state.blocked:
@@ -465,7 +467,9 @@ class Denoiser:
             self._withdraw()
         if state.signature != shape:
             self.slots.adopt(state, shape)
-        index = self._index(state, call, now)
+        index, anew = clock.index(state, call, now)
+        if anew:
+            self._end(state)
         return state, self._decide_all(state, call, index, now)
 
     def _prepared_step(
@@ -654,7 +658,9 @@ class Denoiser:
             if computed and getattr(target, "signal", "") == "change":
                 state.head["kept"] = True
         state.index = step.index + 1
-        decision = self._leading(self.decisions)
+        decision = self.decisions[0]
+        if len(self.decisions) > 1:
+            decision = next((d for d in self.decisions if d.action == REUSE), decision)
         if decision.reason == "past the calibrated steps":
             self.cache._warn_once(
                 f"fastcache: steps past the {step.total} of num_inference_steps have no ratio and are "
@@ -688,23 +694,12 @@ class Denoiser:
         if self.cache._unsaid:
             self.cache._speak()
 
-    @staticmethod
-    def _leading(decisions: list[Decision]) -> Decision:
-        """The decision that a record shows: the first that reuses, else the first."""
-        for decision in decisions:
-            if decision.action == REUSE:
-                return decision
-        return decisions[0]
-
     # --- runs ---------------------------------------------------------------------------------------------
 
-    def _index(self, state: State, call: Context, clock: float | None) -> int:
-        """The index of this step; restarts the state where a new run begins."""
-        index, anew = self.clock.index(state, call, clock)
-        if anew:
-            self.cache._run_ended(self, state)
-            state.restart()
-        return index
+    def _end(self, state: State) -> None:
+        """A new run begins: look back at the one before, and forget it."""
+        self.cache._run_ended(self, state)
+        state.restart()
 
     def _planned_total(self) -> int | None:
         return next(

@@ -173,24 +173,21 @@ class Ring:
         if isinstance(weights, Tensor):
             return self.predict_weighted(base, weights)
         if weights == (1.0,):  # never while compiling
-            return self._reuse(base)
+            row = self.views[self.timeline.rows[0]]
+            if base is None:
+                return self._handed_out(row)
+            if row.shape == base.shape and row.dtype == base.dtype:
+                return base + row  # the kernel's bits and passes, with a sixth of its call overhead
         if torch.compiler.is_compiling():
             return self._predict_compiled(base)
         rows = [tail(self.views[r], base) for r in self.timeline.rows[: len(weights)]]
         return weighted(rows, weights, base, self.dtype)
 
-    def _reuse(self, base: Tensor | None) -> Tensor:
-        """base + the newest row, or that row."""
-        row = self.views[self.timeline.rows[0]]
-        if base is not None:
-            if row.shape != base.shape:
-                row = tail(row, base)
-            if row.dtype == base.dtype:
-                return base + row  # the kernel's bits and passes, with a sixth of its call overhead
-        elif self.timeline.depth == 1:
-            hand_out = row.dtype == self.dtype and not self.copies
-            return row.detach() if hand_out else row.to(self.dtype, copy=True)
-        return weighted([row], (1.0,), base, self.dtype)
+    def _handed_out(self, row: Tensor) -> Tensor:
+        """A row in the place of a value: itself, where what is written into it is noticed."""
+        if self.timeline.depth > 1 or self.copies or row.dtype != self.dtype:
+            return row.to(self.dtype, copy=True)
+        return row.detach()
 
     def advance(self, weights: Sequence[float]) -> Tensor:
         """The sum of weights * rows, which becomes the newest row: in place, unless that would round it."""
