@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 import threading
+from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -180,18 +181,15 @@ IMPLICIT_BRANCHES = tuple(Context(None, f"default#{i + 1}") for i in range(MOST 
 def call_signature(args: tuple, kwargs: dict) -> tuple:
     """Shapes, dtypes and devices of the tensors of a call: what storage must fit."""
     found: list[tuple] = []
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            found.append((value.shape, value.dtype, value.device))
-        elif isinstance(value, (list, tuple, dict)):
-            _note(found, value)
+    _note(found, (*args, *kwargs.values()))
     return tuple(found)
 
 
-def _note(found: list[tuple], values: list | tuple | dict) -> None:
-    """The same of what containers hold."""
-    for value in values.values() if isinstance(values, dict) else values:
+def _note(found: list[tuple], values: Iterable[Any]) -> None:
+    for value in values:
         if isinstance(value, Tensor):
             found.append((value.shape, value.dtype, value.device))
-        elif isinstance(value, (list, tuple, dict)):
+        elif isinstance(value, (list, tuple)):
             _note(found, value)
+        elif isinstance(value, dict):
+            _note(found, value.values())

@@ -390,9 +390,7 @@ class Denoiser:
         if crossed:
             return
         timestep = self.clock.told(frame, self.cache.timestep_callback)
-        index, anew = self.clock.index(state, frame, timestep)
-        if anew:
-            self._end(state)
+        index = self._index(state, frame, timestep)
         before = [run.copy() for run in state.runs]  # none where a run begins
         step = self._decide_all(state, frame, index, timestep)
         if state.blocked:
@@ -457,8 +455,7 @@ class Denoiser:
         if prepared is not None and prepared.state is state:
             told = prepared.step.timestep
         else:  # not prepared, or what was prepared is another context's
-            callback = self.cache.timestep_callback
-            told = call.timestep if callback is None else clock.told(call, callback)
+            told = clock.told(call, self.cache.timestep_callback)
         now = told if told is not None else clock.read(state, call, args, kwargs)
         if prepared is not None:
             step = self._prepared_step(state, call, shape, now)
@@ -467,9 +464,7 @@ class Denoiser:
             self._withdraw()
         if state.signature != shape:
             self.slots.adopt(state, shape)
-        index, anew = clock.index(state, call, now)
-        if anew:
-            self._end(state)
+        index = self._index(state, call, now)
         return state, self._decide_all(state, call, index, now)
 
     def _prepared_step(
@@ -696,10 +691,13 @@ class Denoiser:
 
     # --- runs ---------------------------------------------------------------------------------------------
 
-    def _end(self, state: State) -> None:
-        """A new run begins: look back at the one before, and forget it."""
-        self.cache._run_ended(self, state)
-        state.restart()
+    def _index(self, state: State, call: Context, clock: float | None) -> int:
+        """The index of this step; restarts the state where a new run begins."""
+        index, anew = self.clock.index(state, call, clock)
+        if anew:
+            self.cache._run_ended(self, state)
+            state.restart()
+        return index
 
     def _planned_total(self) -> int | None:
         return next(

@@ -90,7 +90,7 @@ class Slots:
         """Keep few of the runs that are complete: a server may never reset, and never use a name again."""
         if state.key in self.finished:
             del self.finished[state.key]
-        if state.total is not None and state.index >= state.total:  # complete
+        if state.complete:
             self.finished[state.key] = None
             if len(self.finished) > SPARES:
                 self.forget(next(iter(self.finished)))

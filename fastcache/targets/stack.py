@@ -829,7 +829,4 @@ def first_change(state: State, hidden: Tensor, x: Tensor, per_sample: bool) -> T
         return None
     hidden = hidden.detach() if hidden.requires_grad else hidden
     x = x.detach() if x.requires_grad else x
-    residual = state.head["residual"]
-    if residual.shape != x.shape:
-        residual = tail(residual, x)
-    return _change(hidden, x, residual, per_sample)
+    return _change(hidden, x, tail(state.head["residual"], x), per_sample)
