@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache import ops, reference
+from fastcache import ops
+from fastcache.ops import reference
 
 Buffers = dict[str, Tensor]
 OFFSET = 2  # steps since the last refresh, in the Taylor chains

@@ -67,7 +67,7 @@ def _processor() -> str:
 
 def environment(device: str = "cpu") -> Row:
     """Device, versions, commit and threads: part of every JSON line."""
-    from fastcache import native
+    from fastcache.ops.backends import cpp
 
     row: Row = {
         "device": _processor() if device == "cpu" else torch.cuda.get_device_name(),
@@ -80,7 +80,7 @@ def environment(device: str = "cpu") -> Row:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
     }
     if device == "cpu":
-        row["isa"] = native.capability() if native.available() is True else None
+        row["isa"] = cpp.capability() if cpp.available() is True else None
         row["load"] = round(os.getloadavg()[0], 2)
         row["clock"] = clock().__name__
     else:

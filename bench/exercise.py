@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import fastcache
-from fastcache import dispatch
+from fastcache.ops import dispatch
 
 from .chains import OPS
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import fastcache
-from fastcache import dispatch
+from fastcache.ops import dispatch
 
 from . import common
 from .chains import OPS, Buffers, Op

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastcache.presets import presets
+from fastcache.configs.presets import presets
 
 from . import claims
 from . import overhead as python_cost

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import fastcache
-from fastcache import FirstBlock, Guided, Mask, Recipe, Reuse, Stack, Taylor, dispatch
+from fastcache import FirstBlock, Guided, Mask, Recipe, Reuse, Stack, Taylor
+from fastcache.ops import dispatch
 
 from . import common, systems
 from .common import Row

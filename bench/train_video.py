@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from fastcache.demo.data import Digits, load_digits
+from fastcache.demo.loss_curve import History
 from fastcache.demo.model import load_judge, save_weights
 from fastcache.demo.sample import GUIDANCE
 from fastcache.demo.train import (
     EVAL_SEED,
-    History,
     Recipe,
     Task,
     check_fall,

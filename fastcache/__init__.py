@@ -5,10 +5,8 @@ cache = fastcache.enable(pipe, fastcache.FirstBlockCacheConfig(threshold=0.12))
 """
 
 from . import ops  # registers the ops; everything else uses them
-from .adapters import Block, BlockAdapter, register_adapter
-from .batching import split_batch
-from .calibrate import Calibration, calibrate
-from .compiled import compile
+from .cache import Cache, enable
+from .calibration.calibration import Calibration
 from .configs import (
     FLUX_MAG_RATIOS,
     FasterCacheConfig,
@@ -17,15 +15,20 @@ from .configs import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
-from .dispatch import backend, backends
-from .exporting import export_variants
+from .configs.presets import preset
+from .graphs.compiled import compile
+from .graphs.export import export_variants
+from .models.adapter import Block, BlockAdapter
+from .models.registry import register_adapter
+from .ops.dispatch import backend, backends
+from .plan import Plan
 from .policies import Broadcast, FirstBlock, Interval, Magnitude, Mask, Misfit, TimestepRange
 from .predictors import Extrapolate, Guided, Reuse, Taylor, TaylorTable, Zeros
-from .presets import preset
-from .recipe import Plan, Recipe
-from .report import progress
-from .runtime import Cache, enable
+from .recipe import Recipe
+from .reporting.progress import progress
 from .targets.spec import Guidance, Modules, Stack
+from .tools.batching import split_batch
+from .tools.measure import calibrate
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,8 @@ from torch import nn
 
 import fastcache
 from fastcache import Calibration, FirstBlockCacheConfig, MagCacheConfig
-from fastcache.calibrate import MAX_BYTES, CalibrationError
+from fastcache.calibration.errors import CalibrationError
+from fastcache.calibration.file import MAX_BYTES
 
 STEPS = 10
 

@@ -12,8 +12,10 @@ from torch import nn
 
 import fastcache
 from fastcache import Calibration, FirstBlock, MagCacheConfig, Recipe, Stack, Taylor, cli
-from fastcache.inspect_model import Shapes, inspect_model
-from fastcache.named import config_from, dtype_from, model_from
+from fastcache.cli import command as commands
+from fastcache.cli.parse import config_from, dtype_from, model_from
+from fastcache.tools.inspect import inspect_model
+from fastcache.tools.memory import Shapes
 
 EVERY = ("firstblock", "magcache", "taylorseer", "pab")
 
@@ -318,7 +320,7 @@ def test_info_prints_backends(capsys):
 
 
 def test_bench_without_a_checkout_says_where_it_is(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
     error = said(capsys, "bench", "ops", status=1)
     assert "repository" in error and "make bench" in error
 
@@ -326,7 +328,7 @@ def test_bench_without_a_checkout_says_where_it_is(capsys, monkeypatch, tmp_path
 def test_bench_is_handed_its_arguments(monkeypatch, tmp_path):
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "__main__.py").write_text("import sys; sys.exit(len(sys.argv))")
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
     assert cli.main(["bench", "ops", "--quick"]) == 3
 
 

@@ -202,7 +202,7 @@ def test_a_changed_attribute_is_noticed_unless_frozen(frozen: bool) -> None:
 
 
 def test_frozen_refuses_a_guard_filter_of_the_users_and_takes_a_mode() -> None:
-    from fastcache.compiled import frozen_options
+    from fastcache.graphs.compiled import frozen_options
 
     with fastcache.enable(model := Scaled().eval(), fastcache.Recipe(fastcache.Interval(2))):
         with pytest.raises(ValueError, match="guard_filter_fn"):
@@ -502,7 +502,7 @@ def test_history_shift(fn: Callable) -> None:
 
 def test_modes_stay_apart_where_torch_cannot_isolate_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in torch 2.12 and before: a code object per mode instead of `isolate_recompiles`."""
-    monkeypatch.setattr("fastcache.compiled.ISOLATES", False)
+    monkeypatch.setattr("fastcache.graphs.compiled.ISOLATES", False)
     fresh()
     make, limit = METHODS["first_block"]
     model, inputs = tiny.build("Wan3D")

@@ -1152,11 +1152,11 @@ def test_nothing_to_hook_raises_names_it_and_leaves_everything_untouched(
 @pytest.mark.parametrize("method", EVERY)
 def test_an_enable_that_breaks_half_way_leaves_no_trace(method, monkeypatch):
     """Whatever fails while hooks go in, and after how many, the model is as before."""
-    from fastcache import runtime
+    from fastcache import cache
 
     first, second = toys.build(method), toys.build(method, seed=1)
     before = [toys.snapshot(m) for m in (first, second)]
-    original = runtime.Denoiser.install
+    original = cache.Denoiser.install
     for fails_at in (0, 1):
         count = [0]
 
@@ -1166,7 +1166,7 @@ def test_an_enable_that_breaks_half_way_leaves_no_trace(method, monkeypatch):
             if count[0] > fails_at:
                 raise MemoryError("while hooking")
 
-        monkeypatch.setattr(runtime.Denoiser, "install", install)
+        monkeypatch.setattr(cache.Denoiser, "install", install)
         with pytest.raises(MemoryError, match="while hooking"):
             fastcache.enable(Pipe(first, second), toys.config(method))
         assert [toys.snapshot(m) for m in (first, second)] == before
@@ -1206,7 +1206,7 @@ def test_a_block_list_under_another_name_needs_an_adapter():
         )
 
 
-@pytest.mark.parametrize("usual", fastcache.adapters.LIST_NAMES)
+@pytest.mark.parametrize("usual", fastcache.models.table.LIST_NAMES)
 def test_every_usual_list_name_is_found(usual):
     target = toys.Model(lists=(usual,), depth=2)
     with fastcache.enable(target, toys.config("mag_cache")) as cache:

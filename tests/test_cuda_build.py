@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcache import reference
+from fastcache.ops import reference
 
 ROOT = Path(__file__).parent.parent
 CUDA = ROOT / "csrc" / "cuda"

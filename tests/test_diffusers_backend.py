@@ -603,7 +603,7 @@ def test_a_batch_of_two_prompts_is_not_taken_for_two_halves(branches):
 
 def test_copied_latents_that_cannot_be_compared_are_told_apart_by_their_timestep():
     """On an accelerator no values are read; tensors without values stand for that here."""
-    from fastcache.branches import Branches
+    from fastcache.runtime.branches import Branches
 
     def fresh():
         return torch.zeros(2, device="meta")

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 import tiny
 
 import fastcache
-from fastcache.presets import preset, presets
+from fastcache.configs.presets import preset, presets
 
 MODELS = {
     "quality": "Flux",

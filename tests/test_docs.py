@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastcache
-from fastcache import cli
+from fastcache.cli import command as commands
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,7 +52,7 @@ def denoise(model, tokens: torch.Tensor, sigma: float, prompt: str = "a cat") ->
 
 def inputs(sigma: float) -> dict[str, object]:
     """Keyword arguments of one call of the shipped model."""
-    from fastcache.demo.model import encode_labels, position_ids
+    from fastcache.demo.data import encode_labels, position_ids
     from fastcache.demo.sample import initial_noise
 
     text, pooled = encode_labels(torch.tensor([3]))
@@ -106,7 +106,7 @@ def test_code_runs_as_it_stands(page, world, model, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_exist(page):
-    parser = cli._parser()
+    parser = commands.make_parser()
     known = next(a for a in parser._actions if a.choices).choices
     for command in re.findall(r"^ {4}fastcache (\w+)", page.read_text(), re.MULTILINE):
         assert command in known

@@ -22,6 +22,11 @@ from fastcache.policies import COMPUTE, REUSE, FirstBlock, Interval, Magnitude, 
 from fastcache.policies.base import Policy
 from fastcache.policies.magnitude import FORMS, _Account, rounded
 from fastcache.predictors import TaylorTable
+from fastcache.storage.history import Timeline
+from fastcache.storage.ring import Ring
+from fastcache.storage.state import State
+from fastcache.storage.table import Table
+from fastcache.storage.unit import Unit
 
 EVERY = toys.METHODS
 ERRORS = (RuntimeError, ValueError, KeyboardInterrupt, MemoryError, SystemExit, StopIteration)
@@ -95,13 +100,12 @@ def test_three_hundred_faults_are_injected():
 @pytest.mark.parametrize("method", EVERY)
 def test_a_fault_while_a_value_is_stored_leaves_nothing_behind(method, monkeypatch):
     """The cache itself fails, as out of memory does: still no trace in the next run."""
-    from fastcache import state
 
     calls = toys.inputs_for(method)
     fresh = toys.alone(lambda: toys.build(method), method, calls)
     target, clock = toys.build(method), toys.Clock()
     cache = fastcache.enable(target, toys.config(method, clock))
-    for cls in (state.Ring, state.Table):
+    for cls in (Ring, Table):
         for name in ("store", "predict"):
             original, count = getattr(cls, name), [0]
 
@@ -261,7 +265,7 @@ def test_memory_is_flat_over_many_steps(method):
 
 
 def test_records_do_not_grow_without_end():
-    from fastcache import stats
+    from fastcache.runtime import stats
 
     cache = fastcache.enable(toys.Model(), toys.config("mag_cache"))
     record = stats.Record(0, "a", 0, COMPUTE, None, None, "")
@@ -395,12 +399,12 @@ def test_accumulated_ratios_have_the_bits_of_float32(ratios):
 
 
 STATE_MUTANTS = [
-    ("State", "restart", "self.index = 0", "self.index = getattr(self, 'index', 0)"),
-    ("State", "restart", "timeline.clear()", "pass"),
-    ("Unit", "ready", "self.last != timeline.pushes - 1", "False"),
-    ("Ring", "intact", "self.buffer._version == self.version", "True"),
-    ("Timeline", "push", "self.pushes += 1", "self.pushes += 2"),
-    ("Timeline", "gap", "step - self.steps[0]", "step - self.steps[-1]"),
+    (State, "restart", "self.index = 0", "self.index = getattr(self, 'index', 0)"),
+    (State, "restart", "timeline.clear()", "pass"),
+    (Unit, "ready", "self.last != timeline.pushes - 1", "False"),
+    (Ring, "intact", "self.buffer._version == self.version", "True"),
+    (Timeline, "push", "self.pushes += 1", "self.pushes += 2"),
+    (Timeline, "gap", "step - self.steps[0]", "step - self.steps[-1]"),
 ]
 
 
@@ -478,10 +482,7 @@ def test_whole_runs_behave():
 
 @pytest.mark.parametrize("owner, name, old, new", STATE_MUTANTS)
 def test_a_mutant_of_the_state_is_caught(owner, name, old, new, monkeypatch):
-    from fastcache import state
-
-    kind = getattr(state, owner)
-    monkeypatch.setattr(kind, name, swap(kind, name, old, new))
+    monkeypatch.setattr(owner, name, swap(owner, name, old, new))
     with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError, ZeroDivisionError)):
         behaviour()
 

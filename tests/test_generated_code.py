@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import fastcache
-from fastcache import state
+from fastcache.storage import unit
+from fastcache.storage.ring import Ring
 
 STEPS = 12
 CALL = re.compile(
@@ -111,7 +112,7 @@ def test_the_store_is_fused_and_nothing_is_cloned_or_copied_back(
     )
 
 
-class OpRing(state.Ring):
+class OpRing(Ring):
     """A ring that calls our ops in compiled code, as it does in eager."""
 
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
@@ -126,7 +127,7 @@ class OpRing(state.Ring):
 def test_aten_makes_fewer_kernels_than_our_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why traced code does not call them: an opaque op is a launch of its own and splits its neighbours."""
     aten = generated("magnitude_reuse")
-    monkeypatch.setattr(state, "Ring", OpRing)
+    monkeypatch.setattr(unit, "Ring", OpRing)
     ops = generated("magnitude_reuse")
     assert any("residual_store_" in name for name in launches(ops["compute"]))
     counts = {a: (len(launches(aten[a])), len(launches(ops[a]))) for a in aten}

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcache
 from fastcache import FirstBlock, Guided, Interval, Misfit, Recipe, Reuse, Taylor, ops
-from fastcache.adapters import BlockIO
+from fastcache.models.block_io import BlockIO
 
 demo = pytest.importorskip("fastcache.demo.sample")
 

@@ -6,24 +6,43 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import house
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = house.ROOT
 PACKAGE, KERNELS = ROOT / "fastcache", ROOT / "triton_kernels"
-
-
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.py"))
-
-
+files, tree = lambda folder: sorted(folder.rglob("*.py")), house.tree
+KNOWN = house.modules()
 CORE = [
     p for p in files(PACKAGE) if p.relative_to(PACKAGE).parts[0] not in ("integrations", "demo")
 ]
 TREES = {path: tree(path) for path in [*files(PACKAGE), *files(KERNELS)]}
+
+# The folders and files of the package from the ground up: each may import what stands above it here.
+LAYERS = (
+    ("checks", "sync"),
+    ("ops",),
+    ("policies", "predictors", "models"),
+    ("storage", "plan"),
+    ("targets",),
+    ("recipe",),
+    ("configs", "runtime"),
+    ("reporting", "graphs"),
+    ("calibration",),
+    ("cache",),
+    ("tools", "integrations"),
+    ("__init__",),
+    ("demo",),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def place(module: str) -> str:
+    """The folder or file of the package that a module belongs to."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
 
 
 def named(path: Path) -> str:
@@ -75,9 +94,20 @@ def attributes(path: Path) -> Iterator[ast.Attribute]:
 
 def test_there_is_something_to_read():
     names = {named(p) for p in TREES}
-    assert {"fastcache/ops.py", "fastcache/signal.py", "fastcache/runtime.py"} <= names
-    assert {"fastcache/targets/stack.py", "fastcache/policies/base.py"} <= names
+    assert {"fastcache/ops/registry.py", "fastcache/sync.py", "fastcache/cache.py"} <= names
+    assert {"fastcache/targets/stack/target.py", "fastcache/policies/base.py"} <= names
     assert len([n for n in names if n.startswith("triton_kernels/")]) >= 3
+    assert {place(m) for m in KNOWN if m.startswith("fastcache")} - {"triton_kernels"} == set(RANK)
+
+
+@pytest.mark.parametrize("path", files(PACKAGE), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downward_only(path):
+    here = place(house.name_of(path))
+    for module in house.imported(path, set(KNOWN)):
+        there = place(module)
+        if there in (here, "triton_kernels") or not module.startswith("fastcache"):
+            continue
+        assert RANK[there] < RANK[here], f"{named(path)} imports {module}"
 
 
 def test_kernels_import_nothing_of_fastcache():
@@ -89,15 +119,21 @@ def test_kernels_import_nothing_of_fastcache():
         assert not foreign, f"{named(path)} imports {foreign}"
 
 
-PURE = [*files(PACKAGE / "policies"), PACKAGE / "adapters.py", PACKAGE / "targets" / "spec.py"]
+PURE = [
+    *files(PACKAGE / "policies"),
+    *files(PACKAGE / "predictors"),
+    PACKAGE / "checks.py",
+    PACKAGE / "plan.py",
+    PACKAGE / "recipe.py",
+    PACKAGE / "models" / "adapter.py",
+    PACKAGE / "models" / "table.py",
+    PACKAGE / "targets" / "spec.py",
+]
 
 
 @pytest.mark.parametrize("path", PURE, ids=named)
-def test_policies_and_adapters_import_no_torch(path):
+def test_rules_and_what_is_known_of_models_import_no_torch(path):
     assert not takes(path, "torch")
-    heavy = [n for n in imports(path) if n.startswith("fastcache.")]
-    allowed = ("fastcache.policies", "fastcache.targets.spec", "fastcache.targets")
-    assert all(n.startswith(allowed) for n in heavy), heavy
 
 
 def test_only_ops_touches_torch_library():
@@ -107,22 +143,22 @@ def test_only_ops_touches_torch_library():
         if takes(path, "torch.library")
         or any(dotted(a).startswith("torch.library") for a in attributes(path))
     }
-    assert touching == {"fastcache/ops.py"}
+    assert touching == {"fastcache/ops/registry.py"}
 
 
 # What reads a device value on the host. Lists and arrays have `tolist` too: those places are listed,
 # each with what it is called on there.
 READS = ("item", "tolist", "cpu", "numpy")
 ON_HOST = {
-    "fastcache/configs.py",  # ratios that a user gives, when a config is made
-    "fastcache/calibrate.py",  # a finished calibration, on its way into a file
-    "fastcache/native.py",  # kernels of the CPU: weights that lie there already
+    "fastcache/configs/mag_cache.py",  # ratios that a user gives, when a config is made
+    "fastcache/calibration/fields.py",  # ratios on their way into a calibration
+    "fastcache/ops/backends/cpp.py",  # kernels of the CPU: weights that lie there already
 }
 
 
-def test_only_signal_reads_the_device():
+def test_only_sync_reads_the_device():
     for path in CORE:
-        if named(path) in {"fastcache/signal.py", *ON_HOST}:
+        if named(path) in {"fastcache/sync.py", *ON_HOST}:
             continue
         calls = [
             f"{named(path)}:{n.lineno} .{n.func.attr}()"
@@ -133,24 +169,24 @@ def test_only_signal_reads_the_device():
             and not n.args
         ]
         assert not calls, calls
-    reading = {a.attr for a in attributes(PACKAGE / "signal.py")}
-    assert reading & set(READS), "signal.py no longer reads: the test looks at the wrong place"
+    reading = {a.attr for a in attributes(PACKAGE / "sync.py")}
+    assert reading & set(READS), "sync.py no longer reads: the test looks at the wrong place"
 
 
-def test_comparisons_of_tensors_go_through_signal():
+def test_comparisons_of_tensors_go_through_sync():
     """torch.equal and torch.allclose wait for the device too."""
     for path in CORE:
-        if path.name == "signal.py":
+        if path.name == "sync.py":
             continue
         names = {dotted(a) for a in attributes(path)}
         assert not names & {"torch.equal", "torch.allclose"}, named(path)
 
 
-FORWARD = ("targets/", "shell.py", "denoiser.py", "compiled.py", "adapters.py")
+FORWARD = ("targets/", "runtime/patch.py", "runtime/denoiser.py", "graphs/compiled.py", "models/")
 
 
 def test_only_targets_and_the_runtime_touch_forward():
-    """adapters.py reads the signature of a forward; nothing else knows the name."""
+    """models/ reads the signature of a forward; nothing else knows the name."""
     for path in CORE:
         where = str(path.relative_to(PACKAGE))
         if where.startswith(FORWARD):
@@ -162,10 +198,9 @@ def test_only_targets_and_the_runtime_touch_forward():
             if isinstance(n, ast.Constant) and n.value == "forward"
         ]
         assert not uses, uses
-    adapters = TREES[PACKAGE / "adapters.py"]
-    for node in ast.walk(adapters):
+    for node in (n for p in files(PACKAGE / "models") for n in ast.walk(TREES[p])):
         targets = getattr(node, "targets", [])
-        assert not any(getattr(t, "attr", "") == "forward" for t in targets), "adapters only read"
+        assert not any(getattr(t, "attr", "") == "forward" for t in targets), "models/ only reads"
 
 
 @pytest.mark.parametrize("path", CORE, ids=named)

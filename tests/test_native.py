@@ -10,9 +10,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastcache import native, reference
+from fastcache.ops import reference
+from fastcache.ops.backends import cpp
 
-pytestmark = pytest.mark.skipif(native.available() is not True, reason=str(native.available()))
+pytestmark = pytest.mark.skipif(cpp.available() is not True, reason=str(cpp.available()))
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16)
@@ -53,9 +54,9 @@ def three(shape, value, stored):
 )
 def test_metrics_are_within_2e6_of_float64(shape, value, stored):
     y, x, prev = three(shape, value, stored)
-    sums = native.residual_l1(y, x, prev)
+    sums = cpp.residual_l1(y, x, prev)
     torch.testing.assert_close(sums.double(), l1_truth(y, x, prev), rtol=RELATIVE, atol=0)
-    mean = native.residual_magnitude(y, x, prev)
+    mean = cpp.residual_magnitude(y, x, prev)
     truth = magnitude_truth(y, x, prev).reshape(1)
     torch.testing.assert_close(mean.double(), truth, rtol=RELATIVE, atol=0)
 
@@ -64,18 +65,18 @@ def test_metrics_are_within_2e6_of_float64(shape, value, stored):
 def test_equal_elements_whose_rounding_errors_all_point_the_same_way(constant):
     prev = torch.full((1_000_003,), constant)
     y, x = torch.zeros_like(prev), torch.zeros_like(prev)
-    sums = native.residual_l1(y, x, prev)
+    sums = cpp.residual_l1(y, x, prev)
     torch.testing.assert_close(sums.double(), l1_truth(y, x, prev), rtol=RELATIVE, atol=0)
 
 
 @pytest.mark.parametrize("value, stored", PAIRS)
 def test_per_sample_metrics_are_those_of_each_sample(value, stored):
     y, x, prev = three((5, 33, 70), value, stored)
-    sums = native.residual_l1(y, x, prev, per_sample=True)
-    means = native.residual_magnitude(y, x, prev, per_sample=True)
+    sums = cpp.residual_l1(y, x, prev, per_sample=True)
+    means = cpp.residual_magnitude(y, x, prev, per_sample=True)
     assert sums.shape == (5, 2) and means.shape == (5, 1)
     for b in range(5):
-        alone = native.residual_l1(y[b : b + 1], x[b : b + 1], prev[b : b + 1])
+        alone = cpp.residual_l1(y[b : b + 1], x[b : b + 1], prev[b : b + 1])
         assert torch.equal(sums[b], alone)
         truth = magnitude_truth(y[b], x[b], prev[b]).reshape(1)
         torch.testing.assert_close(means[b].double(), truth, rtol=RELATIVE, atol=0)
@@ -86,12 +87,12 @@ def test_results_do_not_depend_on_the_number_of_threads():
     wide = three((3, 400, 333), BF16, BF16)
 
     def guided(y, x, prev, per_sample):
-        return native.guided_sums(y, [x, prev], per_sample)
+        return cpp.guided_sums(y, [x, prev], per_sample)
 
     def results():
         return [
             f(*operands, per_sample=per_sample)
-            for f in (native.residual_l1, native.residual_magnitude, guided)
+            for f in (cpp.residual_l1, cpp.residual_magnitude, guided)
             for operands in ((y, x, prev), wide)
             for per_sample in (False, True)
         ]
@@ -106,7 +107,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_squares_that_overflow_or_vanish_in_float32_still_count():
     for scale in (1e30, 1e-30):
         y, x, prev = (t * scale for t in three((4, 64), F32, F32))
-        mean = native.residual_magnitude(y, x, prev, eps=0.0)
+        mean = cpp.residual_magnitude(y, x, prev, eps=0.0)
         truth = magnitude_truth(y, x, prev, eps=0.0).reshape(1)
         torch.testing.assert_close(mean.double(), truth, rtol=RELATIVE, atol=0)
 
@@ -114,8 +115,8 @@ def test_squares_that_overflow_or_vanish_in_float32_still_count():
 def test_a_sum_overflows_only_where_float32_must():
     prev = torch.full((4096,), 8e34)
     zero = torch.zeros_like(prev)
-    assert torch.isfinite(native.residual_l1(zero, zero, prev)).all()  # 3.28e38 fits
-    assert torch.isinf(native.residual_l1(zero, zero, prev * 2)).all()
+    assert torch.isfinite(cpp.residual_l1(zero, zero, prev)).all()  # 3.28e38 fits
+    assert torch.isinf(cpp.residual_l1(zero, zero, prev * 2)).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -124,16 +125,16 @@ def test_nan_and_infinity_reach_the_sums_and_the_residual(bad, position):
     y, x, prev = three((41,), F32, F32)
     y[position] = bad
     out = torch.empty_like(prev)
-    sums = native.residual_l1(y, x, prev, out)
+    sums = cpp.residual_l1(y, x, prev, out)
     assert identical(sums, reference.residual_l1(y, x, prev))
     assert identical(out, y - x)
-    assert not torch.isfinite(native.residual_magnitude(y, x, prev)).any()
+    assert not torch.isfinite(cpp.residual_magnitude(y, x, prev)).any()
 
 
 def test_zero_denominator_is_left_to_the_caller():
     y, x, _ = three((64,), F32, F32)
-    assert native.residual_l1(y, x, torch.zeros(64))[1] == 0
-    assert torch.isinf(native.residual_magnitude(y, x, torch.zeros(64), eps=0.0))
+    assert cpp.residual_l1(y, x, torch.zeros(64))[1] == 0
+    assert torch.isinf(cpp.residual_magnitude(y, x, torch.zeros(64), eps=0.0))
 
 
 # --- element by element -----------------------------------------------------------------------
@@ -176,18 +177,18 @@ def test_residuals_are_stored_with_the_bits_of_the_reference(layout, in_place):
     expected = torch.full_like(out, math.nan)
     sums = reference.residual_l1(y, x, prev, expected)
     out.fill_(math.nan)
-    got = native.residual_l1(y, x, prev, out)
+    got = cpp.residual_l1(y, x, prev, out)
     torch.testing.assert_close(got, sums, rtol=RELATIVE, atol=0)
     assert identical(out, expected) and clean()
 
     mean = reference.residual_magnitude(y, x, prev)
     out = prev if in_place else out.fill_(math.nan)
-    got = native.residual_magnitude(y, x, prev, out)
+    got = cpp.residual_magnitude(y, x, prev, out)
     torch.testing.assert_close(got, mean, rtol=RELATIVE, atol=0, equal_nan=True)
     assert identical(out, expected) and clean() and clean_prev()
 
     out.fill_(math.nan)
-    native.residual_store(out, y, x)
+    cpp.residual_store(out, y, x)
     assert identical(out, expected) and clean()
 
 
@@ -200,7 +201,7 @@ def test_apply_has_the_bits_of_the_reference(layout, in_place):
     expected = torch.empty_like(x)
     reference.residual_apply(expected, x, r)
     out = x if in_place else out.fill_(math.nan)
-    native.residual_apply(out, x, r)
+    cpp.residual_apply(out, x, r)
     assert identical(out, expected) and clean() and clean_x()
 
 
@@ -213,7 +214,7 @@ def test_weighted_sums_have_the_bits_of_the_reference(layout, count, alias, on_d
     out = terms[alias] if 0 <= alias < count else out.fill_(math.nan)
     expected = torch.empty_like(out)
     reference.linear_combine(expected, terms, weights)
-    native.linear_combine(out, terms, torch.tensor(weights) if on_device else weights)
+    cpp.linear_combine(out, terms, torch.tensor(weights) if on_device else weights)
     assert identical(out, expected) and clean() and all(check() for check in checks)
 
 
@@ -227,7 +228,7 @@ def test_differences_have_the_bits_of_the_reference(layout, order, valid, inv_de
     factors, checks = zip(*(make(stored, i) for i in range(order + 1)), strict=True)
     expected = [f.clone() for f in factors]
     reference.taylor_update(expected, y, inv_delta, valid)
-    native.taylor_update(factors, y, inv_delta, valid)
+    cpp.taylor_update(factors, y, inv_delta, valid)
     assert all(map(identical, factors, expected)) and all(check() for check in checks)
 
 
@@ -238,7 +239,7 @@ def test_guidance_has_the_bits_of_the_reference(layout):
     shape = (2 * cond.shape[0], *cond.shape[1:])
     out, expected = (torch.full(shape, math.nan, dtype=stored) for _ in range(2))
     reference.guidance_combine(expected, cond, low, high, 1.1, 0.7)
-    native.guidance_combine(out, cond, low, high, 1.1, 0.7)
+    cpp.guidance_combine(out, cond, low, high, 1.1, 0.7)
     assert identical(out, expected)
 
 
@@ -248,7 +249,7 @@ def test_special_values_round_as_torch_rounds_them(dtype, value):
     x, r = torch.full((37,), value), torch.zeros(37)
     for source in (F32, dtype):
         out = torch.empty(37, dtype=dtype)
-        native.residual_apply(out, x.to(source), r)
+        cpp.residual_apply(out, x.to(source), r)
         assert identical(out, (x.to(source).float() + 0.0).to(dtype))
 
 
@@ -258,9 +259,9 @@ def test_offsets_beyond_two_to_the_31():
     storage = torch.empty(stride + 600, dtype=BF16)
     view = storage.as_strided((2, 3, 100), (stride, 100, 1), 7)
     x, r = random((2, 3, 100), BF16, 1), random((2, 3, 100), BF16, 2)
-    native.residual_apply(view, x, r)
+    cpp.residual_apply(view, x, r)
     assert torch.equal(view, x + r)
-    assert torch.equal(native.residual_l1(x, r, view), native.residual_l1(x, r, view.clone()))
+    assert torch.equal(cpp.residual_l1(x, r, view), cpp.residual_l1(x, r, view.clone()))
 
 
 # --- guided prediction ------------------------------------------------------------------------
@@ -272,12 +273,12 @@ def test_guided_sums_are_those_of_the_reference_whatever_the_layout(layout, orde
     value, stored, make = layout
     kinds = [value] + [stored] * (order + 1)
     guide, *guides = (make(dtype, i, True)[0] for i, dtype in enumerate(kinds))
-    sums = native.guided_sums(guide, guides, per_sample)
+    sums = cpp.guided_sums(guide, guides, per_sample)
     expected = reference.guided_sums(guide, guides, per_sample)
     largest = expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12 * largest)
     copies = [t.contiguous() for t in guides]
-    assert torch.equal(native.guided_sums(guide.contiguous(), copies, per_sample), sums)
+    assert torch.equal(cpp.guided_sums(guide.contiguous(), copies, per_sample), sums)
 
 
 @given(layouts(), st.integers(1, 2))
@@ -286,10 +287,10 @@ def test_guided_sums_per_sample_are_those_of_each_sample(layout, order):
     tensors = [make(value, i)[0] for i in range(order + 2)]
     if tensors[0].dim() != 3 or not tensors[0].numel():
         return
-    sums = native.guided_sums(tensors[0], tensors[1:], True)
+    sums = cpp.guided_sums(tensors[0], tensors[1:], True)
     for b in range(len(sums)):
         guide, *guides = (t[b : b + 1] for t in tensors)
-        assert torch.equal(native.guided_sums(guide, guides)[0], sums[b])
+        assert torch.equal(cpp.guided_sums(guide, guides)[0], sums[b])
 
 
 SUMS = st.floats() | st.sampled_from([0.0, -0.0, 1.0, 4.0, math.inf, math.nan, 1e-320, 1e300])
@@ -314,7 +315,7 @@ SUMS = st.floats() | st.sampled_from([0.0, -0.0, 1.0, 4.0, math.inf, math.nan, 1
 def test_guided_solve_has_the_bits_of_the_reference(given_sums, ridge, dtype, base):
     rows, prior = given_sums
     sums = torch.tensor(rows, dtype=dtype).reshape(-1, 3 * len(prior))
-    weights, misfit = native.guided_solve(sums, torch.tensor(prior), ridge, base)
+    weights, misfit = cpp.guided_solve(sums, torch.tensor(prior), ridge, base)
     expected, expected_misfit = reference.guided_solve(sums, torch.tensor(prior), ridge, base)
     assert weights.shape == expected.shape and identical(weights, expected)
     assert misfit.shape == expected_misfit.shape and identical(misfit, expected_misfit)
@@ -328,14 +329,14 @@ def test_the_dtype_table_says_what_the_kernels_take():
     for dtypes in itertools.product((*DTYPES, torch.float64), repeat=4):
         operands = [t.to(d) for t, d in zip((y, x, prev, out), dtypes, strict=True)]
         calls = {
-            "residual_l1": lambda t: native.residual_l1(*t),
-            "residual_magnitude": lambda t: native.residual_magnitude(*t),
-            "linear_combine": lambda t: native.linear_combine(t[3], t[:3], [1.0, 2.0, 3.0]),
-            "taylor_update": lambda t: native.taylor_update(t[1:], t[0], 1.0, 3),
-            "guided_sums": lambda t: native.guided_sums(t[0], t[1:]),
+            "residual_l1": lambda t: cpp.residual_l1(*t),
+            "residual_magnitude": lambda t: cpp.residual_magnitude(*t),
+            "linear_combine": lambda t: cpp.linear_combine(t[3], t[:3], [1.0, 2.0, 3.0]),
+            "taylor_update": lambda t: cpp.taylor_update(t[1:], t[0], 1.0, 3),
+            "guided_sums": lambda t: cpp.guided_sums(t[0], t[1:]),
         }
         for op, call in calls.items():
-            if native.takes_dtypes(op, dtypes):
+            if cpp.takes_dtypes(op, dtypes):
                 call(operands)
             else:
                 with pytest.raises(RuntimeError, match=r"dtype|float32"):
@@ -345,18 +346,18 @@ def test_the_dtype_table_says_what_the_kernels_take():
 def test_a_layout_or_shape_that_no_kernel_takes_is_named():
     x = torch.randn(4, 6, 8)
     with pytest.raises(RuntimeError, match="prev must be dense"):
-        native.residual_l1(x, x, x.transpose(1, 2).contiguous().transpose(1, 2))
+        cpp.residual_l1(x, x, x.transpose(1, 2).contiguous().transpose(1, 2))
     with pytest.raises(RuntimeError, match="r has another shape"):
-        native.residual_apply(x, x, x[:, :3])
+        cpp.residual_apply(x, x, x[:, :3])
     with pytest.raises(RuntimeError, match="1 to 8"):
-        native.linear_combine(x, [x] * 9, [1.0] * 9)
+        cpp.linear_combine(x, [x] * 9, [1.0] * 9)
     with pytest.raises(RuntimeError, match="2 tensors, 1 weights"):
-        native.linear_combine(x, [x, x], [1.0])
+        cpp.linear_combine(x, [x, x], [1.0])
     with pytest.raises(RuntimeError, match="guides has another shape"):
-        native.guided_sums(x, [x, x[:, :3]])
+        cpp.guided_sums(x, [x, x[:, :3]])
     with pytest.raises(RuntimeError, match="guide must have dense rows"):
-        native.guided_sums(x[..., ::2], [x[..., :4]] * 2)
+        cpp.guided_sums(x[..., ::2], [x[..., :4]] * 2)
     with pytest.raises(RuntimeError, match="order 1 to 2, got 3"):
-        native.guided_sums(x, [x] * 4)
+        cpp.guided_sums(x, [x] * 4)
     with pytest.raises(RuntimeError, match="sums must be contiguous float64 with 3"):
-        native.guided_solve(torch.zeros(1, 6), torch.zeros(1), 0.0)
+        cpp.guided_solve(torch.zeros(1, 6), torch.zeros(1), 0.0)

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcache import native_cuda, reference
+from fastcache.ops import reference
+from fastcache.ops.backends import cuda
 
 HEADER = Path(__file__).parent.parent / "csrc" / "cuda" / "kernels.h"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 7, 96), (2, 300, 513), (3, 129, 3072)]
 
-gpu = pytest.mark.skipif(native_cuda.available() is not True, reason=str(native_cuda.available()))
+gpu = pytest.mark.skipif(cuda.available() is not True, reason=str(cuda.available()))
 
 
 def three(shape, dtype, offset=0, count=3):
@@ -28,15 +29,15 @@ def three(shape, dtype, offset=0, count=3):
 @pytest.mark.skipif(not HEADER.exists(), reason="needs the source tree")
 def test_the_workspace_has_the_size_that_the_kernels_expect():
     pairs = int(re.search(r"MAX_PARTIALS = (\d+)", HEADER.read_text())[1])
-    assert 1 + 2 * pairs == native_cuda.WORKSPACE
+    assert 1 + 2 * pairs == cuda.WORKSPACE
 
 
 def test_without_a_gpu_the_reason_is_said_and_a_call_repeats_it():
-    if native_cuda.available() is True:
+    if cuda.available() is True:
         pytest.skip("the kernels work here")
     x = torch.ones(4)
-    with pytest.raises(RuntimeError, match=re.escape(str(native_cuda.available()))):
-        native_cuda.residual_apply(x, x, x)
+    with pytest.raises(RuntimeError, match=re.escape(str(cuda.available()))):
+        cuda.residual_apply(x, x, x)
 
 
 @gpu
@@ -48,11 +49,11 @@ def test_metrics_and_stored_residuals_match_the_reference(dtype, shape, offset):
     out, expected = torch.full_like(prev, torch.nan), torch.empty_like(prev)
     for per_sample in (False, True):
         truth = reference.residual_l1(y, x, prev, expected, per_sample)
-        got = native_cuda.residual_l1(y, x, prev, out, per_sample)
+        got = cuda.residual_l1(y, x, prev, out, per_sample)
         torch.testing.assert_close(got, truth, rtol=2e-6, atol=0)
         assert torch.equal(out, expected)
         truth = reference.residual_magnitude(y, x, prev, None, 1e-8, per_sample)
-        got = native_cuda.residual_magnitude(y, x, prev, None, 1e-8, per_sample)
+        got = cuda.residual_magnitude(y, x, prev, None, 1e-8, per_sample)
         torch.testing.assert_close(got, truth, rtol=2e-6, atol=0)
 
 
@@ -67,20 +68,20 @@ def test_weighted_sums_have_the_bits_of_the_reference(dtype, count, offset):
     reference.linear_combine(expected, tensors, weights)
     for given in (weights, torch.tensor(weights, device="cuda")):
         out = torch.full_like(expected, torch.nan)
-        native_cuda.linear_combine(out, tensors, given)
+        cuda.linear_combine(out, tensors, given)
         assert torch.equal(out, expected)
 
 
 @gpu
 def test_repeated_calls_and_overlapping_streams_give_the_same_bits():
     operands = three((3, 2000, 3072), torch.bfloat16)
-    first = native_cuda.residual_l1(*operands)
+    first = cuda.residual_l1(*operands)
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
     results = []
     for i in range(40):
         with torch.cuda.stream(streams[i % 4]):
-            results.append(native_cuda.residual_l1(*operands))
+            results.append(cuda.residual_l1(*operands))
     torch.cuda.synchronize()
     assert all(torch.equal(r, first) for r in results)
 
@@ -90,10 +91,10 @@ def test_a_captured_decision_follows_its_inputs():
     y, x, prev = three((1, 300, 512), torch.bfloat16)
     prev.copy_(y - x)
     flag = torch.full((1,), -1, dtype=torch.int32, device="cuda")
-    native_cuda.decide(flag, native_cuda.residual_l1(y, x, prev), 0.1)
+    cuda.decide(flag, cuda.residual_l1(y, x, prev), 0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        native_cuda.decide(flag, native_cuda.residual_l1(y, x, prev), 0.1)
+        cuda.decide(flag, cuda.residual_l1(y, x, prev), 0.1)
     for scale, compute in ((1.0, 0), (3.0, 1), (1.0, 0)):
         y.copy_(x + scale * prev)
         graph.replay()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastcache import native
+from fastcache.ops.backends import cpp
 
 box = pytest.importorskip(
     "fastcache._native_test", reason="white-box module not built: pip install -e . with a compiler"
@@ -174,13 +174,13 @@ def test_the_environment_chooses_the_instruction_set(isa, monkeypatch):
 
 def test_reasons_for_not_running_are_said(monkeypatch):
     monkeypatch.setenv("FASTCACHE_CPU_CAPABILITY", "sse9")
-    assert "sse9, must be default, avx2 or avx512" in str(native.available.__wrapped__())
+    assert "sse9, must be default, avx2 or avx512" in str(cpp.available.__wrapped__())
     monkeypatch.setenv("FASTCACHE_DISABLE_EXT", "1")
-    assert "FASTCACHE_DISABLE_EXT" in str(native.available.__wrapped__())
+    assert "FASTCACHE_DISABLE_EXT" in str(cpp.available.__wrapped__())
 
 
 def test_an_absent_library_and_a_broken_one_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_cpu_ops.so")
-    assert "not built" in str(native.available.__wrapped__())
-    native.LIBRARY.write_bytes(b"not a library")
-    assert str(native.LIBRARY) in str(native.available.__wrapped__())  # the dynamic loader's words
+    monkeypatch.setattr(cpp, "LIBRARY", tmp_path / "_cpu_ops.so")
+    assert "not built" in str(cpp.available.__wrapped__())
+    cpp.LIBRARY.write_bytes(b"not a library")
+    assert str(cpp.LIBRARY) in str(cpp.available.__wrapped__())  # the dynamic loader's words

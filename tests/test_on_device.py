@@ -10,8 +10,8 @@ import torch
 from test_compile import Graphs, PlainModel, assert_quiet, drive, fresh
 
 import fastcache
-from fastcache import FirstBlock, Recipe, Reuse, Stack, signal
-from fastcache.ondevice import within
+from fastcache import FirstBlock, Recipe, Reuse, Stack, sync
+from fastcache.graphs.on_device import within
 
 CASES: list[tuple[str, Any]] = [
     ("Wan3D", fastcache.FirstBlockCacheConfig(0.1)),
@@ -27,7 +27,7 @@ CASES: list[tuple[str, Any]] = [
 @pytest.mark.parametrize("threshold", [0.25, 1.6, float("inf")])
 def test_the_rule_is_the_hosts(sums: list, threshold: float) -> None:
     found, small = within(torch.tensor(sums), threshold)
-    change = signal.relative_change(torch.tensor(sums))
+    change = sync.relative_change(torch.tensor(sums))
     assert torch.equal(found, torch.tensor([change], dtype=torch.float64)) or change != change
     run = FirstBlock(threshold, warmup=0, max_skips=0, last=False)
     wanted = run.decide(run.begin(), fastcache.policies.Step(3, None), change).action == "reuse"
@@ -54,7 +54,7 @@ def test_one_graph_decides_and_computes_as_the_host_does(
         def unread(**step: Any) -> Any:
             with monkeypatch.context() as patch:
                 for reading in ("relative_change", "numbers"):  # of a decision, by the host
-                    patch.setattr(signal, reading, lambda *_: pytest.fail("the host has read"))
+                    patch.setattr(sync, reading, lambda *_: pytest.fail("the host has read"))
                 return compiled(**step)
 
         found = drive(cache, name, inputs, unread)

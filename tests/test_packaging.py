@@ -83,10 +83,10 @@ def test_a_wheel_with_the_extension_works_where_it_is_installed(sdist, tmp_path)
         archive.extractall(tmp_path / "site")
     code = """
 import fastcache.triton_kernels, torch
-from fastcache import native
+from fastcache.ops.backends import cpp
 x = torch.ones(8)
-native.residual_apply(x, x, x)
-print(native.LIBRARY, x.sum().item())
+cpp.residual_apply(x, x, x)
+print(cpp.LIBRARY, x.sum().item())
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     run = subprocess.run(

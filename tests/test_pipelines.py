@@ -18,8 +18,8 @@ diffusers = pytest.importorskip("diffusers", minversion="0.36")
 import tiny  # noqa: E402
 
 import fastcache  # noqa: E402
-from fastcache.adapters import adapter_for  # noqa: E402
-from fastcache.targets.bind import block_lists  # noqa: E402
+from fastcache.models.attention import block_lists  # noqa: E402
+from fastcache.models.registry import adapter_for  # noqa: E402
 
 STEPS = 8
 METHODS: dict[str, Callable[[Any], Any]] = {

@@ -24,8 +24,8 @@ from fastcache import (
     TaylorSeerCacheConfig,
     TimestepRange,
 )
-from fastcache.report import verdict
-from fastcache.stats import Record, Stats
+from fastcache.runtime.stats import Record, Stats
+from fastcache.runtime.verdict import verdict
 
 STEPS = 10
 SILENT = ("", "")

@@ -13,7 +13,7 @@ import toys
 from torch import Tensor
 
 import fastcache
-from fastcache import state as state_module
+from fastcache.storage import allocate
 
 EVERY = toys.METHODS
 
@@ -206,7 +206,7 @@ def test_no_memory_for_a_slot_means_compute_and_a_warning(method, error, number,
         return zeros(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="out of memory") as warned:
-        patch.setattr(state_module.torch, "zeros", fail)
+        patch.setattr(allocate.torch, "zeros", fail)
         outputs = toys.run(cache, target, calls[:5], clock)
         outputs += toys.run(cache, target, calls[5:], clock)
     assert sum("out of memory" in str(w.message) for w in warned) == 1

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 import fastcache
-from fastcache import denoiser
+from fastcache.runtime import denoiser
 
 REQUESTS, NAMES = (0, "r1", ("r", 2)), ("a", "b")
 KEYS = st.tuples(st.sampled_from(REQUESTS), st.sampled_from(NAMES))

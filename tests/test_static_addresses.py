@@ -13,8 +13,10 @@ from test_compile import Graphs, fresh
 from torch import Tensor, nn
 
 import fastcache
-from fastcache.shell import MARK
-from fastcache.state import Ring, State, Table
+from fastcache.runtime.patch import MARK
+from fastcache.storage.ring import Ring
+from fastcache.storage.state import State
+from fastcache.storage.table import Table
 
 STEPS = 6
 METHODS: dict[str, Callable[[], Any]] = {

@@ -118,7 +118,9 @@ def test_a_gate_refuses_a_seeded_fault(name: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
     package = tmp_path / "fastcache"
     shutil.copytree(ROOT / "triton_kernels", package / "triton_kernels")
-    shutil.copy(ROOT / "fastcache" / "reference.py", package)
+    (package / "ops").mkdir()
+    shutil.copy(ROOT / "fastcache" / "ops" / "reference.py", package / "ops")
+    (package / "ops" / "__init__.py").touch()
     (package / "__init__.py").touch()
     source = package / "triton_kernels" / fault.file
     text = source.read_text()
@@ -188,6 +190,7 @@ def test_every_class_of_shapes_compiles(name: str) -> None:
 
 def test_only_the_misaligned_tensor_is_accessed_narrowly() -> None:
     from fastcache.triton_kernels import aot
+    from fastcache.triton_kernels.machine_code import code_of
 
     from fastcache import triton_kernels as kernels
 
@@ -197,7 +200,7 @@ def test_only_the_misaligned_tensor_is_accessed_narrowly() -> None:
     def wide(out: int, *terms: int) -> tuple[int, int]:
         with aot.compile_only(90) as compiled:
             kernels.linear_combine(at(out), [at(o) for o in terms], [0.5] * len(terms))
-        code = aot.code_of(compiled[0][1])
+        code = code_of(compiled[0][1])
         return code.loads, code.stores
 
     loads, stores = wide(0, 0, 8, 8)

@@ -12,7 +12,7 @@ import torch
 from test_triton_interpreter import CASES, run
 from torch import Tensor
 
-from fastcache import reference
+from fastcache.ops import reference
 
 triton_kernels = pytest.importorskip("fastcache.triton_kernels")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

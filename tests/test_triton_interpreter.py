@@ -31,7 +31,7 @@ from torch import Tensor
 
 import fastcache
 import fastcache.ops
-from fastcache import reference
+from fastcache.ops import reference
 
 FP32, FP16, BF16, E4M3 = torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn
 DTYPES = {"fp32": FP32, "fp16": FP16, "bf16": BF16}
@@ -543,7 +543,7 @@ def weights_of_guides_in_a_layout_that_no_kernel_takes(lab: Lab, turned: bool) -
     expected = reference.guided_solve(reference.guided_sums(guide, guides), prior, 0.003, True)
     guide, *guides = (view(t.to(lab.device)) for t in tensors)
     with fastcache.backend("triton"):
-        got = fastcache.ops.guided_weights(guide, guides, prior.to(lab.device), 0.003)
+        got = fastcache.ops.registry.guided_weights(guide, guides, prior.to(lab.device), 0.003)
     for value, want in zip(got, expected, strict=True):
         close(value, want, 1e-5)
 

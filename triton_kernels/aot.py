@@ -12,20 +12,15 @@ equal the eager chain. Nothing is run.
 from __future__ import annotations
 
 import argparse
-import math
 import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 import triton
@@ -46,30 +41,26 @@ from . import (
     residual_store,
     taylor_update,
 )
+from .machine_code import Code, code_of, tools_needed
 
 ARCHS = (80, 90, 100)
+
+
 AMD = "gfx942"
+
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
 MAX_REGISTERS = 128
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
 
 # Kernels that read only partial sums or single numbers.
 SCALAR = ("_sum_partials_kernel", "_guided_solve_kernel")
+
+
 # Kernels whose float32 results equal a chain of separate products and sums.
 UNFUSED = ("_combine_kernel", "_quantized_combine_kernel")
-
-
-@dataclass(frozen=True)
-class Code:
-    """What the machine code of a kernel contains; loads and stores are those of 16 bytes."""
-
-    registers: int = 0
-    stack: int = 0
-    spills: int = 0
-    loads: int = 0
-    stores: int = 0
-    atomics: int = 0
-    fused: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,7 @@ class Report:
     kernel: str
     arch: int | str
     dtype: str
-    code: Code = Code()
+    code: Code = field(default_factory=Code)
     loads: int = 0
     stores: int = 0
     error: str = ""
@@ -100,9 +91,6 @@ class Report:
             f"{code.fused} fused multiply-adds": code.fused > 0 and self.kernel in UNFUSED,
         }
         return [text for text, bad in found.items() if bad]
-
-
-# --- what is compiled: each launcher, on tensors of model size -----------------------------------
 
 
 def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -150,9 +138,6 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     }
 
 
-# --- compile without a device --------------------------------------------------------------------
-
-
 class _AbsentGPU:
     """What Triton asks its driver before it compiles; there is nothing to launch on."""
 
@@ -189,71 +174,6 @@ def compile_only(arch: int | str) -> Iterator[list[tuple[str, triton.compiler.Co
         driver._active = None
 
 
-# --- read the machine code -----------------------------------------------------------------------
-
-
-def _needed(ttgir: str, op: str, threads: int) -> int:
-    """16-byte accesses per thread that the unmasked tensor accesses of a kernel take.
-
-    Masked ones count where all are masked (kernels on rows).
-    """
-    pattern = rf"tt\.{op} ([^:]*?) (?:\{{[^}}]*\}} )?: tensor<([0-9x]+)x!tt\.ptr<\w*?(\d+)\w*>"
-    operands = 1 if op == "load" else 2
-    found = re.findall(pattern, ttgir)
-    plain = [row for row in found if len(row[0].split(",")) == operands] or found
-    sizes = [math.prod(map(int, shape.split("x"))) * int(bits) // 8 for _, shape, bits in plain]
-    return sum(math.ceil(size / (threads * 16)) for size in sizes if size >= threads * 4)
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if not found:
-        raise ValueError(f"the disassembler's report has no {pattern}")
-    return int(found[1])
-
-
-@cache
-def _nvidia(binary: bytes) -> Code:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-
-        def ask(tool: str, *flags: str) -> str:
-            command = [str(TOOLS / tool), *flags, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage, code = ask("cuobjdump", "--dump-resource-usage"), ask("nvdisasm", "-c", "-ndf")
-    return Code(
-        registers=_number(r"REG:(\d+)", usage),
-        stack=_number(r"STACK:(\d+)", usage),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        loads=len(re.findall(r"\bLDG\S*\.128\b", code)),
-        stores=len(re.findall(r"\bSTG\S*\.128\b", code)),
-        atomics=len(re.findall(r"\b(?:REDG?|ATOM[GS]?)\b", code)),
-        fused=len(re.findall(r"\bFFMA2?\b", code)),
-    )
-
-
-def _amd(code: str) -> Code:
-    return Code(
-        registers=_number(r"\.vgpr_count:\s*(\d+)", code),
-        stack=_number(r"\.private_segment_fixed_size:\s*(\d+)", code),
-        spills=_number(r"\.vgpr_spill_count:\s*(\d+)", code)
-        + _number(r"\.sgpr_spill_count:\s*(\d+)", code),
-        loads=len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
-        stores=len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", code)),
-        atomics=len(re.findall(r"\b(?:global|buffer|flat)_atomic", code)),
-        fused=len(re.findall(r"\bv_(?:pk_)?fma\w*_f32\b", code)),
-    )
-
-
-def code_of(kernel: triton.compiler.CompiledKernel) -> Code:
-    """The machine code of a kernel, counted."""
-    if "cubin" in kernel.asm:
-        return _nvidia(kernel.asm["cubin"])
-    return _amd(kernel.asm["amdgcn"])
-
-
 def _reason(error: BaseException) -> str:
     """The last line of the innermost error: Triton's start with a listing."""
     while error.__cause__:
@@ -274,7 +194,9 @@ def inspect(case: str, arch: int | str, dtype: str) -> list[Report]:
         report = Report(case, name, arch, dtype, code_of(kernel))
         if name not in SCALAR and arch != AMD:
             threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
-            loads, stores = (_needed(kernel.asm["ttgir"], op, threads) for op in ("load", "store"))
+            loads, stores = (
+                tools_needed(kernel.asm["ttgir"], op, threads) for op in ("load", "store")
+            )
             report = replace(report, loads=loads, stores=stores)
         reports.append(report)
     return reports

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastcache import (
+from .. import (
     Extrapolate,
     FirstBlock,
     Guidance,
@@ -22,7 +22,7 @@ from fastcache import (
     TimestepRange,
     preset,
 )
-from fastcache.policies import Policy
+from ..policies import Policy
 
 REUSE = "reuse"
 ORDER_1 = "order 1"

@@ -9,14 +9,14 @@ import numpy as np
 from torch import Tensor
 
 from .methods import REUSE
-from .run import reference_of
+from .rows import reference_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.gridspec import SubplotSpec
 
-    from .run import Row, Run
+    from .rows import Row, Run
 
 SHOWN = 10
 GAIN = 8

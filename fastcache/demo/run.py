@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,67 +26,24 @@ from torch import Tensor, nn
 from . import require
 from .metrics import accuracy, psnr, relative_l2, ssim
 from .model import load_judge, load_model
+from .rows import Row, Run, Settings, reference_of
 from .sample import generate
+from .table import print_table
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from .methods import Method
     from .model import Judge
 
+
 PICTURE_FILE = "demo.png"
+
+
 # uncached step counts, as shares of the full run, that the equal-compute curve goes through
 CURVE = (5 / 28, 7 / 28, 9 / 28, 14 / 28, 21 / 28)
+
+
 CALIBRATION_SEED = 1234
-
-
-@dataclass
-class Run:
-    """What was measured for one method."""
-
-    method: Method
-    images: Tensor = field(default_factory=lambda: torch.empty(0))
-    blocks: list[int] = field(default_factory=list)  # transformer blocks that ran, per step
-    seconds: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table and of the JSON file."""
-
-    name: str
-    family: str
-    predictor: str  # "reuse", "order 1", ...; empty where nothing is predicted
-    guidance: float | None
-    steps: int
-    computed_steps: int  # steps in which every block ran
-    blocks: list[int]  # transformer blocks that ran, per step
-    compute: float  # blocks computed, as a share of the uncached run
-    seconds: float
-    speedup: float
-    psnr: float | None  # against the uncached run; None when identical
-    relative_l2: float
-    ssim: float
-    accuracy: float
-    fewer_steps_psnr: float | None  # the uncached model at fewer steps and the same compute
-
-    @property
-    def gain(self) -> float | None:
-        """PSNR in dB above fewer steps at equal compute."""
-        if self.psnr is None or self.fewer_steps_psnr is None:
-            return None
-        return self.psnr - self.fewer_steps_psnr
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the numbers depend on besides the machine."""
-
-    steps: int = 28
-    batch: int = 16
-    seed: int = 0
-    rounds: int = 3
-    budget: float = 60.0  # seconds; a round that would not fit is left out
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     labels = torch.arange(settings.batch) % 10
     runs, curves = measure(model, labels, settings)
     rows = summarise(runs, curves, judge, labels)
-    _print_table(rows, settings)
+    print_table(rows, settings)
 
     from .picture import draw
 
@@ -203,18 +159,6 @@ def summarise(runs: list[Run], curves: Curves, judge: Judge, labels: Tensor) -> 
     return rows
 
 
-def reference_of(run: Run, runs: list[Run]) -> Run:
-    """The uncached run at full length with the same guidance."""
-
-    def key(method: Method) -> tuple[float | None, bool]:
-        return method.guidance, method.batched_guidance
-
-    for other in runs:
-        if other.method.is_reference and key(other.method) == key(run.method):
-            return other
-    raise ValueError(f"demo row {run.method.name!r}: no uncached row with the same guidance")
-
-
 def interpolate(curve: dict[int, float], steps: float) -> float | None:
     """PSNR at a fractional number of uncached steps, linear between points, None outside."""
     points = sorted(curve.items())
@@ -272,59 +216,6 @@ def _block_calls(model: nn.Module) -> Iterator[list[None]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _print_table(rows: list[Row], settings: Settings) -> None:
-    from rich.console import Console
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    table = Table(
-        title=f"{settings.batch} images, {settings.steps} Euler steps, same noise",
-        caption="computed: steps in which all blocks ran; TaylorSeer, PAB and FasterCache skip "
-        "attention inside blocks. PSNR (mean over images), rel. L2: against uncached. "
-        "vs fewer: dB above the uncached model at fewer steps and equal compute.",
-    )
-    table.add_column("method", no_wrap=True)
-    table.add_column("skipped", no_wrap=True)
-    for name in (
-        "computed",
-        "blocks",
-        "seconds",
-        "speed-up",
-        "PSNR dB",
-        "rel. L2",
-        "judge",
-        "vs fewer",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    family = rows[0].family
-    for row in rows:
-        if row.family != family:
-            table.add_section()
-            family = row.family
-        table.add_row(*_cells(row))
-    console = Console()
-    # rather wrapped by a narrow terminal than cut off
-    wanted = Measurement.get(console, console.options.update(width=10_000), table).maximum
-    console.width = max(console.width, wanted)
-    console.print(table)
-
-
-def _cells(row: Row) -> list[str]:
-    gain = "" if row.gain is None else f"[{'green' if row.gain > 0 else 'red'}]{row.gain:+.1f}"
-    return [
-        row.name,
-        row.predictor,
-        f"{row.computed_steps}/{row.steps}",
-        f"{row.compute:.0%}",
-        f"{row.seconds:.2f}",
-        f"{row.speedup:.2f}x",
-        "-" if row.psnr is None else f"{row.psnr:.1f}",
-        f"{row.relative_l2:.4f}",
-        f"{row.accuracy:.1%}",
-        gain,
-    ]
 
 
 def _record(

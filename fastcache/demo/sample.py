@@ -14,7 +14,7 @@ from .data import CHANNELS, IMAGE_TOKENS, NULL_LABEL, unpack
 from .model import denoise
 
 if TYPE_CHECKING:
-    from fastcache import Cache
+    from .. import Cache
 
 # the guidance scale of every guided number in this package
 GUIDANCE = 2.5

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from . import require
 from .data import NULL_LABEL, Digits, load_digits, pack
+from .loss_curve import CURVE_FILE, History, plot_history
 from .metrics import accuracy, frechet
 from .model import (
     ARCHITECTURE,
@@ -40,7 +41,6 @@ from .model import (
 )
 from .sample import GUIDANCE, generate
 
-CURVE_FILE = "loss_curve.png"
 EVAL_SEED = 20_000
 
 
@@ -60,14 +60,6 @@ class Recipe:
     label_dropout: float = 0.1
     seed: int = 0
     judge_epochs: int = 30
-
-
-@dataclass
-class History:
-    """Training loss per step, and (step, held-out loss of the averaged weights)."""
-
-    train: list[float]
-    held_out: list[tuple[int, float]]
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -188,30 +180,6 @@ def sample_quality(model: nn.Module, judge: Judge, held_out: Digits, count: int)
             "frechet": frechet(judge, images, held_out.images) if count > 64 else None,
         }
     return quality
-
-
-def plot_history(history: History, path: Path) -> None:
-    """The loss curve as a PNG."""
-    require("matplotlib")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(history.train, color="#b8c4d6", lw=0.6, label="batch")
-    window = max(1, len(history.train) // 50)
-    smooth = torch.tensor(history.train).unfold(0, window, 1).mean(-1)
-    centres = range(window // 2, window // 2 + len(smooth))
-    axes.plot(centres, smooth, color="#30507a", label=f"mean of {window} batches")
-    if history.held_out:
-        steps, losses = zip(*history.held_out, strict=True)
-        axes.plot(steps, losses, "o-", color="#c8553d", ms=4, label="held out, averaged weights")
-    axes.set(xlabel="step", ylabel="flow-matching loss", yscale="log")
-    axes.grid(alpha=0.25, which="both")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:

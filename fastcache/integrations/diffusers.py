@@ -20,8 +20,8 @@ import diffusers.hooks
 from diffusers.hooks.hooks import HookFunctionReference, HookRegistry, ModelHook, StateManager
 from torch import nn
 
-from ..runtime import Cache, enable
-from ..shell import MARK
+from ..cache import Cache, enable
+from ..runtime.patch import MARK
 
 # diffusers' function -> the hook names that it registers and that `disable_cache` removes (0.36 to 0.42)
 HOOKS: dict[str, tuple[str, ...]] = {

@@ -1,8 +1,9 @@
 """When to reuse: pure Python on host numbers, no torch."""
 
 from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
-from .first_block import FirstBlock, Misfit
+from .first_block import FirstBlock
 from .magnitude import Calibrate, Magnitude
+from .misfit import Misfit
 from .schedule import Broadcast, Interval, Mask, TimestepRange
 
 __all__ = [

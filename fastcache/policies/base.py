@@ -7,11 +7,14 @@ lives in the small mutable object that `begin` returns, one per request and cont
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ..checks import whole
+
 COMPUTE = "compute"
+
+
 REUSE = "reuse"
 
 
@@ -110,61 +113,3 @@ class Policy:
     def computed(self, run: Run, step: Step) -> None:
         """The runtime computed a step that `decide` wanted to reuse (nothing valid to reuse)."""
         run.in_a_row = 0
-
-
-def whole(owner: str, name: str, value: object, low: int, high: int | None = None) -> int:
-    """`value` as an int in [low, high]; a TypeError or ValueError that names the field otherwise."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{owner}: {name} is {value!r}, must be a whole number")
-    try:
-        number = value.__index__()
-    except (TypeError, RuntimeError) as error:  # arrays and tensors of another kind
-        raise TypeError(f"{owner}: {name} is {value!r}, must be a whole number") from error
-    if number < low or (high is not None and number > high):
-        bound = f">= {low}" if high is None else f"in {low}..{high}"
-        raise ValueError(f"{owner}: {name} is {number}, must be {bound}")
-    return number
-
-
-def real(owner: str, name: str, value: object, low: float = -math.inf) -> float:
-    """`value` as a finite float >= low; a TypeError or ValueError that names the field otherwise."""
-    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
-        raise TypeError(f"{owner}: {name} is {value!r}, must be a number")
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{owner}: {name} is {type(value).__name__}, must be a number") from error
-    except OverflowError as error:
-        raise ValueError(f"{owner}: {name} is too large for a float") from error
-    if not math.isfinite(number) or number < low:
-        raise ValueError(
-            f"{owner}: {name} is {number}, must be finite"
-            + (f" and >= {low:g}" if low > -math.inf else "")
-        )
-    return number
-
-
-def limit(owner: str, name: str, value: object) -> float:
-    """`value` as a threshold: a float >= 0, infinity included, which sets no limit."""
-    if isinstance(value, float) and value == math.inf:
-        return value
-    return real(owner, name, value, 0.0)
-
-
-def flag(owner: str, name: str, value: object) -> bool:
-    """`value` if it is a bool; a TypeError that names the field otherwise."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{owner}: {name} is {value!r}, must be True or False")
-    return value
-
-
-def interval_of(owner: str, name: str, value: object) -> tuple[float, float]:
-    """`value` as (lo, hi) with lo < hi; a TypeError or ValueError that names the field otherwise."""
-    if isinstance(value, str) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
-        raise TypeError(f"{owner}: {name} is {value!r}, must be two numbers (lo, hi)")
-    if len(value) != 2:
-        raise ValueError(f"{owner}: {name} has {len(value)} entries, must be two numbers (lo, hi)")
-    lo, hi = (real(owner, name, v) for v in value)
-    if not lo < hi:
-        raise ValueError(f"{owner}: {name} is ({lo:g}, {hi:g}), must have lo < hi")
-    return lo, hi

@@ -9,7 +9,8 @@ from struct import Struct
 
 import numpy as np
 
-from .base import COMPUTE, REUSE, Decision, Policy, Run, Step, limit, real, whole
+from ..checks import limit, real, whole
+from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import COMPUTE, REUSE, Decision, Policy, Run, Step, interval_of, real, whole
+from ..checks import interval_of, real, whole
+from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
 
 
 @dataclass(frozen=True)

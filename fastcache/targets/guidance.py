@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import parameter_names
+from ..models.block_io import parameter_names
 from ..ops import direct
 from ..policies import REUSE
-from ..state import State, allocate
+from ..storage.allocate import allocate
+from ..storage.state import State
+from .frequency import low_pass
+from .outputs import first_tensor, replace_first
 from .spec import Guidance
 
 _rebuild = direct("guidance_combine_")
@@ -28,7 +31,10 @@ _rebuild = direct("guidance_combine_")
 # Inputs that say where tokens lie, the same for every sample: never halved, whatever their length. Lists of
 # coordinates [tokens, axes] among them; with a batch of their own, [batch, tokens, axes], they are halved.
 POSITIONS = re.compile(r"rope|rotary|indices")
+
+
 COORDINATES = re.compile(r"(img|image|txt|text|video|audio)_ids$")
+
 
 LAYERS_FIRST = ("encoder_hidden_states_llama3",)  # inputs of shape [layers, batch, ...]
 
@@ -209,61 +215,3 @@ def _positions(value: Any, name: str) -> bool:
     if COORDINATES.search(name):
         return isinstance(value, Tensor) and value.dim() == 2
     return bool(POSITIONS.search(name))
-
-
-def low_pass(value: Tensor, where: Guidance) -> Tensor:
-    """The part of `value` inside a disc of radius min(H, W) // 5 around frequency zero, as a real tensor.
-
-    Transforms the last two dimensions of the layout `where.tensor_format`. Source: diffusers 0.42.1.
-    """
-    if where.tensor_format == "BSC":
-        grid = where.grid
-        if grid is None:
-            raise ValueError(
-                "tensor_format: the output is a token sequence; Guidance(tensor_format='BSC', grid=(height, width)) "
-                "needs its grid"
-            )
-        batch, tokens, channels = value.shape
-        spatial = value.movedim(2, 1).reshape(batch, channels, *grid)
-        return _disc(spatial).reshape(batch, channels, tokens).movedim(1, 2)
-    if value.dim() != len(where.tensor_format):
-        raise ValueError(
-            f"tensor_format: is {where.tensor_format!r}, but the model's output has shape {tuple(value.shape)}; "
-            "for token sequences [batch, tokens, channels] use fastcache.Guidance(tensor_format='BSC', grid=(...))"
-        )
-    return _disc(value)
-
-
-def _disc(value: Tensor) -> Tensor:
-    height, width = value.shape[-2:]
-    rows = torch.fft.fftfreq(height, 1.0 / height, device=value.device)[:, None]
-    columns = torch.fft.rfftfreq(width, 1.0 / width, device=value.device)[None, :]
-    radius = min(height, width) // 5
-    mask = rows**2 + columns**2 <= radius**2
-    return torch.fft.irfft2(torch.fft.rfft2(value) * mask, s=(height, width))
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The tensor of a model's output: itself, element 0, or its first field."""
-    value = output
-    if isinstance(output, tuple | list):
-        value = output[0]
-    elif not isinstance(output, Tensor):
-        value = output["sample"] if "sample" in output else next(iter(output.values()))
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"target: FasterCache's guidance half needs one batched output tensor, the model returns a "
-            f"{type(value).__name__}; use FasterCacheConfig(is_guidance_distilled=True) for its attention part"
-        )
-    return value
-
-
-def replace_first(output: Any, value: Tensor) -> Any:
-    """The same container with its tensor replaced."""
-    if isinstance(output, Tensor):
-        return value
-    if isinstance(output, tuple | list):
-        return type(output)((value, *output[1:]))
-    key = "sample" if "sample" in output else next(iter(output))
-    output[key] = value
-    return output

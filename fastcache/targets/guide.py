@@ -8,7 +8,9 @@ from torch import Tensor
 from ..ops import direct
 from ..policies import COMPUTE, REUSE
 from ..predictors import Guided
-from ..state import Ring, State, allocate
+from ..storage.allocate import allocate
+from ..storage.ring import Ring
+from ..storage.state import State
 
 _weights = direct("guided_weights")
 

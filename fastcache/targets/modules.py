@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from ..policies import COMPUTE, REUSE
 from ..predictors import Extrapolate, Predictor
-from ..state import Ring, State, Unit, allocate
-from .attached import refuse_copy
+from ..storage.allocate import allocate
+from ..storage.ring import Ring
+from ..storage.state import State
+from ..storage.unit import Unit
+from .install import hooked_class, refuse_copy
+from .outputs import rebuilt, template_of, tensors
 
 NODE = "_fastcache_node"
 
@@ -34,20 +38,6 @@ class Caching:
         if not node.target.control.armed:
             return run(*args, **kwargs)
         return node.target.call(node, run, args, kwargs)
-
-
-_made: dict[type, type] = {}
-
-
-def caching_class(base: type) -> type:
-    """A subclass of a module class that caches; same name, one per base."""
-    if base not in _made:
-        _made[base] = type(
-            base.__name__,
-            (Caching, base),
-            {"__module__": base.__module__, "__qualname__": base.__qualname__},
-        )
-    return _made[base]
 
 
 class Node:
@@ -89,7 +79,7 @@ class ModulesTarget:
             module = node.module
             node.forward = module.__dict__.pop("forward", None)
             module.__dict__[NODE] = node
-            module.__class__ = caching_class(type(module))
+            module.__class__ = hooked_class(type(module), Caching)
 
     def remove(self) -> None:
         for node in self.nodes:
@@ -243,36 +233,3 @@ class ModulesTarget:
             return leaf.clone()
 
         return tree_map(own, output)
-
-
-def template_of(output: Any) -> Any:
-    """How a module returns its tensors: None for a bare one, tuple or list where they are all it holds, else
-    the leaves and their tree."""
-    if isinstance(output, Tensor):
-        return None
-    if type(output) in (tuple, list) and all(isinstance(v, Tensor) for v in output):
-        return type(output)
-    leaves, spec = tree_flatten(output)
-    return [Tensor if isinstance(v, Tensor) else v for v in leaves], spec
-
-
-def tensors(template: Any, output: Any) -> Any:
-    """The tensors of what a module has returned, in order."""
-    if template is None:
-        return (output,)
-    if type(output) is template:
-        return output
-    return [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
-
-
-def rebuilt(template: Any, values: list[Tensor]) -> Any:
-    """These tensors as a module returns them."""
-    if template is None:
-        return values[0]
-    if template is tuple:
-        return tuple(values)
-    if template is list:
-        return values
-    leaves, spec = template
-    found = iter(values)
-    return tree_unflatten([next(found) if leaf is Tensor else leaf for leaf in leaves], spec)

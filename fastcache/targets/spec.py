@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..policies.base import flag, real, whole
+from ..checks import flag, identifiers, names_of, real, whole
 
 FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")
+
+
 KINDS = ("attention", "self", "spatial", "temporal", "cross", "any")
+
+
 FALLBACKS = (None, "attention", "blocks", "output")
 
 
@@ -98,29 +101,3 @@ class Guidance(Target):
             if value is not None and not callable(value):
                 object.__setattr__(self, name, real("Guidance", name, value))
         flag("Guidance", "compounding", self.compounding)
-
-
-def names_of(owner: str, name: str, value: object) -> tuple[str, ...]:
-    """`value` as a tuple of names; a TypeError that names the field otherwise."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{owner}: {name} is {value!r}, must be a sequence of names")
-    for entry in value:
-        if not isinstance(entry, str) or not entry:
-            raise TypeError(f"{owner}: {name} holds {entry!r}, must hold names")
-    return tuple(value)
-
-
-def identifiers(owner: str, name: str, value: object) -> tuple[str, ...]:
-    """`value` as a tuple of valid regular expressions; a TypeError or ValueError that names the field."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{owner}: {name} is {value!r}, must be a sequence of regular expressions")
-    for pattern in value:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{owner}: {name} holds {pattern!r}, must hold strings")
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"{owner}: {name} holds {pattern!r}, not a regular expression: {error}"
-            ) from error
-    return tuple(value)

@@ -1,0 +1,86 @@
+"""A calibration out of what a calibrating run has measured."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import sync
+from .calibration import Calibration
+from .errors import CalibrationError
+
+# (model, context), the ratios of a run, and how many steps it had
+Measured = tuple[tuple[str, str], list[Tensor], int]
+
+
+def collect(
+    finished: Iterable[Measured],
+    watched: Mapping[tuple[str, str], list] | None = None,
+    contexts: Sequence[str] | None = None,
+    steps: int | None = None,
+    **names: Any,
+) -> Calibration:
+    """A calibration out of runs of `MagCacheConfig(calibrate=True)`.
+
+    watched: first-block changes by (model, context). contexts: those to keep. steps: how many there must be.
+    """
+    runs: dict[tuple[str, str], list[list[float]]] = {}
+    for key, measured, count in finished:
+        runs.setdefault(key, []).append(_per_step(sync.numbers(measured), count))
+    if not runs:
+        raise CalibrationError(
+            "calibration: nothing was measured; enable with MagCacheConfig(calibrate=True) and run "
+            "the model, or use fastcache.calibrate(run, target), whose run must call the target"
+        )
+    several = len({model for model, _ in runs}) > 1
+    label = lambda key: f"{key[0]}/{key[1]}" if several else key[1]  # noqa: E731
+    ratios = {label(key): _mean(_whole(lists), label(key)) for key, lists in runs.items()}
+    if contexts is not None:
+        if missing := [name for name in contexts if name not in ratios]:
+            raise CalibrationError(
+                f"calibration: contexts holds {missing[0]!r}, but the run used {list(ratios)}"
+            )
+        ratios = {name: ratios[name] for name in contexts}
+    length = max(map(len, ratios.values()))
+    if steps is not None and length != steps:
+        raise CalibrationError(
+            f"calibration: num_inference_steps is {steps}, but the run made {length} model calls "
+            "per context; count calls, not scheduler steps, or leave it out"
+        )
+    changes = {label(key): rows for key, rows in (watched or {}).items() if label(key) in ratios}
+    return Calibration(
+        _mean(_whole(list(ratios.values())), "mag_ratios"),
+        ratios,
+        {name: tuple(map(tuple, rows)) for name, rows in changes.items()},
+        steps=length,
+        runs=max(map(len, runs.values())),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **names,
+    )
+
+
+def _per_step(ratios: Sequence[float], steps: int) -> list[float]:
+    """One ratio per step: the mean over the parts of a stack whose lists have no common residual."""
+    parts = max(len(ratios) // max(steps, 1), 1)
+    return [sum(ratios[i : i + parts]) / parts for i in range(0, parts * steps, parts)]
+
+
+def _whole(runs: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """The runs of full length: one that was cut short says nothing about the rest."""
+    longest = max(map(len, runs))
+    return [run for run in runs if len(run) == longest]
+
+
+def _mean(runs: Sequence[Sequence[float]], name: str) -> tuple[float, ...]:
+    means = tuple(sum(column) / len(runs) for column in zip(*runs, strict=True))
+    for step, value in enumerate(means):
+        if not math.isfinite(value) or value <= 0:
+            raise CalibrationError(
+                f"calibration: the ratio of step {step} in {name!r} is {value}; the model produced "
+                "NaN or infinity, or its blocks add exactly nothing"
+            )
+    return means

@@ -1,0 +1,14 @@
+"""What can be wrong with a calibration."""
+
+from __future__ import annotations
+
+
+class CalibrationError(ValueError):
+    """A calibration that cannot be measured, loaded or used."""
+
+
+class CalibrationNotFound(CalibrationError, FileNotFoundError):
+    """There is no such calibration file."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -1,0 +1,57 @@
+"""The fields of a calibration file, each checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .errors import CalibrationError
+
+FORMAT, VERSION = "fastcache-calibration", 1
+
+
+MAX_STEPS = 10_000
+
+
+MAX_TEXT = 1000  # characters of a name
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT
+
+
+def ratio_list(name: str, values: object) -> tuple[float, ...]:
+    if isinstance(values, str | bytes | dict) or not hasattr(values, "__iter__"):
+        raise CalibrationError(f"calibration: {name} must be a list of numbers")
+    ratios = tuple(values.tolist() if isinstance(values, Tensor) else values)
+    if not 1 <= len(ratios) <= MAX_STEPS:
+        raise CalibrationError(f"calibration: {name} must hold 1 to {MAX_STEPS} ratios")
+    if not all(_number(r) and r > 0 for r in ratios):
+        raise CalibrationError(f"calibration: {name} must hold finite positive numbers only")
+    return tuple(map(float, ratios))
+
+
+def matrix_rows(rows: object) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(rows, list | tuple) or not 1 <= len(rows) <= MAX_STEPS:
+        raise CalibrationError("calibration: first_block must hold one list per step")
+    for i, row in enumerate(rows):
+        if not isinstance(row, list | tuple) or len(row) > i:
+            raise CalibrationError(
+                "calibration: first_block must hold, per step, changes against earlier steps"
+            )
+        if not all(_number(c) and c >= 0 for c in row):
+            raise CalibrationError("calibration: first_block must hold finite numbers >= 0 only")
+    return tuple(tuple(map(float, row)) for row in rows)
+
+
+def named_rows(name: str, table: object) -> Iterator[tuple[str, Any]]:
+    if not isinstance(table, Mapping) or not all(map(is_text, table)):
+        raise CalibrationError(f"calibration: {name} must be an object keyed by context")
+    return iter(table.items())

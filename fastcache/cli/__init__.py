@@ -1,0 +1,7 @@
+"""The command line."""
+
+from .command import main
+
+__all__ = [
+    "main",
+]

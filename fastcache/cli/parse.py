@@ -1,0 +1,178 @@
+"""Configs, recipes and models as they are named on a command line or in JSON.
+
+FirstBlockCacheConfig
+{"config": "MagCacheConfig", "threshold": 0.12, "mag_ratios": "flux"}
+{"when": {"FirstBlock": {"threshold": 0.1}}, "what": {"Taylor": {"order": 1}}, "where": "Stack"}
+settings.json, or a file that `fastcache calibrate` wrote
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calibration.calibration import Calibration
+from ..calibration.fields import FORMAT
+from ..calibration.file import MAX_BYTES
+from ..configs import CONFIGS, FLUX_MAG_RATIOS, Config
+from ..policies import Policy
+from ..predictors import Predictor
+from ..recipe import Recipe
+from ..targets.spec import Target
+
+DEMO = "demo"
+
+
+MEANT = "MODEL is `demo`, the name of a diffusers class, or module:callable"
+
+
+SHORT = {
+    "firstblock": "FirstBlockCacheConfig",
+    "magcache": "MagCacheConfig",
+    "taylorseer": "TaylorSeerCacheConfig",
+    "pab": "PyramidAttentionBroadcastConfig",
+    "fastercache": "FasterCacheConfig",
+}
+
+
+PARTS = {"when": Policy, "what": Predictor, "where": Target}
+
+
+def config_from(text: str) -> Config | Recipe:
+    """The config or recipe that a name, a JSON text or a JSON file stands for.
+
+    Raises ValueError that names `config` and the field.
+    """
+    values = _json(text)
+    if isinstance(values, str):
+        values = {"config": values}
+    if not isinstance(values, dict):
+        raise ValueError("config: must be a name or a JSON object")
+    if values.get("format") == FORMAT:
+        return Calibration.load(text).config()
+    if "when" in values:
+        return recipe_from(values)
+    values = dict(values)
+    name = str(values.pop("config", None))
+    kind = CONFIGS.get(SHORT.get(name.lower(), name))
+    if kind is None:
+        raise ValueError(
+            f"config: {name!r} is not one of {', '.join(CONFIGS)}; write a name, or JSON such as "
+            '{"config": "FirstBlockCacheConfig", "threshold": 0.1}'
+        )
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"config: {kind.__name__} has no field {unknown[0]!r}; it has {known}")
+    try:
+        return kind(**{key: _field(key, value) for key, value in values.items()})
+    except TypeError as error:
+        raise ValueError(f"config: {error}") from error
+
+
+def recipe_from(values: dict[str, Any]) -> Recipe:
+    """A recipe from {"when": ..., "what": ..., "where": ...}; each a name or {name: fields}."""
+    if unknown := [key for key in values if key not in PARTS]:
+        raise ValueError(f"config: a recipe has when, what and where, not {unknown[0]!r}")
+    return Recipe(**{key: _part(key, value) for key, value in values.items()})
+
+
+def _part(key: str, value: Any) -> Any:
+    import fastcache
+
+    name, given = (value, {}) if isinstance(value, str) else _single(key, value)
+    kind = getattr(fastcache, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PARTS[key])):
+        names = [
+            n
+            for n in fastcache.__all__
+            if isinstance(c := getattr(fastcache, n), type) and issubclass(c, PARTS[key])
+        ]
+        raise ValueError(f"config: {key} is {name!r}, must be one of {names}")
+    try:
+        return kind(**{field: _field(field, v) for field, v in given.items()})
+    except TypeError as error:
+        raise ValueError(f"config: {key}: {error}") from error
+
+
+def _single(key: str, value: Any) -> tuple[str, dict]:
+    if isinstance(value, dict) and len(value) == 1:
+        ((name, given),) = value.items()
+        if isinstance(given, dict):
+            return name, given
+    raise ValueError(f'config: {key} must be a name or {{"name": {{fields}}}}')
+
+
+def _field(name: str, value: Any) -> Any:
+    """What JSON cannot say: tuples, dtypes, and ratios by name or file."""
+    if name in ("taylor_factors_dtype", "dtype") and isinstance(value, str):
+        return dtype_from(value)
+    if name == "mag_ratios" and isinstance(value, str):
+        return FLUX_MAG_RATIOS if value == "flux" else Calibration.load(value).mag_ratios
+    return tuple(value) if isinstance(value, list) else value
+
+
+def dtype_from(name: str) -> torch.dtype:
+    """A torch dtype by name."""
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype is {name!r}, must be the name of a torch dtype such as bfloat16")
+    return dtype
+
+
+def _json(text: str) -> Any:
+    """The value of a JSON text or file; any other text is a name."""
+    label = "config"
+    if text.endswith(".json"):
+        path, label = Path(text), f"config {text}"
+        if not path.is_file():
+            raise FileNotFoundError(f"{label}: no such file")
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{label}: is larger than {MAX_BYTES >> 20} MiB")
+        text = path.read_text("utf-8")
+    elif not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{label}: not JSON ({type(error).__name__})") from error
+
+
+def object_from(text: str) -> Any:
+    """What `module:name` or the name of a diffusers class stands for."""
+    module, _, name = text.rpartition(":")
+    try:
+        found = importlib.import_module(module or "diffusers")
+    except ImportError as error:
+        raise ValueError(
+            f"model: cannot import {module or 'diffusers'}: {error}; {MEANT}"
+        ) from error
+    if not hasattr(found, name):
+        raise ValueError(f"model: {module or 'diffusers'} has no {name!r}; {MEANT}")
+    return getattr(found, name)
+
+
+def model_from(text: str, init: dict[str, Any] | None = None) -> Any:
+    """A model to look at: the demo's, a diffusers class without weights, or what a callable gives.
+
+    init: keywords of the class or callable. A diffusers class is built on the meta device.
+    """
+    if text == DEMO:
+        from ..demo.model import load_model
+
+        return load_model()
+    found = object_from(text)
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise ValueError(f"model: {text} is {type(found).__name__}; {MEANT}")
+    init = {k: tuple(v) if isinstance(v, list) else v for k, v in (init or {}).items()}
+    if ":" in text:
+        return found(**init)
+    with torch.device("meta"):
+        return found(**init).eval()

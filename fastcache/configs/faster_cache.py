@@ -1,0 +1,136 @@
+"""FasterCache's documented config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from ..checks import flag, real
+from ..policies import TimestepRange
+from ..predictors import Extrapolate, Reuse
+from ..recipe import Recipe, Rule
+from ..targets.spec import Guidance, Modules
+from .base import BARE, Config
+from .patterns import SPATIAL_ATTENTION, TEMPORAL_ATTENTION
+
+TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW")
+
+
+_GUIDANCE_INPUTS = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "timestep",
+    "attention_mask",
+    "encoder_attention_mask",
+)
+
+
+@dataclass
+class FasterCacheConfig(Config):
+    """Extrapolate attention outputs, and predict the unconditional half of a batched guidance call.
+
+    The guidance half is rebuilt from the conditional output and the low and high frequency parts of the
+    last full difference, weighted by the callbacks, or by alpha inside the update ranges and 1 outside.
+    tensor_format: layout of the model's output, "BCFHW", "BFCHW" or "BCHW".
+    Source: FasterCache (arXiv 2410.19355), diffusers 0.42.1.
+    """
+
+    spatial_attention_block_skip_range: int = 2
+    temporal_attention_block_skip_range: int | None = None
+    spatial_attention_timestep_skip_range: tuple[int, int] = (-1, 681)
+    temporal_attention_timestep_skip_range: tuple[int, int] = (-1, 681)
+    low_frequency_weight_update_timestep_range: tuple[int, int] = (99, 901)
+    high_frequency_weight_update_timestep_range: tuple[int, int] = (-1, 301)
+    alpha_low_frequency: float = 1.1
+    alpha_high_frequency: float = 1.1
+    unconditional_batch_skip_range: int = 5
+    unconditional_batch_timestep_skip_range: tuple[int, int] = (-1, 641)
+    spatial_attention_block_identifiers: tuple[str, ...] = SPATIAL_ATTENTION
+    temporal_attention_block_identifiers: tuple[str, ...] = TEMPORAL_ATTENTION
+    attention_weight_callback: Callable[[torch.nn.Module], float] | None = None
+    low_frequency_weight_callback: Callable[[torch.nn.Module], float] | None = None
+    high_frequency_weight_callback: Callable[[torch.nn.Module], float] | None = None
+    tensor_format: str = "BCFHW"
+    is_guidance_distilled: bool = False
+    current_timestep_callback: Callable[[], Any] | None = None
+    # a tuple at run time, as upstream's
+    _unconditional_conditional_input_kwargs_identifiers: Sequence[str] = _GUIDANCE_INPUTS
+
+    def validate(self) -> None:
+        name = self._name()
+        self._whole(1, "spatial_attention_block_skip_range", "unconditional_batch_skip_range")
+        self._whole(1, "temporal_attention_block_skip_range", optional=True)
+        self._ranges(*(f.name for f in fields(self) if f.name.endswith("timestep_skip_range")))
+        self._ranges(*(f.name for f in fields(self) if f.name.endswith("update_timestep_range")))
+        for key in ("alpha_low_frequency", "alpha_high_frequency"):
+            real(name, key, getattr(self, key))
+        self._identifiers(
+            "spatial_attention_block_identifiers",
+            "temporal_attention_block_identifiers",
+            "_unconditional_conditional_input_kwargs_identifiers",
+        )
+        self._callables(*(f.name for f in fields(self) if f.name.endswith("callback")))
+        if self.tensor_format not in TENSOR_FORMATS:
+            raise ValueError(
+                f"{name}: tensor_format is {self.tensor_format!r}, must be one of {TENSOR_FORMATS}"
+            )
+        flag(name, "is_guidance_distilled", self.is_guidance_distilled)
+
+    def recipe(self) -> Recipe:
+        self.validate()
+        distilled, rules = self.is_guidance_distilled, []
+        if not distilled:
+            when = TimestepRange(
+                self.unconditional_batch_skip_range,
+                self.unconditional_batch_timestep_skip_range,
+                **BARE,
+            )
+            listed = tuple(self._unconditional_conditional_input_kwargs_identifiers)
+            where = Guidance(
+                label="_unconditional_conditional_input_kwargs_identifiers",
+                inputs=None
+                if listed == _GUIDANCE_INPUTS
+                else listed,  # the default means every batched input
+                tensor_format=self.tensor_format,
+                low=self._band("low"),
+                high=self._band("high"),
+            )
+            rules.append(Rule(when, Reuse(), where))
+        weight = (
+            self.attention_weight_callback if self.attention_weight_callback is not None else 0.5
+        )
+        for kind, usual in (("temporal", TEMPORAL_ATTENTION), ("spatial", SPATIAL_ATTENTION)):
+            n = getattr(self, f"{kind}_attention_block_skip_range")
+            if n is None:
+                continue
+            names = tuple(getattr(self, f"{kind}_attention_block_identifiers"))
+            when = TimestepRange(
+                n,
+                getattr(self, f"{kind}_attention_timestep_skip_range"),
+                conditional_only=not distilled,
+                **BARE,
+            )
+            label = f"{kind}_attention_block_identifiers"
+            where_ = Modules(
+                names,
+                "search",
+                "self",
+                fallback="attention" if names == usual else None,
+                label=label,
+            )
+            rules.append(Rule(when, Extrapolate(weight), where_))
+        return Recipe.of(rules, self._name())
+
+    def _band(self, band: str) -> Callable[[torch.nn.Module, float | None], float]:
+        """(module, timestep) -> weight of one frequency band."""
+        callback = getattr(self, f"{band}_frequency_weight_callback")
+        if callback is not None:
+            return lambda module, timestep: float(callback(module))
+        lo, hi = getattr(self, f"{band}_frequency_weight_update_timestep_range")
+        alpha = float(getattr(self, f"alpha_{band}_frequency"))
+        return lambda module, timestep: (
+            alpha if timestep is not None and lo < timestep < hi else 1.0
+        )

@@ -1,0 +1,46 @@
+"""From whatever `enable` was given to a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from ..recipe import Recipe
+from .base import Config
+from .faster_cache import FasterCacheConfig
+from .first_block import FirstBlockCacheConfig
+from .mag_cache import MagCacheConfig
+from .pyramid_attention import PyramidAttentionBroadcastConfig
+from .taylorseer import TaylorSeerCacheConfig
+
+CONFIGS: dict[str, type[Config]] = {
+    c.__name__: c
+    for c in (
+        FirstBlockCacheConfig,
+        MagCacheConfig,
+        TaylorSeerCacheConfig,
+        PyramidAttentionBroadcastConfig,
+        FasterCacheConfig,
+    )
+}
+
+
+def resolve(config: object) -> tuple[Recipe, Config | None]:
+    """Our recipe, and our copy of the config, for a Recipe, one of our configs or diffusers' own object.
+
+    The object that came is never written to. Raises TypeError that names `config` for anything else.
+    """
+    if isinstance(config, Recipe):
+        return config, None
+    kind = CONFIGS.get(type(config).__name__)
+    if kind is None or isinstance(config, type):
+        raise TypeError(
+            f"config is {config!r}, must be one of {', '.join(CONFIGS)} (fastcache's or diffusers' own) or a "
+            "fastcache.Recipe"
+        )
+    values = {
+        f.name: getattr(config, f.name)
+        for f in fields(kind)  # type: ignore[arg-type]
+        if hasattr(config, f.name)
+    }
+    copy = kind(**values)
+    return copy.recipe(), copy

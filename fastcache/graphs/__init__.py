@@ -1,0 +1,1 @@
+"""Compiled, captured and exported steps."""

@@ -1,0 +1,225 @@
+"""fastcache.compile: one fullgraph callable per mode, chosen outside the graphs.
+
+A mode is what the rules decided. Rules that decide beforehand need one graph per mode. FirstBlockCache
+needs three: the head region leaves the model's own forward after its first block, the host reads one pair
+of sums, and the forward is entered again for the rest of the step, computed or replayed; what the second
+entry does not need before the first block is dead code to the compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import re
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..models.pipeline import denoisers_of
+from ..runtime.denoiser import Denoiser
+from ..runtime.patch import MARK
+from ..storage.allocate import allocate
+from ..storage.state import State
+from ..targets.control import HEAD, PENDING, REST, WHOLE, Stop
+from .on_device import OnDevice
+
+ARGUMENT = re.compile(r"(L\[')?(args|kwargs)\b")  # a guard on what a program is called with
+
+
+TRAINING = "AUTOGRAD_SAVED_TENSORS_HOOKS"  # a guard on what autograd alone asks for
+
+
+ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # torch 2.13
+
+
+def compile_alone(function: Callable, options: dict[str, Any]) -> Callable:
+    """torch.compile whose graphs do not count against those of other callables of the same code."""
+    if options.get("options"):  # torch.compile takes out of them what is not the backend's
+        options = {**options, "options": dict(options["options"])}
+    if ISOLATES:
+        options = {"isolate_recompiles": True, **options}
+        return torch.compile(function, **options)
+    code = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return torch.compile(code, **options)
+
+
+def frozen_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of torch.compile with guards on nothing but a call's arguments and torch's global state."""
+    given = options.get("options") or {}
+    if "guard_filter_fn" in given:
+        raise ValueError(
+            "compile: frozen=True chooses the guards itself, but options has a guard_filter_fn too; leave "
+            "one of them out"
+        )
+    if options.get("mode") is not None:  # which torch.compile takes instead of options
+        from torch._inductor import list_mode_options
+
+        given = list_mode_options(options["mode"])
+
+    def keep(guards: Sequence[Any]) -> list[bool]:
+        return [
+            bool(ARGUMENT.match(guard.name)) if guard.name else guard.guard_type != TRAINING
+            for guard in guards
+        ]
+
+    return {**options, "mode": None, "options": {**given, "guard_filter_fn": keep}}
+
+
+class Compiled:
+    """A callable with the model's signature. Attributes are the model's own."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        options: dict[str, Any],
+        captured: bool,
+        frozen: bool,
+        on_device: bool,
+    ) -> None:
+        self._model, self._options = denoiser.model, options
+        self._captured, self._frozen, self._on_device = captured, frozen, on_device
+        self.__signature__ = inspect.signature(denoiser.original)
+        functools.update_wrapper(self, denoiser.original, updated=())
+        self._follow(denoiser)
+
+    def _follow(self, denoiser: Denoiser) -> None:
+        """Drive this denoiser: the model's first one, or what `update` or another `enable` put in its place."""
+        self._denoiser = denoiser
+        self._programs: dict[tuple, Callable] = {}
+        self._decider = OnDevice(denoiser, self._compiled) if self._on_device else None
+        self._probed = next(
+            (i for i, rule in enumerate(denoiser.recipe.rules) if rule.when.needs_signal), None
+        )
+        denoiser.owns_graphs = True
+        denoiser.expect_graphs()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        denoiser = self._model.__dict__.get(MARK)
+        if denoiser is None:  # disabled since
+            return self._model(*args, **kwargs)
+        if denoiser is not self._denoiser:
+            self._follow(denoiser)
+        if not self._captured:
+            return denoiser.call(args, kwargs, self._run)
+        # a replay overwrites what the last one returned, and guidance holds two outputs at a time
+        torch.compiler.cudagraph_mark_step_begin()
+        return tree_map_only(Tensor, Tensor.clone, denoiser.call(args, kwargs, self._run))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """One step whose storage exists: the graph of its mode, or two around FirstBlock's decision."""
+        control, probed = self._denoiser.control, self._probed
+        if probed is None or control.actions[probed] != PENDING:
+            return self._program(*control.actions, control.batch, WHOLE)(*args, **kwargs)
+        state = control.state
+        rule, target = self._denoiser.recipe.rules[probed], self._denoiser.targets[probed]
+        misfit = rule.when.measures == "misfit"
+        if not (target.ready(state) if misfit else self._enter_head(state, rule.when)):
+            return self._denoiser.original(*args, **kwargs)
+        if self._decider is not None:
+            return self._decider.run(state, args, kwargs)
+        if misfit:
+            self._denoiser.stage_prior(probed)
+        control.phase = HEAD
+        self._program(*control.actions, control.batch, HEAD)(*args, **kwargs)
+        measured = state.head["misfit" if misfit else "sums"]
+        self._denoiser.judged(probed, rule, target, measured)
+        self._denoiser.restage(probed)
+        control.phase = REST
+        return self._program(*control.actions, control.batch, REST)(*args, **kwargs)
+
+    def _enter_head(self, state: State, when: Any) -> bool:
+        """Whether the first block has a reference to be compared with."""
+        head = state.head
+        if "kept" not in head:
+            return False
+        if "sums" not in head:
+            shape = when.sums(head["residual"])
+            head["sums"] = allocate(shape, torch.float32, head["hidden"].device)
+        return True
+
+    def _program(self, *mode: Any) -> Callable:
+        if self._frozen:  # no guard looks at storage, and its layout follows from these
+            mode = (*mode, self._denoiser.control.state.signature, self._denoiser.cuts)
+        if mode not in self._programs:
+            original = self._denoiser.original
+
+            def program(*args: Any, **kwargs: Any) -> Any:
+                with contextlib.suppress(Stop):
+                    return original(*args, **kwargs)
+
+            self._programs[mode] = self._compiled(program)
+        return self._programs[mode]
+
+    def _compiled(self, program: Callable) -> Callable:
+        return compile_alone(program, self._options)
+
+
+def compile(
+    model: Any,
+    *,
+    cudagraphs: bool = False,
+    frozen: bool = False,
+    on_device: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Compile an enabled model: one fullgraph callable per mode, no recompiles between steps.
+
+    model: an nn.Module on which `fastcache.enable` was called. kwargs: as for torch.compile; fullgraph is
+    True unless given. cudagraphs: also capture each mode's whole step and replay it, through Inductor's
+    mode "reduce-overhead"; outputs are copies, safe to hold over later steps. Not yet run on a GPU.
+    frozen: a promise that the model's modules, attributes and adapters stay as they are at its first calls
+    (weights may change in place); then only the arguments are guarded, which halves the host time of a reused
+    step. After a change of the model, compile it anew.
+    on_device: experimental, for FirstBlockCacheConfig: the device decides inside one graph, and nothing is read
+    back before the run ends or `cache.stats` is looked at; as with frozen, changes of the model go unnoticed.
+    Not yet run on a GPU.
+    Returns a callable with the model's signature, driven like the model itself.
+    Raises ValueError where the model is not enabled, or cudagraphs cannot be had.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compile: model is {type(model).__name__}, must be an nn.Module")
+    denoiser = denoisers_of(model)[0][1].__dict__.get(MARK)
+    if denoiser is None:
+        raise ValueError(
+            "compile: model is not enabled; call fastcache.enable(model, config) first, then fastcache.compile"
+        )
+    options = {"fullgraph": True, **kwargs}
+    if cudagraphs:
+        _allow_cudagraphs(denoiser.model, options)
+        options["mode"] = "reduce-overhead"
+    if frozen:
+        options = frozen_options(options)
+    return Compiled(denoiser, options, cudagraphs, frozen, on_device)
+
+
+def _allow_cudagraphs(model: nn.Module, options: dict[str, Any]) -> None:
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        raise ValueError(
+            "compile: cudagraphs=True, but there is no CUDA device here; leave it out on this machine"
+        )
+    devices = {p.device.type for p in model.parameters()}
+    if devices - {"cuda"}:
+        raise ValueError(
+            f"compile: cudagraphs=True, but the model has parameters on {sorted(devices)}; move it with "
+            "model.to('cuda') first"
+        )
+    given = {"mode", "options", "backend"} & options.keys()
+    if given:
+        raise ValueError(
+            f"compile: cudagraphs=True sets Inductor's mode itself, but {sorted(given)} came too; leave "
+            "one of them out"
+        )

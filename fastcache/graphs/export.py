@@ -1,0 +1,231 @@
+"""Export: the steps of a cached model as graphs of their own, for a host without Python.
+
+A cached step only reads and writes storage that outlives it. In an exported graph that storage is an
+argument, owned by whoever calls: hand the same tensors to every variant, and run the variant that the
+schedule wants. What this step has to know (ring rows, weights) lies in small tensors among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.pipeline import denoisers_of
+from ..policies import COMPUTE, REUSE
+from ..recipe import Recipe, Rule
+from ..runtime.compiling import eagerly
+from ..runtime.context import IMPLICIT
+from ..runtime.denoiser import Denoiser
+from ..runtime.patch import MARK
+from ..runtime.signature import call_signature
+from ..storage.history import Timeline, stage
+from ..storage.ring import Ring
+from ..storage.state import State
+from ..storage.table import Table
+from ..targets.control import WHOLE, Stop
+
+STAGED = ("order", "row", "scale", "weights")  # of a history that holds more than one value
+
+
+@dataclass
+class Exported:
+    """What `export_variants` returns: one program per action, and the storage they share.
+
+    Call a program as `program.module()(cache, *args, **kwargs)`, an AOTInductor package alike; `cache` is
+    a dict of tensors laid out as `buffers`, and a program writes into those it is given.
+    """
+
+    rule: Rule
+    variants: dict[str, torch.export.ExportedProgram]
+    buffers: dict[str, Tensor] = field(repr=False)  # as one computed step has left them
+
+    def __getitem__(self, action: str) -> torch.export.ExportedProgram:
+        return self.variants[action]
+
+    def plan(
+        self, steps: int, timesteps: Sequence[float] | None = None
+    ) -> list[tuple[str, dict[str, Tensor]]]:
+        """Per step of a run: the variant to call, and what to copy into its cache before the call.
+
+        timesteps: of the run, as `Recipe.plan` takes them.
+        """
+        rule, timeline = self.rule, Timeline(self.rule.what.depth)
+        cpu = torch.device("cpu")
+        planned: list[tuple[str, dict[str, Tensor]]] = []
+        for i, action in enumerate(Recipe.of([rule]).plan(steps, timesteps).rows[0]):
+            reused = action == REUSE and rule.what.depth
+            stage(timeline, rule.what.weights(timeline.steps, i) if reused else (), i, cpu)
+            facts = {
+                label: getattr(timeline.staged, label.rpartition(".")[2]).clone()
+                for label in self.buffers
+                if label.rpartition(".")[2] in STAGED
+            }
+            planned.append((action, facts))
+            if action == COMPUTE or rule.what.feeds_back:
+                timeline.push(i)
+        return planned
+
+    def fresh(self) -> dict[str, Tensor]:
+        """Zeroed storage of its own, for another run or context."""
+        return {name: torch.zeros_like(t) for name, t in self.buffers.items()}
+
+
+class Variant(nn.Module):
+    """The model's forward with its action and phase fixed and its storage given as an argument.
+
+    In the head phase it returns what the rule decides by.
+    """
+
+    def __init__(self, denoiser: Denoiser, state: State, action: str, phase: str) -> None:
+        super().__init__()
+        self.model = denoiser.model
+        self.held = (denoiser, state, action, phase)
+
+    def forward(self, cache: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        denoiser, state, action, phase = self.held
+        control = denoiser.control
+        with Borrowed(state, cache):
+            control.actions[:] = [action] * len(control.actions)
+            control.armed, control.phase = True, phase
+            try:
+                return denoiser.original(*args, **kwargs)
+            except Stop:
+                return state.head["sums"].clone()
+            finally:
+                control.armed = False
+
+
+class Borrowed:
+    """A state whose storage is, for the time being, what a caller has given."""
+
+    def __init__(self, state: State, tensors: dict[str, Tensor]) -> None:
+        self.slots = slots_of(state)
+        self.tensors = tensors
+
+    def __enter__(self) -> None:
+        self.own = [held(owner, name) for _, owner, name in self.slots]
+        for label, owner, name in self.slots:
+            _put(owner, name, self.tensors[label])
+
+    def __exit__(self, *exc: object) -> None:
+        for (_, owner, name), value in zip(self.slots, self.own, strict=True):
+            _put(owner, name, value)
+
+
+def held(owner: Any, name: str) -> Tensor:
+    """The tensor at a place that `slots_of` names."""
+    return owner[name] if isinstance(owner, dict) else getattr(owner, name)
+
+
+def _put(owner: Any, name: str, value: Tensor) -> None:
+    if isinstance(owner, dict):
+        owner[name] = value
+        return
+    setattr(owner, name, value)
+    if isinstance(owner, Ring | Table):
+        owner.views = list(value.unbind(0))
+
+
+def slots_of(state: State) -> list[tuple[str, Any, str]]:
+    """Where the tensors of a state hang, by name: histories, and what tells a step where it stands."""
+    found: list[tuple[str, Any, str]] = []
+    for i, (units, timeline) in enumerate(zip(state.units, state.timelines, strict=True)):
+        for key, unit in units.items():
+            for j, stream in enumerate(unit.streams):
+                if isinstance(stream, Ring | Table):
+                    found.append((f"rule{i}.unit{key}.stream{j}", stream, "buffer"))
+        if timeline.staged is not None and timeline.depth > 1:
+            for name in STAGED:
+                found.append((f"rule{i}.{name}", timeline.staged, name))
+    tensors = (name for name, value in state.head.items() if isinstance(value, Tensor))
+    return found + [(f"head.{name}", state.head, name) for name in tensors]
+
+
+def export_variants(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any
+) -> Exported:
+    """Export the computed and the reused step of an enabled model, for rules that decide beforehand.
+
+    args, kwargs: an example call, by which storage is laid out. options: as for torch.export.export;
+    strict is False unless given. The model keeps its cache; a run in it is not disturbed.
+    Raises ValueError where the model is not enabled or decides inside its forward.
+    """
+    denoiser = denoisers_of(model)[0][1].__dict__.get(MARK)
+    if denoiser is None:
+        raise ValueError(
+            "export_variants: model is not enabled; call fastcache.enable(model, config) first"
+        )
+    rules = denoiser.recipe.rules
+    decided_inside = (
+        denoiser.recipe.needs_signal
+        or getattr(rules[0].what, "guide", None)
+        or callable(getattr(rules[0].what, "weight", None))
+    )
+    if denoiser.cache.cache_dtype is not None:
+        raise ValueError(
+            "export_variants: an exported cache keeps values as they are; leave cache_dtype out"
+        )
+    if decided_inside or denoiser.guidance is not None or len(rules) > 1:
+        raise ValueError(
+            f"export_variants: {denoiser.recipe.name} has {len(rules)} rules or decides from values inside the "
+            "step, so a host schedule of two variants cannot drive it; use one rule that decides beforehand, "
+            "such as MagCacheConfig, TaylorSeerCacheConfig or Recipe(Interval(n), Taylor(2))"
+        )
+    args, kwargs = tuple(args), dict(kwargs or {})
+    control = denoiser.control
+    with denoiser.lock, torch.no_grad():
+        before = (control.state, control.compiled)
+        control.compiled = True
+        try:
+            state = recorded_state(denoiser, args, kwargs)
+            buffers = {label: held(owner, name).clone() for label, owner, name in slots_of(state)}
+            variants = {
+                action: exported_part(denoiser, state, action, WHOLE, args, kwargs, **options)
+                for action in (COMPUTE, REUSE)
+            }
+        finally:
+            control.state, control.compiled = before
+            control.armed = denoiser.inside = False
+    return Exported(rules[0], variants, buffers)
+
+
+def recorded_state(denoiser: Denoiser, args: tuple, kwargs: dict) -> State:
+    """A state of its own, whose storage one computed step has allocated."""
+    state = denoiser.slots.new((object(), "export"))
+    state.signature = call_signature(args, kwargs)
+    denoiser._decide_all(state, IMPLICIT, 0, None)
+    for target in denoiser.targets:
+        target.begin()
+    denoiser.inside = denoiser.control.armed = True
+    with denoiser.cache._backend(), eagerly(True):
+        denoiser.original(*args, **kwargs)
+    for target in denoiser.targets:
+        target.finish()
+    denoiser.inside = denoiser.control.armed = False
+    return state
+
+
+def exported_part(
+    denoiser: Denoiser,
+    state: State,
+    action: str,
+    phase: str,
+    args: tuple,
+    kwargs: dict,
+    **options: Any,
+) -> torch.export.ExportedProgram:
+    """One variant of a step, traced with a copy of the state's storage."""
+    denoiser.control.state, denoiser.control.batch = state, "full"
+    for target in denoiser.targets:
+        target.begin()
+    cache = {label: held(owner, name).clone() for label, owner, name in slots_of(state)}
+    return torch.export.export(
+        Variant(denoiser, state, action, phase),
+        (cache, *args),
+        kwargs,
+        **{"strict": False, **options},
+    )

@@ -1,0 +1,161 @@
+"""Experimental: FirstBlockCache's decision taken on the device, so that a step never waits for the host.
+
+One graph holds the whole step: the first block and its change, the decision, and torch.cond over the rest of
+the step, replayed or computed. Under CUDA graphs torch captures the condition as a conditional node. Its three
+parts are exported with their storage as an argument, as `export_variants` does it, and the host learns what
+was decided when a run ends or somebody looks at `cache.stats`. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ..policies import COMPUTE, REUSE, Decision, FirstBlock, Run, Step
+from ..predictors import Reuse
+from ..storage.allocate import allocate
+from ..storage.state import State
+from ..targets.control import HEAD, REST
+from ..targets.stack.target import StackTarget
+from .export import exported_part, held, recorded_state, slots_of
+
+if TYPE_CHECKING:
+    from ..runtime.denoiser import Denoiser
+
+
+REASON = "decided on the device"
+
+
+# What the device keeps of its decisions, in a state's head: skipped steps in a row, whether the host's guards
+# ask to compute this step, and of the last decision the change and whether it reused.
+KEPT = {"skips": ((1,), torch.int64), "must": ((1,), torch.bool), "seen": ((2,), torch.float64)}
+
+
+def within(sums: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """The largest relative change, [1] float64, and whether it and all others are within the threshold, [1].
+
+    sums: [2] or per sample [B, 2], as `signal.relative_change` reads them. Anything not finite is not within.
+    """
+    change, size = sums.reshape(-1, 2).double().unbind(1)
+    ratios = change / size
+    small = ratios.isfinite() & (ratios <= threshold)
+    return ratios.amax(0, keepdim=True), small.all(0, keepdim=True)
+
+
+class OneStep(nn.Module):
+    """A whole step of FirstBlockCache for calls of one signature."""
+
+    def __init__(self, parts: dict[str, nn.Module], rule: FirstBlock) -> None:
+        super().__init__()
+        self.head, self.computed, self.reused = parts[HEAD], parts[COMPUTE], parts[REUSE]
+        # no limit is a row longer than any run
+        self.threshold, self.longest = rule.threshold, rule.max_skips or 2**62
+
+    def forward(self, cache: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+        sums = self.head(cache, *args, **kwargs)
+        change, small = within(sums, self.threshold)
+        skips = cache["head.skips"]
+        reuse = small & ~cache["head.must"] & (skips < self.longest)
+        skips.copy_(torch.where(reuse, skips + 1, 0))
+        cache["head.seen"].copy_(torch.cat([change, reuse.double()]))
+
+        def replay() -> Any:
+            return self.reused(cache, *args, **kwargs)
+
+        def compute() -> Any:
+            return self.computed(cache, *args, **kwargs)
+
+        return torch.cond(reuse, replay, compute, ())
+
+
+class OnDevice:
+    """The steps of one denoiser, each as one graph; `compile` is what makes a callable of a module."""
+
+    def __init__(self, denoiser: Denoiser, compile: Callable[[nn.Module], Callable]) -> None:
+        self.rule = rule_of(denoiser)
+        self.denoiser, self.compile = denoiser, compile
+        self.programs: dict[Any, Callable] = {}
+
+    def run(self, state: State, args: tuple, kwargs: dict) -> Any:
+        """One step whose storage exists and whose first block has a reference; nothing is read back."""
+        denoiser, head, rule = self.denoiser, state.head, self.rule
+        for name, (shape, dtype) in KEPT.items():
+            if name not in head:
+                head[name] = allocate(shape, dtype, head["hidden"].device)
+        step = Step(state.armed_step, state.total, state.step_timestep)
+        head["must"].fill_(bool(rule.must_compute(Run(), step)))
+        program = self._program(state, args, kwargs)
+        cache = {label: held(owner, name) for label, owner, name in slots_of(state)}
+        with torch.no_grad():
+            output = program(cache, args, kwargs)
+        denoiser.decisions[0] = Decision(REUSE, None, rule.threshold, REASON)
+        denoiser.control.actions[0] = REUSE
+        return output
+
+    def _program(self, state: State, args: tuple, kwargs: dict) -> Callable:
+        leaves, spec = tree_flatten((args, kwargs))
+        constants = tuple(None if isinstance(v, Tensor) else repr(v) for v in leaves)
+        key = (state.signature, self.denoiser.cuts, constants, str(spec))
+        if key not in self.programs:
+            module = OneStep(self._parts(args, kwargs), self.rule)
+            self.programs[key] = self.compile(module)
+        return self.programs[key]
+
+    def _parts(self, args: tuple, kwargs: dict) -> dict[str, nn.Module]:
+        """The parts of a step, exported from a state of their own."""
+        denoiser, control = self.denoiser, self.denoiser.control
+        before = (control.state, control.phase, list(control.actions), control.armed)
+        try:
+            state = recorded_state(denoiser, args, kwargs)
+            device = state.head["hidden"].device
+            state.head["kept"] = True
+            state.head["sums"] = allocate(
+                self.rule.sums(state.head["residual"]), torch.float32, device
+            )
+            for name, (shape, dtype) in KEPT.items():
+                state.head[name] = allocate(shape, dtype, device)
+            places = {HEAD: (COMPUTE, HEAD), COMPUTE: (COMPUTE, REST), REUSE: (REUSE, REST)}
+            return {
+                name: exported_part(denoiser, state, action, phase, args, kwargs).module(
+                    check_guards=False
+                )
+                for name, (action, phase) in places.items()
+            }
+        except Exception as error:
+            raise RuntimeError(
+                f"compile: on_device=True exports the model with torch.export, which cannot take "
+                f"{denoiser.name} apart; leave on_device out. It said: {error}"
+            ) from error
+        finally:
+            control.state, control.phase, control.actions[:], control.armed = before
+            denoiser.inside = True
+
+
+def rule_of(denoiser: Denoiser) -> FirstBlock:
+    """The rule to decide by. Raises ValueError where a decision on the device cannot drive the recipe."""
+    rules, cache = denoiser.recipe.rules, denoiser.cache
+    when = rules[0].when
+    if (
+        len(rules) > 1
+        or not isinstance(when, FirstBlock)
+        or not isinstance(rules[0].what, Reuse)
+        or not isinstance(denoiser.targets[0], StackTarget)
+    ):
+        raise ValueError(
+            f"compile: on_device=True is for FirstBlockCacheConfig alone, the model has {denoiser.recipe.name}; "
+            "other methods need no decision there, leave on_device out"
+        )
+    for name, value in (
+        ("process_group", cache.process_group),
+        ("cache_dtype", cache.cache_dtype),
+        ("max_bytes", cache.budget),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"compile: on_device=True takes no {name}; leave it out of fastcache.enable"
+            )
+    return when

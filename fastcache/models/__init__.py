@@ -1,0 +1,1 @@
+"""What is known about models: where their blocks are and how they are called."""

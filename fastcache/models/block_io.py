@@ -1,0 +1,109 @@
+"""What a block is called with and what it returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from .adapter import ENCODER, HIDDEN, Block
+from .table import BLOCKS, MODULATIONS
+
+
+def shifted(x: Any, table: Any, given: Any) -> Any:
+    """x [B, S, D], shifted and scaled by the first two rows of table [1, n, D] + given [B, n, D] or [B, S, n, D]."""
+    shift, scale = (table + given.float()).unbind(-2)[:2]
+    if given.dim() == 3:  # one for all tokens
+        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+    return x * (1 + scale) + shift
+
+
+class BlockIO:
+    """Reads the streams of one block's call and return, and builds such a return.
+
+    The order of returns is the row's; without one it is found at the first computed call: by which
+    entry the model hands to the next block as what, else by shape, else (hidden, encoder).
+    """
+
+    def __init__(self, block: Any, row: Block | None = None) -> None:
+        known = row or next(
+            (BLOCKS[b.__name__] for b in type(block).__mro__ if b.__name__ in BLOCKS), None
+        )
+        names = parameter_names(type(block).forward)
+        known = known or Block()
+        self.name = type(block).__name__
+        self.hidden = known.hidden or (
+            "hidden_states" if "hidden_states" in names or not names else names[0]
+        )
+        self.encoder = known.encoder
+        self.hidden_at = names.index(self.hidden) if self.hidden in names else 0
+        self.encoder_at = names.index(self.encoder) if self.encoder in names else None
+        self.returns = known.returns
+        self.declared = declared(known.returns or ())
+        self.found: tuple[int, int | None] | None = None  # places that a recording call has seen
+        self.modulation = known.modulation or next(
+            (MODULATIONS[b.__name__] for b in type(block).__mro__ if b.__name__ in MODULATIONS),
+            None,
+        )
+        self.names = names
+
+    def read(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        """(hidden, encoder) of a call; encoder is None where the block takes none."""
+        if self.hidden in kwargs:
+            hidden = kwargs[self.hidden]
+        elif len(args) > self.hidden_at:
+            hidden = args[self.hidden_at]
+        else:
+            raise ValueError(
+                f"{self.name}: its call has no {self.hidden!r}; declare the argument with "
+                "fastcache.BlockAdapter(block=fastcache.adapters.Block(hidden=...))"
+            )
+        if self.encoder in kwargs:
+            return hidden, kwargs[self.encoder]
+        at = self.encoder_at
+        return hidden, args[at] if at is not None and len(args) > at else None
+
+    def modulated(self, block: Any, args: tuple, kwargs: dict) -> Any:
+        """The block's normalised, timestep-modulated input, for this call."""
+        attribute, keyword, argument = self.modulation or ("", "", "")
+        given = kwargs[argument] if argument in kwargs else args[self.names.index(argument)]
+        hidden, norm = self.read(args, kwargs)[0], getattr(block, attribute)
+        table = getattr(block, keyword, None)
+        if table is not None:
+            return shifted(norm(hidden.float()), table, given).type_as(hidden)
+        value = norm(hidden, **{keyword: given})
+        return value[0] if isinstance(value, tuple) else value
+
+    def positions(self, output: Any, hidden: Any, encoder: Any) -> tuple[int | None, int | None]:
+        """Where the image and the text stream are in a returned tuple; (None, None) for a bare tensor."""
+        if not isinstance(output, tuple | list):
+            return None, None
+        if self.returns is not None:
+            whole = len(output) >= len(self.returns)
+            return self.declared if whole else declared(self.returns[: len(output)])
+        if self.found is not None and max(self.found[0], self.found[1] or 0) < len(output):
+            return self.found
+        shaped = [i for i, v in enumerate(output) if getattr(v, "shape", None) == hidden.shape]
+        texts = [
+            i
+            for i, v in enumerate(output)
+            if encoder is not None and getattr(v, "shape", None) == encoder.shape
+        ]
+        first = shaped[0] if shaped else 0
+        rest = [i for i in texts if i != first]
+        return first, rest[0] if rest else None
+
+
+def declared(returns: tuple[str, ...]) -> tuple[int, int | None]:
+    """The places of the image and the text stream in a tuple of these."""
+    at = {name: i for i, name in enumerate(returns)}
+    return at.get(HIDDEN, 0), at.get(ENCODER)
+
+
+def parameter_names(function: Callable) -> list[str]:
+    """Names of the positional parameters after `self`; empty where the signature tells nothing."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

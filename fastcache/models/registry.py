@@ -1,0 +1,37 @@
+"""Which adapter a model has."""
+
+from __future__ import annotations
+
+from .adapter import BlockAdapter
+from .table import KEEPING, MODELS
+
+_registered: dict[str, BlockAdapter] = {}
+
+
+def keeps(kwargs: dict) -> bool:
+    """Whether a call of a model leaves something behind that later calls read."""
+    for name, values in KEEPING.items():  # once per step: a generator takes three times as long
+        if kwargs.get(name) in values:
+            return True
+    return False
+
+
+def register_adapter(model: type | str, adapter: BlockAdapter) -> None:
+    """Use `adapter` for a model class (or its name) and its subclasses, before the built-in rows."""
+    name = model if isinstance(model, str) else getattr(model, "__name__", None)
+    if not isinstance(name, str):
+        raise TypeError(f"register_adapter: model is {model!r}, must be a class or its name")
+    if not isinstance(adapter, BlockAdapter):
+        raise TypeError(
+            f"register_adapter: adapter is {type(adapter).__name__}, must be a BlockAdapter"
+        )
+    _registered[name] = adapter
+
+
+def adapter_for(model: object) -> BlockAdapter:
+    """The row of the model's class or of its nearest base that has one; an empty row otherwise."""
+    for base in type(model).__mro__:
+        for table in (_registered, MODELS):
+            if base.__name__ in table:
+                return table[base.__name__]
+    return BlockAdapter()

@@ -1,0 +1,121 @@
+"""What is known about models: one row each."""
+
+from __future__ import annotations
+
+from .adapter import ENCODER, HIDDEN, Block, BlockAdapter
+
+# Usual names of block lists. The first six are the ones diffusers 0.42.1 walks.
+LIST_NAMES = (
+    "blocks",
+    "transformer_blocks",
+    "single_transformer_blocks",
+    "layers",
+    "visual_transformer_blocks",
+    "temporal_transformer_blocks",
+    "joint_transformer_blocks",
+    "double_stream_blocks",
+    "single_stream_blocks",
+    "double_blocks",
+    "single_blocks",
+    "dit_blocks",
+    "transformer_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "h",
+)
+
+
+# Order of returns of block classes whose streams cannot be told apart by shape alone.
+BLOCKS: dict[str, Block] = {
+    **{
+        name: Block(returns=(ENCODER, HIDDEN))
+        for name in (
+            "FluxTransformerBlock",
+            "FluxSingleTransformerBlock",
+            "Flux2TransformerBlock",
+            "ChromaTransformerBlock",
+            "BriaTransformerBlock",
+            "BriaSingleTransformerBlock",
+            "BriaFiboTransformerBlock",
+            "BriaFiboSingleTransformerBlock",
+            "LongCatImageTransformerBlock",
+            "LongCatImageSingleTransformerBlock",
+            "OvisImageTransformerBlock",
+            "OvisImageSingleTransformerBlock",
+            "QwenImageTransformerBlock",
+            "NucleusMoEImageTransformerBlock",
+            "JointTransformerBlock",
+            "AuraFlowJointTransformerBlock",
+        )
+    },
+    **{
+        name: Block(returns=(HIDDEN, ENCODER))
+        for name in (
+            "CogVideoXBlock",
+            "CogView3PlusTransformerBlock",
+            "CogView4TransformerBlock",
+            "GlmImageTransformerBlock",
+            "MochiTransformerBlock",
+            "HunyuanVideoTransformerBlock",
+            "HunyuanVideoSingleTransformerBlock",
+            "HunyuanVideoTokenReplaceTransformerBlock",
+            "HunyuanVideoTokenReplaceSingleTransformerBlock",
+            "HunyuanVideo15TransformerBlock",
+            "HunyuanImageTransformerBlock",
+            "HunyuanImageSingleTransformerBlock",
+            "MotifVideoTransformerBlock",
+            "MotifVideoSingleTransformerBlock",
+        )
+    },
+    "Kandinsky5TransformerDecoderBlock": Block(
+        hidden="visual_embed", encoder="text_embed", returns=(HIDDEN,)
+    ),
+    "Cosmos3VLTextMoTDecoderLayer": Block(
+        hidden="gen_seq", encoder="und_seq", returns=(ENCODER, HIDDEN)
+    ),
+}
+
+
+MODELS: dict[str, BlockAdapter] = {
+    **{
+        name: BlockAdapter(encoder_read=False)
+        for name in (
+            "FluxTransformer2DModel",
+            "Flux2Transformer2DModel",
+            "ChromaTransformer2DModel",
+            "BriaTransformer2DModel",
+            "QwenImageTransformer2DModel",
+            "CogView4Transformer2DModel",
+            "HunyuanVideoTransformer3DModel",
+            "HunyuanImageTransformer2DModel",
+            "MochiTransformer3DModel",
+            "SD3Transformer2DModel",
+            "Kandinsky5Transformer3DModel",
+        )
+    },
+    # holds LTX-2's audio attention for its checkpoint, and runs the video's alone
+    "SanaWMLTX2RefinerTransformer3DModel": BlockAdapter(attention=(r"\.attn[12]$",)),
+    "T5FilmDecoder": BlockAdapter(blocks=("decoders",)),
+}
+
+
+# The first normalisation with the timestep in it: (attribute, keyword or table, argument).
+MODULATIONS: dict[str, tuple[str, str, str]] = {
+    **dict.fromkeys(
+        (
+            "FluxTransformerBlock",
+            "BriaTransformerBlock",
+            "HunyuanVideoTransformerBlock",
+            "HunyuanImageTransformerBlock",
+            "JointTransformerBlock",
+        ),
+        ("norm1", "emb", "temb"),
+    ),
+    "WanTransformerBlock": ("norm1", "scale_shift_table", "temb"),
+}
+
+
+# Calls that fill a key/value cache for those after them, by argument: every module must run in them.
+KEEPING: dict[str, tuple[str, ...]] = {
+    "kv_cache_mode": ("extract", "capture_pre_rope", "inject_and_capture_post_rope"),
+}

@@ -1,0 +1,1 @@
+"""Kernels in C++ and CUDA C++, with the names and signatures of `fastcache.ops.reference`."""

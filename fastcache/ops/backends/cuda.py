@@ -1,0 +1,130 @@
+"""The CUDA C++ kernels: the functions of `reference.py`, under the same names.
+
+Built only where nvcc and a CUDA build of torch are present; none of it has run on a GPU yet. The
+shared object holds the operators `fastcache_cuda::*`: both metrics in a single launch each,
+weighted sums of up to five tensors of one dtype, and the first-block decision on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference import guidance_combine, taylor_update
+from . import cpp
+
+__all__ = [
+    "available",
+    "decide",
+    "guidance_combine",
+    "linear_combine",
+    "residual_apply",
+    "residual_l1",
+    "residual_magnitude",
+    "residual_store",
+    "takes_dtypes",
+    "taylor_update",
+]
+
+
+LIBRARY = Path(__file__).parents[2] / "_cuda_ops.so"
+
+
+WORKSPACE = 1 + 2 * 65536  # csrc/cuda/kernels.h: a counter and MAX_PARTIALS pairs, 8 bytes each
+
+
+@cache
+def available() -> bool | str:
+    """True, or the reason why these kernels cannot run."""
+    if cpp.switched_off():
+        return cpp.SWITCHED_OFF
+    if not LIBRARY.exists():
+        return (
+            "extension not built: with nvcc and a CUDA build of torch, "
+            "FASTCACHE_BUILD_CUDA=1 pip install --no-build-isolation ."
+        )
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
+    return cpp.load(LIBRARY)
+
+
+@cache
+def _op(name: str) -> Callable[..., None]:
+    reason = available()
+    if reason is not True:
+        raise RuntimeError(f"CUDA kernels: {reason}")
+    return getattr(torch.ops.fastcache_cuda, name).default
+
+
+@cache
+def _stream_workspace(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(WORKSPACE, dtype=torch.int64, device=device)
+
+
+def _workspace(device: torch.device) -> Tensor:
+    """Zeros that no other stream uses; a launch leaves its counter at zero."""
+    if torch.cuda.is_current_stream_capturing():
+        # the graph's own: its zeroing is captured too, and has not happened yet
+        return torch.zeros(WORKSPACE, dtype=torch.int64, device=device)
+    return _stream_workspace(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def takes_dtypes(op: str, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether `op` takes tensors of these dtypes: one for all of them."""
+    if op in ("guidance_combine", "taylor_update"):
+        return True
+    return cpp.DTYPES.issuperset(dtypes) and len(set(dtypes)) == 1
+
+
+def residual_l1(
+    y: Tensor, x: Tensor, prev: Tensor, out: Tensor | None = None, per_sample: bool = False
+) -> Tensor:
+    if not y.numel():
+        return reference.residual_l1(y, x, prev, out, per_sample)
+    sums = y.new_empty((y.shape[0], 2) if per_sample else 2, dtype=torch.float32)
+    _op("residual_l1")(sums, _workspace(y.device), y, x, prev, out, per_sample)
+    return sums
+
+
+def residual_magnitude(
+    y: Tensor,
+    x: Tensor,
+    prev: Tensor,
+    out: Tensor | None = None,
+    eps: float = 1e-8,
+    per_sample: bool = False,
+) -> Tensor:
+    if not y.numel():
+        return reference.residual_magnitude(y, x, prev, out, eps, per_sample)
+    mean = y.new_empty((y.shape[0], 1) if per_sample else 1, dtype=torch.float32)
+    _op("residual_magnitude")(mean, _workspace(y.device), y, x, prev, out, eps, per_sample)
+    return mean
+
+
+def residual_store(out: Tensor, y: Tensor, x: Tensor) -> None:
+    linear_combine(out, (y, x), (1.0, -1.0))
+
+
+def residual_apply(out: Tensor, x: Tensor, r: Tensor) -> None:
+    linear_combine(out, (x, r), (1.0, 1.0))
+
+
+def linear_combine(
+    out: Tensor, tensors: Sequence[Tensor], weights: Sequence[float] | Tensor
+) -> None:
+    if out.numel():
+        op = "linear_combine_device" if isinstance(weights, Tensor) else "linear_combine"
+        _op(op)(out, tensors, weights)
+
+
+def decide(flag: Tensor, sums: Tensor, threshold: float, conditional: int = 0) -> None:
+    """flag (one int32) <- 0 if sums[0] / sums[1] <= threshold, else 1: 1 means compute.
+
+    conditional: the handle of a CUDA graph's conditional node, which runs while the flag is set.
+    """
+    _op("decide")(flag, sums, threshold, conditional)

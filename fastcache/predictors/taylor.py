@@ -1,0 +1,102 @@
+"""Taylor forecasts, from raw values or from a table of differences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ..checks import flag, whole
+from .base import MAX_ORDER, Predictor
+
+
+@dataclass(frozen=True)
+class Taylor(Predictor):
+    """Taylor forecast of the given order from backward differences of raw values.
+
+    order: 0 to 4; 0 is plain reuse. spacing: "latest" divides every difference by the latest gap, as
+    diffusers does; "exact" is the polynomial through the kept values, also on uneven steps.
+    skip_first: never use step 0, an outlier of most models, once another value exists.
+    Source: TaylorSeer (arXiv 2503.06923).
+    """
+
+    order: int = 1
+    spacing: str = "latest"
+    skip_first: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", whole("Taylor", "order", self.order, 0, MAX_ORDER))
+        if self.spacing not in ("latest", "exact"):
+            raise ValueError(f"Taylor: spacing is {self.spacing!r}, must be 'latest' or 'exact'")
+        flag("Taylor", "skip_first", self.skip_first)
+
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        return self.order + 1
+
+    @property
+    def forecasts(self) -> bool:  # type: ignore[override]
+        return self.order > 0
+
+    def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
+        if self.skip_first and len(steps) > 1 and steps[-1] == 0:
+            steps = steps[:-1]
+        rule = latest_gap_weights if self.spacing == "latest" else polynomial_weights
+        return rule(tuple(steps[0] - s for s in steps), step - steps[0])
+
+
+@dataclass(frozen=True)
+class TaylorTable(Predictor):
+    """Taylor forecast from a difference table kept in `dtype`: diffusers' own form and rounding.
+
+    dtype: a torch dtype, or None for that of the values. Prefer `Taylor`, which keeps raw values.
+    """
+
+    order: int = 1
+    dtype: Any = None
+    table = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", whole("TaylorTable", "order", self.order, 0, MAX_ORDER))
+
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        return self.order + 1
+
+    @property
+    def forecasts(self) -> bool:  # type: ignore[override]
+        return self.order > 0
+
+    def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
+        """Coefficients o^k / k! of the factors, o steps after the last refresh."""
+        offset = step - steps[0]
+        return tuple(offset**k / math.factorial(k) for k in range(min(len(steps), self.depth)))
+
+
+@lru_cache(maxsize=4096)
+def latest_gap_weights(back: tuple[int, ...], offset: int) -> tuple[float, ...]:
+    """Weights that equal a difference table in which every difference is divided by the latest gap.
+
+    back: how many steps before the newest each value lies, (0, 2, 3, ...). offset: steps past the newest.
+    """
+    count = len(back)
+    table = [[float(i == m) for i in range(count)] for m in range(count)]  # order 0 at each refresh
+    total, scale = list(table[0]), 1.0
+    for order in range(1, count):
+        table = [
+            [(a - b) / (back[m + 1] - back[m]) for a, b in zip(table[m], table[m + 1], strict=True)]
+            for m in range(count - order)
+        ]
+        scale *= offset / order
+        total = [t + scale * d for t, d in zip(total, table[0], strict=True)]
+    return tuple(total)
+
+
+@lru_cache(maxsize=4096)
+def polynomial_weights(back: tuple[int, ...], offset: int) -> tuple[float, ...]:
+    """Lagrange weights of the polynomial through all values, at `offset` steps past the newest."""
+    return tuple(
+        math.prod((offset + other) / (other - own) for j, other in enumerate(back) if j != i)
+        for i, own in enumerate(back)
+    )

@@ -1,0 +1,49 @@
+"""A progress line of denoiser calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from ..policies import REUSE
+from ..runtime.stats import Record, Stats
+
+
+class Counted(Protocol):
+    """What has records: a Cache."""
+
+    stats: Stats
+
+
+@contextlib.contextmanager
+def progress(cache: Counted, total: int | None = None, **options: Any) -> Iterator[Any]:
+    """A tqdm line that counts denoiser calls and shows how many were reused.
+
+    total: calls expected (steps times contexts). options: of `tqdm.tqdm`. Yields the tqdm object.
+    """
+    bar = _tqdm()(**{"total": total, "unit": "call", "desc": "fastcache", **options})
+    reused = 0
+
+    def seen(record: Record) -> None:
+        nonlocal reused
+        reused += record.action == REUSE
+        bar.set_postfix_str(f"reused {reused}/{bar.n + 1}", refresh=False)
+        bar.update(1)
+
+    before, cache.stats.watch = cache.stats.watch, seen
+    try:
+        yield bar
+    finally:
+        cache.stats.watch = before
+        bar.close()
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "the progress line needs tqdm: pip install tqdm, or pip install 'fastcache-dit[bench]'"
+        ) from error
+    return tqdm

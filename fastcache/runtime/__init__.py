@@ -1,0 +1,1 @@
+"""One denoiser call: which run and step it is, what is decided, what runs, what is noted."""

@@ -1,0 +1,120 @@
+"""What happened: one record per denoiser call, and its summary in words."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from .. import sync
+from ..policies import COMPUTE, REUSE
+
+KEEP = 100_000  # records kept, so that a server that never resets does not grow
+
+
+class Record(NamedTuple):
+    """One denoiser call."""
+
+    request: Any
+    context: str
+    step: int
+    action: str  # "compute" or "reuse" (some rule reused)
+    signal: float | None  # what the rule looked at: relative change, accumulated error, timestep
+    threshold: float | None
+    reason: str
+    timestep: float | None = None
+    actions: tuple[str, ...] = ()  # one per rule
+    model: str = ""
+
+
+class Stats:
+    """Records in order of calls. Iterable, indexable; `computed` and `reused` count."""
+
+    def __init__(self) -> None:
+        self._all: deque[Record] = deque(maxlen=KEEP)
+        self._pending = False  # some signals are still on the device
+        self.watch: Callable[[Record], object] | None = None  # told of every record, while set
+
+    def add(self, record: Record, late: Any = None) -> None:
+        """Append a record. late: [signal] or [signal, whether it reused], on the device until somebody looks."""
+        if late is not None:
+            record, self._pending = record._replace(signal=late), True
+        self._all.append(record)
+        if self.watch is not None:
+            self.watch(record)
+
+    @property
+    def _records(self) -> deque[Record]:
+        """The records, late signals read."""
+        if self._pending:
+            for i, record in enumerate(self._all):
+                if record.signal is not None and not isinstance(record.signal, float):
+                    self._all[i] = _known(record)
+            self._pending = False
+        return self._all
+
+    def clear(self) -> None:
+        self._all.clear()
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(tuple(self._records))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(self._records)[index] if isinstance(index, slice) else self._records[index]
+
+    def __repr__(self) -> str:
+        return f"Stats({self.computed} computed, {self.reused} reused)"
+
+    @property
+    def computed(self) -> int:
+        return sum(r.action == COMPUTE for r in self._records)
+
+    @property
+    def reused(self) -> int:
+        return sum(r.action == REUSE for r in self._records)
+
+    def last_run(self, model: str, request: Any, context: str) -> list[Record]:
+        """The records of the latest run of one context, in order."""
+        run: list[Record] = []
+        for r in reversed(self._records):
+            if (r.model, r.request, r.context) != (model, request, context):
+                continue
+            if run and r.step >= run[-1].step:
+                break
+            run.append(r)
+        return run[::-1]
+
+    def lines(self) -> list[str]:
+        """The summary: totals, a strip per context, reasons."""
+        total = len(self._records)
+        if not total:
+            return ["no denoiser call yet"]
+        lines = [
+            f"{total} denoiser calls: {self.computed} computed, {self.reused} reused ({self.reused / total:.0%})"
+        ]
+        rows: dict[tuple, list[Record]] = {}
+        for r in self._records:
+            rows.setdefault((r.model, r.request, r.context), []).append(r)
+        for (model, request, context), records in list(rows.items())[:12]:
+            strip = "".join("C" if r.action == COMPUTE else "." for r in records[-60:])
+            lines.append(f"  {model} request {request!r}, context {context!r}: {strip}")
+        if len(rows) > 12:
+            lines.append(f"  ... and {len(rows) - 12} more contexts")
+        reasons = Counter((r.action, r.reason) for r in self._records)
+        lines += [
+            f"  {action:<7} {count:>5} x {reason}"
+            for (action, reason), count in reasons.most_common()
+        ]
+        return lines
+
+
+def _known(record: Record) -> Record:
+    """The record with what was still on the device."""
+    number, *reused = sync.numbers([record.signal])  # type: ignore[list-item]
+    if not reused:
+        return record._replace(signal=number)
+    action = REUSE if reused[0] else COMPUTE
+    return record._replace(signal=number, action=action, actions=(action,))

@@ -1,0 +1,107 @@
+"""What a finished run says about its cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..policies import REUSE, FirstBlock, Magnitude, TimestepRange
+from ..policies.magnitude import Calibrate
+from ..recipe import Recipe, Rule
+from .stats import Record
+
+JUDGED = 4  # shorter runs are not judged
+
+
+GUARDS = ("first step", "warm-up", "retention", "last step", "no residual yet")
+
+
+def verdict(records: Sequence[Record], recipe: Recipe) -> tuple[str, str]:
+    """What is wrong with a finished run, as (kind, message); empty strings where nothing is.
+
+    Wrong is: no step was reused although the settings meant to, or a rule that weighs every step
+    reused each one that it was free to choose.
+    """
+    if len(records) < JUDGED or all(_means_nothing(rule) for rule in recipe.rules):
+        return "", ""
+    where = f"context {records[0].context!r} of {records[0].model}"
+    if not any(r.action == REUSE for r in records):
+        reason = _why_nothing(records, recipe)
+        return "nothing", f"no step of {len(records)} was reused in {where}: {reason}"
+    when = recipe.rules[0].when
+    free = [r for r in records if r.reason not in GUARDS]
+    if not isinstance(when, FirstBlock | Magnitude) or len(free) < JUDGED:
+        return "", ""
+    if all(r.action == REUSE for r in free):
+        return "everything", (
+            f"each of the {len(free)} steps after warm-up was reused in {where}: the threshold "
+            f"{when.threshold:g} was never reached (largest {max(map(_signal, free)):.3g}), so the "
+            "result hangs on the first steps alone; lower it, or give the policy max_skips"
+        )
+    return "", ""
+
+
+def _means_nothing(rule: Rule) -> bool:
+    """Whether a rule asks for every step to be computed."""
+    when = rule.when
+    if isinstance(when, Calibrate) or getattr(when, "threshold", None) == 0:
+        return True
+    if isinstance(when, Magnitude):
+        return when.max_skip_steps == 0
+    return getattr(when, "n", None) == 1 or all(getattr(when, "compute", (False,)))
+
+
+def _signal(record: Record) -> float:
+    return record.signal if record.signal is not None else math.nan
+
+
+def _why_nothing(records: Sequence[Record], recipe: Recipe) -> str:
+    """The reason for a run without reuse, and what to try."""
+    free = [r for r in records if r.reason not in GUARDS]
+    if not free:
+        return (
+            f"its {len(records)} steps are all warm-up ({_most_common(records)}); lower warmup or "
+            "retention_ratio, or take more steps"
+        )
+    if all(r.reason == "nothing valid to reuse" for r in free):
+        return (
+            "the cached values did not outlive a step; is a module called twice, or written into?"
+        )
+    when = recipe.rules[0].when
+    if isinstance(when, TimestepRange):
+        return _why_outside(free, when)
+    signals = [s for r in free if math.isfinite(s := _signal(r))]
+    if isinstance(when, FirstBlock | Magnitude) and signals:
+        return (
+            f"the smallest {'change' if isinstance(when, FirstBlock) else 'error'} seen, "
+            f"{min(signals):.3g}, is above the threshold {when.threshold:g}; raise it, and compare "
+            "with running fewer steps (`fastcache calibrate` picks a threshold for a target)"
+        )
+    if isinstance(when, FirstBlock):
+        return (
+            "what it measures was never a finite number: the model produced NaN or infinity, or "
+            "its first block adds nothing"
+        )
+    return f"{_most_common(free)}; see cache.summary() and recipe.plan(num_inference_steps)"
+
+
+def _why_outside(free: Sequence[Record], when: TimestepRange) -> str:
+    seen = [r.timestep for r in free if r.timestep is not None]
+    if not seen:
+        return (
+            "no timestep was known; pass timestep= to cache.context, or current_timestep_callback "
+            "to the config"
+        )
+    lo, hi = when.timesteps
+    if not any(lo < t < hi for t in seen):
+        return (
+            f"its timesteps, {max(seen):.4g} to {min(seen):.4g}, are never inside the range {lo:g} "
+            f"to {hi:g}; give timesteps in the scheduler's scale (usually 1000 down to 0), or "
+            "another range"
+        )
+    return f"{_most_common(free)}; see recipe.plan(num_inference_steps)"
+
+
+def _most_common(records: Sequence[Record]) -> str:
+    reasons = [r.reason for r in records]
+    return max(set(reasons), key=reasons.count) or "no reason noted"

@@ -1,0 +1,132 @@
+"""Storage of runs: one state per (request, context), spares for the next ones, and a budget of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .allocate import allocate
+from .history import Timeline
+from .state import State
+
+SPARES = 8  # storages of forgotten runs kept for the next ones, and complete runs kept, per model
+
+SPARE = "for the next run"  # what a picture calls storage that no run uses
+
+
+class Slots:
+    """The states of one denoiser. depths: values per history, one per rule. ended: told of every run that is over."""
+
+    def __init__(self, depths: Sequence[int], ended: Callable[[State], None]) -> None:
+        self.depths, self.ended = tuple(depths), ended
+        self.states: dict[tuple[Any, str], State] = {}
+        self.spares: list[State] = []
+        self.finished: dict[tuple[Any, str], None] = {}  # complete runs, oldest first
+        self.fixed = False  # compiled code may know the addresses of storage
+        self.sizes: dict[Any, int] = {}  # bytes that a run takes, by the signature of its calls
+
+    def new(self, key: tuple[Any, str]) -> State:
+        state = State(key, len(self.depths))
+        state.timelines = [Timeline(depth) for depth in self.depths]
+        return state
+
+    def add(self, key: tuple[Any, str]) -> State:
+        """A state for a context of a request, which has none."""
+        state = self.states[key] = self.new(key)
+        return state
+
+    def adopt(self, state: State, signature: tuple) -> None:
+        """Begin a run with storage for calls of this signature, taken from a spare where there is one."""
+        if state.signature is not None:
+            self.ended(state)
+            self.release(state)
+        self.finished.pop(state.key, None)
+        spare = self._spare(signature)
+        if spare is None:
+            done = next((k for k in self.finished if self.states[k].signature == signature), None)
+            if done is not None:
+                self.forget(done)
+                spare = self._spare(signature)
+        self._take(state, spare or self.new(state.key))
+        state.signature = signature
+        state.restart()
+
+    def release(self, state: State) -> None:
+        """Give a state's storage to the spares, emptied; the state itself is left without."""
+        if state.signature is not None and any(state.units):
+            spare = self.new(state.key)
+            self._take(spare, state)
+            spare.signature = state.signature
+            spare.restart()
+            if not spare.away:
+                self.spares.append(spare)
+            del self.spares[:-SPARES]
+        self._take(state, self.new(state.key))
+
+    def send_away(self, state: State) -> None:
+        """Move the storage of a state to host memory, in order with what the device has still to do."""
+        state.move(_to_host)
+        state.away, state.held = state.held, 0
+
+    def bring_back(self, state: State, device: Any) -> None:
+        """Move it back to the device, without waiting for it."""
+        state.move(lambda t: allocate(t.shape, t.dtype, device).copy_(t, non_blocking=True))
+        state.held, state.away = state.away, 0
+
+    def drop(self, state: State) -> None:
+        """Free the storage of a state; its run goes on."""
+        self._take(state, self.new(state.key))
+        state.halved = 0
+
+    def forget(self, key: tuple[Any, str]) -> None:
+        """Remove a state; its storage serves another."""
+        state = self.states.pop(key)
+        self.finished.pop(key, None)
+        self.ended(state)
+        self.release(state)
+
+    def retire(self, state: State) -> None:
+        """Keep few of the runs that are complete: a server may never reset, and never use a name again."""
+        if state.key in self.finished:
+            del self.finished[state.key]
+        if state.complete:
+            self.finished[state.key] = None
+            if len(self.finished) > SPARES:
+                self.forget(next(iter(self.finished)))
+
+    def clear(self) -> None:
+        self.states.clear()
+        self.spares.clear()
+        self.finished.clear()
+
+    def held(self) -> dict[str, int]:
+        """Bytes per context, and of storage that waits for the next run; empty ones are left out."""
+        alone = len({request for request, _ in self.states}) == 1
+        sizes: dict[str, int] = {}
+        for (request, context), state in self.states.items():
+            name = context if alone else f"{request} {context}"
+            sizes[name] = sizes.get(name, 0) + state.nbytes()
+        sizes[SPARE] = sum(state.nbytes() for state in self.spares)
+        return {name: size for name, size in sizes.items() if size}
+
+    def nbytes(self) -> int:
+        return sum(s.nbytes() for s in (*self.states.values(), *self.spares))
+
+    def _spare(self, signature: tuple) -> State | None:
+        found = next((s for s in self.spares if s.signature == signature), None)
+        if found is not None:
+            self.spares.remove(found)
+        return found
+
+    @staticmethod
+    def _take(state: State, other: State) -> None:
+        state.units, state.timelines, state.head = other.units, other.timelines, other.head
+        state.held, state.away = other.held, other.away
+
+
+def _to_host(t: Tensor) -> Tensor:
+    host = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+    return host.copy_(t, non_blocking=True)

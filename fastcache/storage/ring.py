@@ -1,0 +1,208 @@
+"""The last raw values of one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import direct
+from .allocate import allocate, static
+from .history import Timeline
+
+_store = direct("residual_store_")
+
+
+_apply = direct("residual_apply_")
+
+
+_combine = direct("linear_combine_")
+
+
+_combine_device = direct("linear_combine_device_")
+
+
+KERNEL_TERMS = 5
+
+
+def tail(row: Tensor, like: Tensor | None) -> Tensor:
+    """The row, or the end of its batch where only that is asked for: a conditional half comes last."""
+    if like is None or row.dim() != like.dim() or row.shape[0] == like.shape[0]:
+        return row
+    return row[row.shape[0] - like.shape[0] :]
+
+
+def part(rows: Tensor, like: Tensor | None) -> Tensor:
+    """Stacked rows, or of each the end of its batch, as `tail` has it."""
+    if like is None or like.shape[0] == rows.shape[1]:
+        return rows
+    return rows[:, rows.shape[1] - like.shape[0] :]
+
+
+class Ring:
+    """The last `depth` raw values of one tensor, stacked in one buffer."""
+
+    __slots__ = ("buffer", "copies", "dtype", "timeline", "version", "views")
+
+    def __init__(self, value: Tensor, timeline: Timeline, kept: torch.dtype | None = None) -> None:
+        self.timeline, self.dtype = timeline, value.dtype
+        self.copies = False  # a consumer has written into what it was handed: hand out copies
+        self.version = 0
+        self.buffer = allocate((timeline.depth, *value.shape), kept or value.dtype, value.device)
+        self.views = [static(view) for view in self.buffer.unbind(0)]
+
+    def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
+        """Keep y, or y - x, in the oldest row. A conditional half goes to the second half of the row."""
+        if torch.compiler.is_compiling():
+            value = y if x is None else y.float() - x.float()
+            value = value.to(self.buffer.dtype)
+            self._write(part(self.buffer, value), value)
+            return
+        view = tail(self.views[self.timeline.next_row], y)
+        if x is None:
+            view.copy_(y)
+        else:
+            _store(view, y, x)
+        self.mark()
+
+    def exchanged(self, y: Tensor) -> Tensor:
+        """The row that y was just copied to, in its place, so that not both stay alive; y where they differ."""
+        row = self.views[self.timeline.next_row]
+        alike = type(y) is Tensor and (y.dtype, y.shape) == (row.dtype, row.shape)
+        if self.copies or y.requires_grad or not alike or y.stride() != row.stride():
+            return y
+        return row.detach()
+
+    def predict(self, base: Tensor | None, weights: Sequence[float] | Tensor) -> Tensor:
+        """base + sum of weights * rows, newest first; a plain reuse without a base is the row itself."""
+        if isinstance(weights, Tensor):
+            return self.predict_weighted(base, weights)
+        if weights == (1.0,):  # never while compiling
+            row = self.views[self.timeline.rows[0]]
+            if base is None:
+                return self._handed_out(row)
+            if row.shape == base.shape and row.dtype == base.dtype:
+                return base + row  # the kernel's bits and passes, with a sixth of its call overhead
+        if torch.compiler.is_compiling():
+            return self._predict_compiled(base)
+        rows = [tail(self.views[r], base) for r in self.timeline.rows[: len(weights)]]
+        return weighted(rows, weights, base, self.dtype)
+
+    def _handed_out(self, row: Tensor) -> Tensor:
+        """A row in the place of a value: itself, where what is written into it is noticed."""
+        if self.timeline.depth > 1 or self.copies or row.dtype != self.dtype:
+            return row.to(self.dtype, copy=True)
+        return row.detach()
+
+    def advance(self, weights: Sequence[float]) -> Tensor:
+        """The sum of weights * rows, which becomes the newest row: in place, unless that would round it."""
+        row, rows = self.views[self.timeline.next_row], self.timeline.rows[: len(weights)]
+        if row.dtype != self.dtype:
+            predicted = self.predict(None, weights)
+            self.store(predicted, None, 0)
+            return predicted
+        weighted([self.views[r] for r in rows], weights, None, self.dtype, row)
+        self.mark()
+        return row.clone() if self.copies else row.detach()
+
+    def _write(self, held: Tensor, value: Tensor) -> None:
+        """Put a value into the row that is next, in compiled code."""
+        if self.timeline.depth == 1:
+            held.copy_(value[None])
+        else:
+            held.index_copy_(0, self.timeline.staged.row, value[None])
+
+    def _read(self, held: Tensor) -> list[Tensor]:
+        """All rows, newest first, in compiled code."""
+        if self.timeline.depth == 1:
+            return [held[0]]
+        order = self.timeline.staged.order
+        return [held.index_select(0, order[i : i + 1])[0] for i in range(self.timeline.depth)]
+
+    def newest_first(self, like: Tensor | None) -> list[Tensor]:
+        """All rows of a full history, newest first, for the batch of `like`."""
+        if torch.compiler.is_compiling():
+            return self._read(part(self.buffer, like))
+        return [tail(self.views[r], like) for r in self.timeline.rows]
+
+    def predict_weighted(self, base: Tensor | None, weights: Tensor) -> Tensor:
+        """weights[0] * base + weights[1:] * rows, newest first, weights on the device."""
+        rows = self.newest_first(base)
+        if torch.compiler.is_compiling():
+            terms = rows if base is None else [base, *rows]
+            first = 1 if base is None else 0
+            total = terms[0].float() * weights[first]
+            for i, term in enumerate(terms[1:], first + 1):
+                total = total + term.float() * weights[i]
+            return total.to(self.dtype if base is None else base.dtype)
+        like, dtype = (rows[0], self.dtype) if base is None else (base, base.dtype)
+        out = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        if base is None:
+            _combine_device(out, rows, weights[1:].contiguous())
+        else:
+            _combine_device(out, [base, *rows], weights)
+        return out
+
+    def mark(self) -> None:
+        """Note the state of the buffer after a store."""
+        self.version = self.buffer._version
+
+    def intact(self) -> bool:
+        """Whether nobody has written into the buffer since: rows themselves are handed out."""
+        if self.buffer._version == self.version:
+            return True
+        self.copies = True
+        return False
+
+    def _predict_compiled(self, base: Tensor | None) -> Tensor:
+        rows = self.newest_first(base)
+        if len(rows) == 1:
+            row = rows[0]
+            if base is None:
+                return row.to(self.dtype, copy=True)
+            return (base.float() + row.float()).to(base.dtype)
+        total: Any = None if base is None else base.float()
+        for i, row in enumerate(rows):
+            term = row.float() * self.timeline.staged.weights[i]
+            total = term if total is None else total + term
+        return total.to(self.dtype if base is None else base.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.buffer]
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Keep everything in other storage from now on."""
+        intact = self.intact()
+        self.buffer = to(self.buffer)
+        self.views = [static(view) for view in self.buffer.unbind(0)]
+        self.version = self.buffer._version if intact else -1  # -1: never intact again
+
+
+def weighted(
+    rows: list[Tensor],
+    weights: Sequence[float],
+    base: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """base + sum weights * rows in one launch (two beyond five terms); without a base the sum alone, also
+    into `out`, which may be one of the rows."""
+    if base is not None:
+        out = torch.empty_like(base, memory_format=torch.contiguous_format)
+        if len(rows) == 1 and weights[0] == 1.0:
+            _apply(out, base, rows[0])
+            return out
+        terms, factors = [base, *rows], [1.0, *weights]
+    else:
+        if out is None:
+            out = torch.empty_like(rows[0], dtype=dtype, memory_format=torch.contiguous_format)
+        terms, factors = list(rows), list(weights)
+    if 0.0 in factors:
+        used = [i for i, w in enumerate(factors) if w != 0.0] or [0]
+        terms, factors = [terms[i] for i in used], [factors[i] for i in used]
+    _combine(out, terms[:KERNEL_TERMS], factors[:KERNEL_TERMS])
+    if len(terms) > KERNEL_TERMS:
+        _combine(out, [out, *terms[KERNEL_TERMS:]], [1.0, *factors[KERNEL_TERMS:]])
+    return out

@@ -1,0 +1,131 @@
+"""Cached tensors and the host facts about them, one State per (request, context).
+
+Storage is allocated once per shape, written in place and never rebound, so that compiled and captured
+code may hold its addresses. Whether it holds anything valid is a host fact kept beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..policies import Run
+from .allocate import static
+from .history import Timeline
+from .ring import Ring
+from .table import Table
+from .unit import Unit
+
+
+class State:
+    """All that is remembered for one (request, context)."""
+
+    __slots__ = (
+        "armed_step",
+        "away",
+        "bare",
+        "blocked",
+        "evicted",
+        "halved",
+        "head",
+        "held",
+        "index",
+        "key",
+        "measured",
+        "runs",
+        "signature",
+        "step_timestep",
+        "timelines",
+        "timestep",
+        "total",
+        "units",
+        "used",
+    )
+
+    def __init__(self, key: tuple[Any, str], rules: int) -> None:
+        self.key = key
+        self.signature: Any = None
+        self.units: list[dict[Any, Unit]] = [{} for _ in range(rules)]
+        self.timelines: list[Timeline] = []
+        self.head: dict[str, Any] = {}
+        self.away = 0  # bytes that lie in host memory for the time being
+        self.held = 0  # bytes after the last call, and
+        self.used = 0  # number of that call: both kept where there is a budget
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a run: nothing of an earlier one can be read any more, buffers included."""
+        self.index = 0  # of the next step
+        self.bare = False  # the running step does without a cache
+        self.evicted = False  # its storage went to other runs
+        self.blocked = False  # memory ran out: the rest of the run does without
+        self.total: int | None = None  # steps in the run, where known
+        self.timestep: float | None = None  # of the last step, as the run's clock reads it
+        self.step_timestep: float | None = None  # of the running step, as the rules read it
+        self.armed_step = 0  # index of the running step
+        self.halved = (
+            0  # computed steps until a stack's history holds both halves of a guidance batch again
+        )
+        self.runs: list[Run] = []  # what each policy remembers
+        self.measured: list[Tensor] = []  # magnitude ratios of a calibration, on the device
+        self.head.pop("kept", None)
+        self.head.pop("guided", None)
+        for t in self._head_tensors():
+            t.zero_()
+        for timeline in self.timelines:
+            timeline.clear()
+        for units in self.units:
+            for unit in units.values():
+                unit.forget()
+                for stream in unit.streams:
+                    for t in stream.tensors():
+                        t.zero_()
+
+    def make_static(self) -> None:
+        """Tell compiled code of storage that was allocated before anything was compiled."""
+        for timeline in self.timelines:
+            if timeline.staged is not None:
+                for name in ("order", "row", "scale", "weights"):
+                    static(getattr(timeline.staged, name))
+        streams = [s for units in self.units for unit in units.values() for s in unit.streams]
+        for held in (*streams, *self.head.values()):
+            if isinstance(held, Ring | Table):
+                for t in (*held.tensors(), *held.views):
+                    static(t)
+            elif isinstance(held, Tensor):
+                static(held)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps of the run are done, where their number is known."""
+        return self.total is not None and self.index >= self.total
+
+    def nbytes(self) -> int:
+        """Bytes of cached tensors; those in host memory for the time being are not counted."""
+        if self.away:
+            return 0
+        return sum(
+            t.numel() * t.element_size()
+            for units in self.units
+            for unit in units.values()
+            for stream in unit.streams
+            for t in stream.tensors()
+        ) + sum(t.numel() * t.element_size() for t in self._head_tensors())
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Keep all cached tensors in other storage from now on; compiled code must not know the old one."""
+        for units in self.units:
+            for unit in units.values():
+                for stream in unit.streams:
+                    stream.move(to)
+        for name, held in self.head.items():
+            if isinstance(held, Ring):
+                held.move(to)
+            elif isinstance(held, Tensor):
+                self.head[name] = to(held)
+
+    def _head_tensors(self) -> list[Tensor]:
+        held = (v.buffer if isinstance(v, Ring) else v for v in self.head.values())
+        return [v for v in held if isinstance(v, Tensor)]

@@ -1,0 +1,98 @@
+"""A table of differences, and a value that is always zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import direct
+from .allocate import allocate, static
+from .history import Timeline
+from .ring import weighted
+
+_update = direct("taylor_update_")
+
+
+class Table:
+    """A difference table of one tensor, refreshed in place: TaylorSeer's factors."""
+
+    __slots__ = ("buffer", "dtype", "timeline", "views")
+
+    def __init__(self, value: Tensor, timeline: Timeline, dtype: torch.dtype | None) -> None:
+        self.timeline, self.dtype = timeline, value.dtype
+        self.buffer = allocate((timeline.depth, *value.shape), dtype or value.dtype, value.device)
+        self.views = [static(view) for view in self.buffer.unbind(0)]
+
+    def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
+        value = y if x is None else y - x
+        if torch.compiler.is_compiling():
+            for factor, scale in zip(self.views, self.timeline.staged.scale.unbind(0), strict=True):
+                following = (value.float() - factor.float()) * scale
+                factor.copy_(value)
+                value = following
+            return
+        _update(self.views, value, 1.0 / self.timeline.gap(step), len(self.timeline.steps))
+
+    def predict(self, base: Tensor | None, weights: Sequence[float]) -> Tensor:
+        if torch.compiler.is_compiling():
+            total: Any = None if base is None else base.float()
+            for factor, weight in zip(
+                self.views, self.timeline.staged.weights.unbind(0), strict=True
+            ):
+                term = factor.to(self.dtype).float() * weight
+                total = term if total is None else total + term
+            return total.to(self.dtype if base is None else base.dtype)
+        return weighted(self.views[: len(weights)], weights, base, self.dtype)
+
+    def exchanged(self, y: Tensor) -> Tensor:
+        return y
+
+    def mark(self) -> None:
+        """Nothing to note: a table is never handed out."""
+
+    def intact(self) -> bool:
+        return True
+
+    def tensors(self) -> list[Tensor]:
+        return [self.buffer]
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        self.buffer = to(self.buffer)
+        self.views = [static(view) for view in self.buffer.unbind(0)]
+
+
+class Blank:
+    """No history: a skipped tensor becomes zeros of the same shape."""
+
+    __slots__ = ("device", "dtype", "shape")
+
+    def __init__(self, value: Tensor) -> None:
+        self.shape, self.dtype, self.device = value.shape, value.dtype, value.device
+
+    def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
+        """Nothing is kept."""
+
+    def predict(self, base: Tensor | None, weights: Sequence[float]) -> Tensor:
+        return (
+            torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            if base is None
+            else base.clone()
+        )
+
+    def exchanged(self, y: Tensor) -> Tensor:
+        return y
+
+    def mark(self) -> None:
+        """Nothing to note."""
+
+    def intact(self) -> bool:
+        return True
+
+    def tensors(self) -> list[Tensor]:
+        return []
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Nothing is held."""

@@ -1,0 +1,71 @@
+"""What is remembered for one skipped value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..predictors import Predictor
+from .allocate import FP8
+from .history import Timeline
+from .quantized import Quantized
+from .ring import Ring
+from .table import Blank, Table
+
+
+def make_store(
+    predictor: Predictor, value: Tensor, timeline: Timeline, dtype: torch.dtype | None = None
+) -> Ring | Table | Blank:
+    """The storage that a predictor needs for one tensor. dtype: what floating values are kept in."""
+    if not predictor.depth:
+        return Blank(value)
+    if predictor.table:
+        return Table(value, timeline, getattr(predictor, "dtype", None))
+    if dtype is None or not value.is_floating_point():
+        return Ring(value, timeline)
+    return Quantized(value, timeline) if dtype == FP8 else Ring(value, timeline, dtype)
+
+
+class Unit:
+    """One skippable value: a tensor, or the tensors of a tuple, and how to give it back.
+
+    first, last: number of the first and the latest uninterrupted store, to be held against the timeline.
+    """
+
+    __slots__ = ("extra", "first", "last", "shared", "streams", "template", "touched")
+
+    def __init__(self) -> None:
+        self.streams: list[Ring | Table | Blank] = []
+        self.template: Any = None
+        self.extra: Any = None
+        self.shared = False  # its module runs twice in a step: no single value, never reused
+        self.forget()
+
+    def forget(self) -> None:
+        self.first, self.last = 0, -1
+        self.touched = False  # written to in the running step
+
+    def stored(self, pushes: int, traced: bool) -> None:
+        """Note that the running step has stored a value, as push number `pushes`; perhaps in traced code."""
+        self.touched = False
+        if self.last != pushes - 1:
+            self.first = pushes
+        self.last = pushes
+        if traced:  # which could not mark it
+            for stream in self.streams:
+                stream.mark()
+
+    def ready(self, timeline: Timeline) -> bool:
+        """Whether every step that the timeline still holds is held here too."""
+        if (
+            self.shared
+            or self.last != timeline.pushes - 1
+            or self.first > timeline.pushes - len(timeline.steps)
+        ):
+            return False
+        for stream in self.streams:  # once per step: a generator takes three times as long
+            if not stream.intact():
+                return False
+        return True

@@ -1,0 +1,89 @@
+"""How blocks and modules return their tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The tensor of a model's output: itself, element 0, or its first field."""
+    value = output
+    if isinstance(output, tuple | list):
+        value = output[0]
+    elif not isinstance(output, Tensor):
+        value = output["sample"] if "sample" in output else next(iter(output.values()))
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"target: FasterCache's guidance half needs one batched output tensor, the model returns a "
+            f"{type(value).__name__}; use FasterCacheConfig(is_guidance_distilled=True) for its attention part"
+        )
+    return value
+
+
+def replace_first(output: Any, value: Tensor) -> Any:
+    """The same container with its tensor replaced."""
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, tuple | list):
+        return type(output)((value, *output[1:]))
+    key = "sample" if "sample" in output else next(iter(output))
+    output[key] = value
+    return output
+
+
+def template_of(output: Any) -> Any:
+    """How a module returns its tensors: None for a bare one, tuple or list where they are all it holds, else
+    the leaves and their tree."""
+    if isinstance(output, Tensor):
+        return None
+    if type(output) in (tuple, list) and all(isinstance(v, Tensor) for v in output):
+        return type(output)
+    leaves, spec = tree_flatten(output)
+    return [Tensor if isinstance(v, Tensor) else v for v in leaves], spec
+
+
+def tensors(template: Any, output: Any) -> Any:
+    """The tensors of what a module has returned, in order."""
+    if template is None:
+        return (output,)
+    if type(output) is template:
+        return output
+    return [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
+
+
+def rebuilt(template: Any, values: list[Tensor]) -> Any:
+    """These tensors as a module returns them."""
+    if template is None:
+        return values[0]
+    if template is tuple:
+        return tuple(values)
+    if template is list:
+        return values
+    leaves, spec = template
+    found = iter(values)
+    return tree_unflatten([next(found) if leaf is Tensor else leaf for leaf in leaves], spec)
+
+
+@dataclass
+class Form:
+    """How a block's return is built: a bare tensor, or a container with the streams at these places."""
+
+    kind: type | None = None  # None: bare tensor
+    length: int = 0
+    hidden: int | None = None
+    encoder: int | None = None
+
+    def build(self, hidden: Any, encoder: Any, extra: dict[int, Any]) -> Any:
+        if self.kind is None:
+            return hidden
+        values: list[Any] = [None] * self.length
+        for i, value in extra.items():
+            values[i] = value
+        values[self.hidden or 0] = hidden
+        if self.encoder is not None:
+            values[self.encoder] = encoder
+        return tuple(values) if self.kind is tuple else values

@@ -1,0 +1,1 @@
+"""Skipping the stack of blocks: its residual is predicted instead of running the blocks."""

@@ -1,0 +1,89 @@
+"""fastcache.calibrate: runs with every step computed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..calibration.calibration import Calibration
+from ..calibration.collect import collect
+from ..calibration.fields import MAX_STEPS
+from ..checks import whole
+from ..configs import MagCacheConfig
+from ..models.adapter import BlockAdapter
+from .first_block import watch_first_blocks
+
+if TYPE_CHECKING:
+    from ..cache import Cache
+
+
+def calibrate(
+    run: Callable[..., Any] | Sequence[Callable[..., Any]],
+    target: Any,
+    *,
+    num_inference_steps: int | None = None,
+    contexts: Sequence[str] | None = None,
+    model: str | None = None,
+    scheduler: str | None = None,
+    source: str = "",
+    adapter: BlockAdapter | None = None,
+    backend: str = "auto",
+    progress: bool = False,
+) -> Calibration:
+    """Measure a model or pipeline while `run` generates with it, every step computed.
+
+    run: a callable that performs one generation, called without arguments, or with the cache where
+    it takes a required argument or one named `cache` (a hand-written loop opens `cache.context`);
+    several callables, one per prompt or seed, are averaged. num_inference_steps: denoiser calls
+    expected per context, checked. contexts: names to keep, all by default. model, scheduler and
+    source: names to record. progress: show a progress line.
+    Raises CalibrationError, a ValueError, where nothing usable was measured. The model is as before
+    afterwards, also after an error.
+    """
+    from ..cache import enable
+    from ..runtime.compiling import eagerly
+
+    jobs = [run] if callable(run) else list(run) if isinstance(run, Sequence) else []
+    if not jobs or not all(map(callable, jobs)):
+        raise TypeError(
+            f"calibrate: run is {type(run).__name__}, must be a callable that performs one "
+            "generation, or several"
+        )
+    expected = num_inference_steps
+    if expected is not None:
+        whole("calibrate", "num_inference_steps", expected, 1, MAX_STEPS)
+    cache = enable(target, MagCacheConfig(calibrate=True), adapter=adapter, backend=backend)
+    total = None if expected is None else expected * len(jobs)
+    with cache, watch_first_blocks(cache) as watched, torch.no_grad(), eagerly(True):
+        with cache.progress(total, desc="calibrate") if progress else nullcontext():
+            for job in jobs:
+                generate_with(job, cache)
+                cache.reset()
+    names = {
+        "model": model or cache.model_names,
+        "scheduler": scheduler or type(getattr(target, "scheduler", None)).__name__,
+    }
+    if names["scheduler"] == "NoneType":
+        names["scheduler"] = ""
+    return collect(cache.measured(), watched, contexts, expected, source=source, **names)
+
+
+def generate_with(job: Callable, cache: Cache) -> None:
+    """Call a run in the way it wants to be called."""
+    try:
+        parameters = inspect.signature(job).parameters
+    except (TypeError, ValueError):
+        parameters = {}  # type: ignore[assignment]
+    if "cache" in parameters and parameters["cache"].kind is not inspect.Parameter.POSITIONAL_ONLY:
+        job(cache=cache)
+    elif any(
+        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        for p in parameters.values()
+    ):
+        job(cache)
+    else:
+        job()

@@ -1,0 +1,107 @@
+"""What a cache will take, from the shapes of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.adapter import ENCODER
+from ..models.table import BLOCKS
+from ..predictors import Guided
+from ..recipe import Rule
+from ..runtime.denoiser import Denoiser
+from ..targets.guidance import GuidanceTarget
+from ..targets.modules import ModulesTarget
+from ..targets.stack.target import StackTarget
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of the hidden states that a model will be run with.
+
+    tokens, text_tokens: length of the image and the text sequence. width: features of a token; None
+    reads it off the first block. contexts: branches with a history of their own, 2 for guidance.
+    """
+
+    tokens: int = 4096
+    text_tokens: int = 512
+    width: int | None = None
+    batch: int = 1
+    dtype: str = "bfloat16"
+    contexts: int = 1
+
+    @property
+    def itemsize(self) -> int:
+        return getattr(torch, self.dtype).itemsize
+
+
+def stream_width(denoiser: Denoiser) -> int:
+    """Features of a token: the commonest input width of the linear layers."""
+    widths = Counter(m.in_features for m in denoiser.model.modules() if isinstance(m, nn.Linear))
+    return widths.most_common(1)[0][0] if widths else 1
+
+
+def weight_bytes(denoiser: Denoiser, rule: Rule, target: Any, shapes: Shapes) -> int:
+    """Bytes that one rule holds for one context, in eager: graphs in two parts keep the first block's output too."""
+    if isinstance(target, StackTarget):
+        return _stack_bytes(denoiser, rule, target, shapes)
+    if isinstance(target, ModulesTarget):
+        dtype = getattr(rule.what, "dtype", None)
+        itemsize = dtype.itemsize if dtype is not None else shapes.itemsize
+        elements = sum(
+            _elements(node.module, shapes, _joined(denoiser.model, node.name))
+            for node in target.nodes
+        )
+        return rule.what.depth * elements * itemsize
+    assert isinstance(target, GuidanceTarget)
+    output = next((m for n, m in denoiser.model.named_children() if n == "proj_out"), None)
+    channels = getattr(output, "out_features", 0) or shapes.width or 1
+    return 2 * 4 * shapes.batch // 2 * shapes.tokens * channels
+
+
+def _stack_bytes(denoiser: Denoiser, rule: Rule, target: StackTarget, shapes: Shapes) -> int:
+    row = shapes.batch * (shapes.width or 1) * shapes.itemsize
+    image, text = row * shapes.tokens, row * shapes.text_tokens
+    last = target.gates[-1].last_io
+    returned = last.returns is not None and ENCODER in last.returns
+    texted = target.encoder_read is not False and last.encoder_at is not None and returned
+    held = rule.what.depth * (image + texted * text)
+    if target.signal == "change":  # the first block's residual
+        held += image
+    if isinstance(rule.what, Guided):  # its history, its weights, and the running step's guide
+        depth, thinned = rule.what.depth, -(-shapes.tokens // rule.what.tokens)
+        held += depth * row * thinned + 4 * (depth + 1 + 1 + rule.what.order)
+    return held
+
+
+def _elements(module: nn.Module, shapes: Shapes, joined: bool) -> int:
+    """Elements of what a module returns."""
+    width = _out_features(module) or shapes.width or 1
+    tokens = shapes.tokens + joined * shapes.text_tokens
+    return shapes.batch * tokens * width
+
+
+def _joined(model: nn.Module, name: str) -> bool:
+    """Whether a module returns the text stream too: by itself, or since its block does."""
+    module = model.get_submodule(name)
+    if isinstance(module, nn.Linear):
+        return False
+    if getattr(module, "to_add_out", None) is not None:
+        return True
+    parents = name.split(".")
+    blocks = [model.get_submodule(".".join(parents[:i])) for i in range(1, len(parents) + 1)]
+    rows = [BLOCKS[c.__name__] for b in blocks for c in type(b).__mro__ if c.__name__ in BLOCKS]
+    return any(ENCODER in (row.returns or ()) for row in rows)
+
+
+def _out_features(module: nn.Module) -> int | None:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    out = getattr(module, "to_out", None)
+    if isinstance(out, nn.ModuleList | nn.Sequential):
+        out = next((m for m in out if isinstance(m, nn.Linear)), None)
+    return getattr(out, "out_features", None)

@@ -1,0 +1,90 @@
+"""Registers, spills and shared memory, read from compiled kernels."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the machine code of a kernel contains; loads and stores are those of 16 bytes."""
+
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    loads: int = 0
+    stores: int = 0
+    atomics: int = 0
+    fused: int = 0
+
+
+def tools_needed(ttgir: str, op: str, threads: int) -> int:
+    """16-byte accesses per thread that the unmasked tensor accesses of a kernel take.
+
+    Masked ones count where all are masked (kernels on rows).
+    """
+    pattern = rf"tt\.{op} ([^:]*?) (?:\{{[^}}]*\}} )?: tensor<([0-9x]+)x!tt\.ptr<\w*?(\d+)\w*>"
+    operands = 1 if op == "load" else 2
+    found = re.findall(pattern, ttgir)
+    plain = [row for row in found if len(row[0].split(",")) == operands] or found
+    sizes = [math.prod(map(int, shape.split("x"))) * int(bits) // 8 for _, shape, bits in plain]
+    return sum(math.ceil(size / (threads * 16)) for size in sizes if size >= threads * 4)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if not found:
+        raise ValueError(f"the disassembler's report has no {pattern}")
+    return int(found[1])
+
+
+@cache
+def _nvidia(binary: bytes) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+
+        def ask(tool: str, *flags: str) -> str:
+            command = [str(TOOLS / tool), *flags, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, code = ask("cuobjdump", "--dump-resource-usage"), ask("nvdisasm", "-c", "-ndf")
+    return Code(
+        registers=_number(r"REG:(\d+)", usage),
+        stack=_number(r"STACK:(\d+)", usage),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        loads=len(re.findall(r"\bLDG\S*\.128\b", code)),
+        stores=len(re.findall(r"\bSTG\S*\.128\b", code)),
+        atomics=len(re.findall(r"\b(?:REDG?|ATOM[GS]?)\b", code)),
+        fused=len(re.findall(r"\bFFMA2?\b", code)),
+    )
+
+
+def _amd(code: str) -> Code:
+    return Code(
+        registers=_number(r"\.vgpr_count:\s*(\d+)", code),
+        stack=_number(r"\.private_segment_fixed_size:\s*(\d+)", code),
+        spills=_number(r"\.vgpr_spill_count:\s*(\d+)", code)
+        + _number(r"\.sgpr_spill_count:\s*(\d+)", code),
+        loads=len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
+        stores=len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", code)),
+        atomics=len(re.findall(r"\b(?:global|buffer|flat)_atomic", code)),
+        fused=len(re.findall(r"\bv_(?:pk_)?fma\w*_f32\b", code)),
+    )
+
+
+def code_of(kernel: triton.compiler.CompiledKernel) -> Code:
+    """The machine code of a kernel, counted."""
+    if "cubin" in kernel.asm:
+        return _nvidia(kernel.asm["cubin"])
+    return _amd(kernel.asm["amdgcn"])
