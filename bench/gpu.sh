@@ -83,7 +83,7 @@ fi
 cp -r "$repo/tests" "$repo/bench" "$scratch/work/"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 cd "$scratch/work" || exit 1
-"$python" -m fastcache.info | tee "$out/gpu-info-$gpu.txt"
+"$python" -m fastcache info | tee "$out/gpu-info-$gpu.txt"
 has_diffusers=$("$python" -c 'import importlib.util as u; print(int(bool(u.find_spec("diffusers"))))')
 [ "$has_diffusers" = 1 ] || echo "diffusers is not installed: full-size FLUX is left out"
 

@@ -1,5 +1,5 @@
 // Weights of cached values, read off the guides: sums over all elements, then a system of one or
-// two unknowns. fastcache/reference.py is the specification.
+// two unknowns. fastcache/ops/reference.py is the specification.
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,7 @@
 // The operators fastcache_C::* for CPU tensors, on torch's stable ABI: argument checks, layout,
 // threads.
 //
-// Outputs come first and are allocated by the caller. fastcache/native.py holds the Python side and
+// Outputs come first and are allocated by the caller. fastcache/ops/backends/cpp.py holds the Python side and
 // sends empty tensors elsewhere.
 #include <torch/csrc/stable/ops.h>
 

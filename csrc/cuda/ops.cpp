@@ -1,5 +1,5 @@
 // The operators fastcache_cuda::* on torch's stable ABI. The only file here that knows torch, and
-// it knows no CUDA header; the workspace of the reductions comes from fastcache/native_cuda.py.
+// it knows no CUDA header; the workspace of the reductions comes from fastcache/ops/backends/cuda.py.
 //
 // Compiled without a GPU; nothing here has run on one yet.
 #include <torch/csrc/stable/accelerator.h>
