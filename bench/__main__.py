@@ -13,7 +13,7 @@ NAMES = {
     "graphs": "torch.compile: graphs, breaks, recompiles",
     "guards": "what warm-up, last step and cap are worth on the trained model",
     "soak": "memory of a long run with requests coming and going",
-    "report": "render bench/results into docs/benchmarks.md and one HTML page",
+    "report": "render bench/results: tables of README and docs, one HTML page",
 }
 
 
