@@ -146,6 +146,20 @@ def test_a_compiler_error_is_a_refusal(tmp_path: Path) -> None:
     assert "no_such_function" in result.stdout
 
 
+def test_every_report_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that reads single numbers is compiled for several cases: a spill in any is a fault."""
+    from fastcache.triton_kernels import aot
+
+    def inspect(case: str, arch: int, dtype: str) -> list[aot.Report]:
+        spills = int((case, dtype) == ("guided solve 2", "fp32"))
+        return [aot.Report(case, aot.SCALAR[0], arch, dtype, aot.Code(spills=spills))]
+
+    monkeypatch.setattr(aot, "inspect", inspect)
+    found = aot.check((90,), ("bf16", "fp32"), "guided solve", workers=1)
+    assert [r.case for r in found if r.faults()] == ["guided solve 2"]
+    assert len(found) == 4
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
