@@ -276,6 +276,9 @@ def taylor_with_stored_bf16_and_no_gap(lab: Lab) -> None:
         lab.same(got, want)
 
 
+# The argument that takes the result of a reduction.
+RESULT = {"residual_l1": "sums", "residual_magnitude": "mean"}
+
 # --- reductions ----------------------------------------------------------------------------------
 
 
@@ -342,6 +345,37 @@ def programs_stride_over_many_blocks(lab: Lab) -> None:
             close(got, guided_sums(y, [x, prev, other], per_sample), 1e-12)
     finally:
         reduction.PROGRAMS = whole
+
+
+@case()
+def reductions_leave_their_counters_at_zero(lab: Lab) -> None:
+    from fastcache.triton_kernels.counters import RESULTS, counters
+
+    # as many samples as a stream has counters, and more
+    for samples in (3, RESULTS, RESULTS + 1):
+        placed = [lab.place(lab.draw(samples, 5, 40)) for _ in range(4)]
+        for per_sample in (False, True):
+            lab.kernels.residual_l1(*placed[:3], per_sample=per_sample)
+            lab.kernels.residual_magnitude(*placed[:3], per_sample=per_sample)
+            lab.kernels.guided_sums(placed[0], placed[1:], per_sample)
+            assert not counters(placed[0], RESULTS).any()
+
+
+@case(per_sample=(False, True))
+def results_go_where_they_are_wanted(lab: Lab, per_sample: bool) -> None:
+    tensors = [lab.draw(2, 47, 100) for _ in range(3)]
+    placed = [lab.place(t) for t in tensors]
+    for name, width in (("residual_l1", 2), ("residual_magnitude", 1)):
+        want = getattr(reference, name)(*tensors, per_sample=per_sample)
+        kernel = getattr(lab.kernels, name)
+        got = lab.blank(*want.shape)
+        assert kernel(*placed, None, per_sample=per_sample, **{RESULT[name]: got}) is got
+        assert got.shape[-1] == width
+        close(got, want, 2e-6)
+        nothing = [t[:, :0] for t in placed]
+        kernel(*nothing, None, per_sample=per_sample, **{RESULT[name]: got})
+        host = [t[:, :0] for t in tensors]
+        close(got, getattr(reference, name)(*host, per_sample=per_sample), 0)
 
 
 @case()

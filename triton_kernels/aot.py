@@ -4,9 +4,9 @@
 
 The launchers themselves are called, on meta tensors of model size, while a stand-in for Triton's
 driver names the target: what is compiled is what a GPU would run, down to types, alignment, block
-sizes and options. The gate fails on an error, any spill or stack, more than 128 registers, an
-atomic, fewer 16-byte accesses than the tensors need, and a fused multiply-add where results must
-equal the eager chain. Nothing is run.
+sizes and options. The gate fails on an error, any spill or stack, more than 128 registers, a float
+added atomically, any atomic but the count of arrived programs, fewer 16-byte accesses than the
+tensors need, and a fused multiply-add where results must equal the eager chain. Nothing is run.
 
 Known: for sm_100, triton 3.6 fuses although it is told not to (FFMA2, 16 to 24 of them in
 `_quantized_combine_kernel`). The gate then refuses; 3.7 does as it is told.
@@ -58,8 +58,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 MAX_REGISTERS = 128
 
 
-# Kernels that read only partial sums or single numbers.
-SCALAR = ("_sum_partials_kernel", "_guided_solve_kernel")
+# Kernels that read only single numbers.
+SCALAR = ("_guided_solve_kernel",)
+
+
+# Kernels whose programs count themselves when they have written their partial sums.
+COUNTING = ("_residual_l1_kernel", "_residual_magnitude_kernel", "_guided_sums_kernel")
 
 
 # Kernels whose float32 results equal a chain of separate products and sums.
@@ -88,7 +92,9 @@ class Report:
             f"{code.spills} spills": code.spills > 0,
             f"{code.stack} bytes of stack": code.stack > 0,
             f"{code.registers} registers, {MAX_REGISTERS} allowed": code.registers > MAX_REGISTERS,
-            f"{code.atomics} atomics": code.atomics > 0,
+            f"{code.atomics} atomics on floats": code.atomics > 0,
+            f"{code.counts} atomic counts": code.counts != (self.kernel in COUNTING),
+            "a count without a fence": code.counts > code.fences,
             f"{code.loads} of {self.loads} 16-byte loads": code.loads < self.loads,
             f"{code.stores} of {self.stores} 16-byte stores": code.stores < self.stores,
             f"{code.fused} fused multiply-adds": code.fused > 0 and self.kernel in UNFUSED,

@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import WARPS, cdiv, on_device, row_tile, widest
-from .reduction import program_count, sum_partials
+from . import reduction
+from .counters import counters
+from .geometry import WARPS, cdiv, row_tile, widest
+from .launcher import Launcher, Plan
+from .reduction import add_up, program_count
 
 # Elements per tile. With the number of programs it defines the bits of the sums.
 TILE = 2048
@@ -41,7 +44,9 @@ def _dot(b_a, b_b, LANES: tl.constexpr, FOLD: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "programs", "count"])
 def _guided_sums_kernel(
     p_guides,
+    p_sums,
     p_part,
+    p_counter,
     s_guides,
     r_guides,
     rows,
@@ -52,6 +57,7 @@ def _guided_sums_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     FOLD: tl.constexpr,
+    PARTIALS: tl.constexpr,
 ):
     LANES: tl.constexpr = ROWS * COLS // FOLD
     i_g = tl.program_id(0)
@@ -80,7 +86,9 @@ def _guided_sums_kernel(
                 b_12 += _dot(b_d1, b_d2, LANES, FOLD)
                 b_22 += _dot(b_d2, b_d2, LANES, FOLD)
                 b_2q += _dot(b_d2, b_q, LANES, FOLD)
-    p_part += (i_g // count).to(tl.int64) * (3 * K * count) + i_g % count
+    i_r = (i_g // count).to(tl.int64)  # which result
+    p_all = p_part + i_r * (3 * K * count)
+    p_part = p_all + i_g % count
     tl.store(p_part, tl.sum(b_11, axis=0))
     if K == 2:
         tl.store(p_part + count, tl.sum(b_12, axis=0))
@@ -88,6 +96,7 @@ def _guided_sums_kernel(
         tl.store(p_part + 4 * count, tl.sum(b_2q, axis=0))
     tl.store(p_part + (2 * K - 1) * count, tl.sum(b_1q, axis=0))
     tl.store(p_part + (3 * K - 1) * count, tl.sum(b_qq, axis=0))
+    add_up(p_sums + 3 * K * i_r, p_all, p_counter + i_r, count, 1.0, 3 * K, 4 * K, PARTIALS)
 
 
 @triton.jit
@@ -139,18 +148,8 @@ def _guided_solve_kernel(
     tl.store(p_misfit + i_s, tl.sqrt(square / qq).to(tl.float32))
 
 
-def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = False) -> Tensor:
-    """float64 [S, M]: the entries of D D^T, of D q, and q.q, in one pass over K + 2 tensors.
-
-    guide, guides[0..K]: one shape, K = 1 or 2; contiguous, or [B, T, C] with dense rows at any
-    distance (a token range, or every k-th token). S is 1, or B per sample. M = 3 for K = 1: D1.D1,
-    D1.q, q.q; M = 6 for K = 2: D1.D1, D1.D2, D2.D2, D1.q, D2.q, q.q.
-    """
-    order = len(guides) - 1
-    tensors = [guide, *guides]
-    sums = guide.shape[0] if per_sample else 1
-    if not guide.numel():
-        return torch.zeros((sums, 3 * order), dtype=torch.float64, device=guide.device)
+def _sums_plan(tensors: Sequence[Tensor], per_sample: bool) -> Plan:
+    guide = tensors[0]
     width = guide.shape[-1]
     if per_sample or not all(t.is_contiguous() for t in tensors):
         groups, rows = guide.shape[0], guide[0].numel() // width
@@ -159,29 +158,40 @@ def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = Fals
     else:
         groups, rows = 1, guide.numel() // width
         s_guides, r_guides = (0,) * len(tensors), (width,) * len(tensors)
-    rows_tile, cols_tile = row_tile(width, TILE)
-    each = program_count(cdiv(rows, rows_tile))
-    count = each if per_sample else groups * each
-    with on_device(guide):
-        out = torch.empty((sums, 3 * order), dtype=torch.float64, device=guide.device)
-        part = torch.empty((out.numel(), count), dtype=torch.float64, device=guide.device)
-        _guided_sums_kernel[(groups * each,)](
-            tuple(tensors),
-            part,
-            s_guides,
-            r_guides,
-            rows,
-            width,
-            each,
-            count,
-            K=order,
-            ROWS=rows_tile,
-            COLS=cols_tile,
-            FOLD=16 // widest(tensors),
-            num_warps=WARPS,
-        )
-        sum_partials(out, part)
-    return out
+    tile = row_tile(width, TILE)
+    each = program_count(cdiv(rows, tile[0]))
+    results, count = (groups, each) if per_sample else (1, groups * each)
+    order, fold = len(tensors) - 2, 16 // widest(tensors)
+    constants = (order, *tile, fold, reduction.PROGRAMS // 4)  # a row of 4 * K needs room
+    numbers = (s_guides, r_guides, rows, width, each, count, *constants)
+    return Plan(groups * each, numbers, results, 3 * order * results * count)
+
+
+def _solve_plan(tensors: Sequence[Tensor], base: bool) -> Plan:
+    sums, prior = tensors
+    return Plan(sums.shape[0], (prior.numel(), int(base)))
+
+
+_sums = Launcher(_guided_sums_kernel, _sums_plan, num_warps=WARPS)
+_solve = Launcher(_guided_solve_kernel, _solve_plan, num_warps=1)
+
+
+def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = False) -> Tensor:
+    """float64 [S, M]: the entries of D D^T, of D q, and q.q, in one pass over K + 2 tensors.
+
+    guide, guides[0..K]: one shape, K = 1 or 2; contiguous, or [B, T, C] with dense rows at any
+    distance (a token range, or every k-th token). S is 1, or B per sample. M = 3 for K = 1: D1.D1,
+    D1.q, q.q; M = 6 for K = 2: D1.D1, D1.D2, D2.D2, D1.q, D2.q, q.q.
+    """
+    shape = (guide.shape[0] if per_sample else 1, 3 * (len(guides) - 1))
+    sums = guide.new_empty(shape, dtype=torch.float64)
+    if not guide.numel():
+        return sums.zero_()
+    tensors = (guide, *guides)
+    plan = _sums.plan(tensors, per_sample)
+    part = guide.new_empty(plan.partials, dtype=torch.float64)
+    _sums.launch(plan, tensors, sums, part, counters(guide, plan.results))
+    return sums
 
 
 def guided_solve(
@@ -194,14 +204,9 @@ def guided_solve(
     to the cached residuals R_1, R_2, ..: 1 + w_1, w_2 - w_1, .., -w_K; with `base` a 1.0 precedes
     them. The misfit is NaN where a guide is not finite or neither it nor its history moved.
     """
-    order = prior.numel()
-    with on_device(sums):
-        weights = torch.empty(
-            (sums.shape[0], base + order + 1), dtype=torch.float32, device=sums.device
-        )
-        misfit = torch.empty(sums.shape[0], dtype=torch.float32, device=sums.device)
-        if sums.shape[0]:
-            _guided_solve_kernel[(sums.shape[0],)](
-                weights, misfit, sums, prior, float(ridge), K=order, BASE=int(base), num_warps=1
-            )
+    samples, terms = sums.shape[0], base + prior.numel() + 1
+    weights = sums.new_empty((samples, terms), dtype=torch.float32)
+    misfit = sums.new_empty(samples, dtype=torch.float32)
+    if samples:
+        _solve.launch(_solve.plan((sums, prior), base), weights, misfit, sums, prior, float(ridge))
     return weights, misfit

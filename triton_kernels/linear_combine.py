@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import WARPS, Table, cdiv, on_device, pick, samples, widest
+from .geometry import WARPS, Table, cdiv, pick, samples, widest
+from .launcher import Launcher, Plan
 
 # Elements per program, by bytes times terms. Starting points, not yet tuned on a GPU.
 BLOCKS: Table[int] = ((6, 4096), (16, 2048), (None, 1024))
@@ -59,6 +60,18 @@ def _combine_kernel(
         )
 
 
+def _plan(tensors: Sequence[Tensor | None]) -> Plan:
+    out, copy, weights, *terms = tensors
+    count, n, (s_out, s_copy, *s_terms) = samples([out, copy, *terms])
+    block = pick(BLOCKS, widest([t for t in (out, *terms) if t is not None]) * len(terms))
+    blocks = cdiv(n, block)
+    numbers = (s_out, s_copy, tuple(s_terms), n, blocks, weights is not None, block)
+    return Plan(count * blocks, numbers)
+
+
+_launcher = Launcher(_combine_kernel, _plan, num_warps=WARPS, enable_fp_fusion=False)
+
+
 def _combine(
     out: Tensor,
     terms: Sequence[Tensor],
@@ -67,26 +80,12 @@ def _combine(
 ) -> None:
     if not out.numel():
         return
-    count, n, (s_out, s_copy, *s_terms) = samples([out, copy, *terms])
-    block = pick(BLOCKS, widest([out, *terms]) * len(terms))
-    blocks = cdiv(n, block)
-    on_host = not isinstance(weights, Tensor)
-    with on_device(out):
-        _combine_kernel[(count * blocks,)](
-            out,
-            copy,
-            tuple(terms),
-            tuple(float(w) for w in weights) if on_host else weights,
-            s_out,
-            s_copy,
-            tuple(s_terms),
-            n,
-            blocks,
-            ON_DEVICE=not on_host,
-            BLOCK=block,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
+    if isinstance(weights, Tensor):
+        plan = _launcher.plan((out, copy, weights, *terms))
+        _launcher.launch(plan, out, copy, tuple(terms), weights)
+    else:
+        plan = _launcher.plan((out, copy, None, *terms))
+        _launcher.launch(plan, out, copy, tuple(terms), tuple(map(float, weights)))
 
 
 def linear_combine(

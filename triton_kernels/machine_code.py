@@ -17,7 +17,10 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Code:
-    """What the machine code of a kernel contains; loads and stores are those of 16 bytes."""
+    """What the machine code of a kernel contains; loads and stores are those of 16 bytes.
+
+    atomics: on floats; counts: on integers; fences: that make writes visible to the whole GPU.
+    """
 
     registers: int = 0
     stack: int = 0
@@ -25,6 +28,8 @@ class Code:
     loads: int = 0
     stores: int = 0
     atomics: int = 0
+    counts: int = 0
+    fences: int = 0
     fused: int = 0
 
 
@@ -35,10 +40,14 @@ def tools_needed(ttgir: str, op: str, threads: int) -> int:
     """
     pattern = rf"tt\.{op} ([^:]*?) (?:\{{[^}}]*\}} )?: tensor<([0-9x]+)x!tt\.ptr<\w*?(\d+)\w*>"
     operands = 1 if op == "load" else 2
-    found = re.findall(pattern, ttgir)
-    plain = [row for row in found if len(row[0].split(",")) == operands] or found
-    sizes = [math.prod(map(int, shape.split("x"))) * int(bits) // 8 for _, shape, bits in plain]
-    return sum(math.ceil(size / (threads * 16)) for size in sizes if size >= threads * 4)
+    sizes = []
+    for arguments, shape, bits in re.findall(pattern, ttgir):
+        size = math.prod(map(int, shape.split("x"))) * int(bits) // 8
+        # partial sums of other programs are read past the first cache, few and narrow
+        if size >= threads * 4 and "cacheModifier" not in arguments:
+            sizes.append((len(arguments.split(",")) == operands, size))
+    plain = [size for unmasked, size in sizes if unmasked] or [size for _, size in sizes]
+    return sum(math.ceil(size / (threads * 16)) for size in plain)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -46,6 +55,9 @@ def _number(pattern: str, text: str) -> int:
     if not found:
         raise ValueError(f"the disassembler's report has no {pattern}")
     return int(found[1])
+
+
+ATOMIC = r"\b(?:REDG?|ATOM[GS]?)\b"
 
 
 @cache
@@ -65,7 +77,9 @@ def _nvidia(binary: bytes) -> Code:
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         loads=len(re.findall(r"\bLDG\S*\.128\b", code)),
         stores=len(re.findall(r"\bSTG\S*\.128\b", code)),
-        atomics=len(re.findall(r"\b(?:REDG?|ATOM[GS]?)\b", code)),
+        atomics=len(re.findall(rf"{ATOMIC}\S*\.[BH]?F\d+", code)),
+        counts=len(re.findall(rf"{ATOMIC}(?!\S*\.[BH]?F\d)", code)),
+        fences=len(re.findall(r"\bMEMBAR\.\w+\.GPU\b", code)),
         fused=len(re.findall(r"\bFFMA2?\b", code)),
     )
 
@@ -78,7 +92,9 @@ def _amd(code: str) -> Code:
         + _number(r"\.sgpr_spill_count:\s*(\d+)", code),
         loads=len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
         stores=len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", code)),
-        atomics=len(re.findall(r"\b(?:global|buffer|flat)_atomic", code)),
+        atomics=len(re.findall(r"\b(?:global|buffer|flat)_atomic_\w*f\d+\b", code)),
+        counts=len(re.findall(r"\b(?:global|buffer|flat)_atomic_(?!\w*f\d+\b)", code)),
+        fences=len(re.findall(r"\bbuffer_wbl2\b", code)),
         fused=len(re.findall(r"\bv_(?:pk_)?fma\w*_f32\b", code)),
     )
 

@@ -7,13 +7,15 @@ capability 8.9 and later), integer arithmetic elsewhere; both round to the neare
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import triton
 import triton.language as tl
 from torch import Tensor, uint8
 from triton.language.target_info import cuda_capability_geq
 
-from .launch import WARPS, Table, cdiv, on_device, pick, row_tile, samples
+from .geometry import WARPS, Table, cdiv, pick, row_tile, samples
+from .launcher import Launcher, Plan
 
 # The largest e4m3 value. A row whose largest magnitude is below TINY is stored as zeros with scale
 # 1: its own scale would not be a normal float32.
@@ -162,8 +164,38 @@ def _quantized_combine_kernel(
         tl.store(p_out + i_s * s_out + o_n, b_out.to(p_out.dtype.element_ty), mask=m_n)
 
 
-def _scale_strides(scales: Sequence[Tensor], count: int) -> tuple[int, ...]:
-    return tuple(s.stride(0) if count > 1 else 0 for s in scales)
+def _store_plan(tensors: Sequence[Tensor | None]) -> Plan:
+    q, scale, y, x = tensors
+    count, n, (s_q, s_y, s_x) = samples([q, y, x])
+    width = cast(Tensor, y).shape[-1]
+    rows = n // width
+    tile = pick(STORE_TILES, width)
+    tiles = cdiv(rows, tile[0])
+    (s_scale,) = _scale_strides([scale], count)
+    numbers = (s_q, s_scale, s_y, s_x, rows, width, tiles, *tile, width <= tile[1])
+    return Plan(count * tiles, numbers)
+
+
+def _combine_plan(tensors: Sequence[Tensor | None], terms: int) -> Plan:
+    out, base, weights, *rest = tensors
+    qs, scales = rest[:terms], rest[terms:]
+    count, n, (s_out, s_base, *s_qs) = samples([out, base, *qs])
+    width = cast(Tensor, out).shape[-1]
+    rows = n // width
+    tile = row_tile(width, TILE)
+    tiles = cdiv(rows, tile[0])
+    strides = (s_out, s_base, tuple(s_qs), _scale_strides(scales, count))
+    return Plan(count * tiles, (*strides, rows, width, tiles, weights is not None, *tile))
+
+
+def _scale_strides(scales: Sequence[Tensor | None], count: int) -> tuple[int, ...]:
+    return tuple(cast(Tensor, s).stride(0) if count > 1 else 0 for s in scales)
+
+
+_store = Launcher(_quantize_store_kernel, _store_plan, num_warps=WARPS)
+_combine = Launcher(
+    _quantized_combine_kernel, _combine_plan, num_warps=WARPS, enable_fp_fusion=False
+)
 
 
 def quantize_store(q: Tensor, scale: Tensor, y: Tensor, x: Tensor | None = None) -> None:
@@ -175,29 +207,7 @@ def quantize_store(q: Tensor, scale: Tensor, y: Tensor, x: Tensor | None = None)
     if not y.numel():
         scale.fill_(1.0)
         return
-    count, n, (s_q, s_y, s_x) = samples([q, y, x])
-    width = y.shape[-1]
-    rows = n // width
-    rows_tile, cols_tile = pick(STORE_TILES, width)
-    tiles = cdiv(rows, rows_tile)
-    with on_device(y):
-        _quantize_store_kernel[(count * tiles,)](
-            q.view(uint8),
-            scale,
-            y,
-            x,
-            s_q,
-            *_scale_strides([scale], count),
-            s_y,
-            s_x,
-            rows,
-            width,
-            tiles,
-            ROWS=rows_tile,
-            COLS=cols_tile,
-            ONE_TILE=width <= cols_tile,
-            num_warps=WARPS,
-        )
+    _store.launch(_store.plan((q, scale, y, x)), q.view(uint8), scale, y, x)
 
 
 def quantized_combine(
@@ -213,29 +223,10 @@ def quantized_combine(
     """
     if not out.numel():
         return
-    count, n, (s_out, s_base, *s_qs) = samples([out, base, *qs])
-    width = out.shape[-1]
-    rows = n // width
-    rows_tile, cols_tile = row_tile(width, TILE)
-    tiles = cdiv(rows, rows_tile)
-    on_host = not isinstance(weights, Tensor)
-    with on_device(out):
-        _quantized_combine_kernel[(count * tiles,)](
-            out,
-            base,
-            tuple(q.view(uint8) for q in qs),
-            tuple(scales),
-            tuple(float(w) for w in weights) if on_host else weights,
-            s_out,
-            s_base,
-            tuple(s_qs),
-            _scale_strides(scales, count),
-            rows,
-            width,
-            tiles,
-            ON_DEVICE=not on_host,
-            ROWS=rows_tile,
-            COLS=cols_tile,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
+    stored = tuple([q.view(uint8) for q in qs])
+    if isinstance(weights, Tensor):
+        plan = _combine.plan((out, base, weights, *qs, *scales), len(qs))
+        _combine.launch(plan, out, base, stored, tuple(scales), weights)
+    else:
+        plan = _combine.plan((out, base, None, *qs, *scales), len(qs))
+        _combine.launch(plan, out, base, stored, tuple(scales), tuple(map(float, weights)))

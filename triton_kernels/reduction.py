@@ -1,14 +1,18 @@
-"""The second stage of every reduction: the partial sums of all programs, added in fixed order.
+"""Sums over all programs of a launch, in fixed order, in that launch.
 
-Stage one runs P = min(ceil(n / block), PROGRAMS) programs per sample, which depends on the shape
-alone; each writes one partial per sum. No atomics: equal inputs give equal bits on every run.
+A reduction runs P = min(ceil(n / block), PROGRAMS) programs per sample, which depends on the shape
+alone. Each writes its partial sums and then counts itself; the last to arrive adds up the partials
+of all, by index. Which program that is does not matter: equal inputs give equal bits on every run
+and every GPU. No float is added atomically.
+
+The count is released and acquired at the scope of the GPU: what a program wrote before it counted
+itself, the last one reads. It then sets the counter back to zero.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # 512 programs of 256 threads are one wave on 132 multiprocessors at up to 64 registers a thread.
 PROGRAMS = 512
@@ -19,18 +23,24 @@ def program_count(items: int) -> int:
     return min(items, PROGRAMS)
 
 
-@triton.jit(do_not_specialize=["count"])
-def _sum_partials_kernel(p_out, p_part, scale, count, BLOCK: tl.constexpr):
-    i_v = tl.program_id(0).to(tl.int64)
-    b_sum = tl.zeros([BLOCK], p_part.dtype.element_ty)
-    for i in range(0, count, BLOCK):
-        o_p = i + tl.arange(0, BLOCK)  # [BLOCK]
-        b_sum += tl.load(p_part + i_v * count + o_p, mask=o_p < count, other=0.0)
-    tl.store(p_out + i_v, tl.sum(b_sum, axis=0) * scale)
+@triton.jit
+def add_up(
+    p_out, p_part, p_counter, count, scale, SUMS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr
+):
+    """p_out[i] <- scale * sum_p p_part[i, p], in the last of `count` programs that call this.
 
-
-def sum_partials(out: Tensor, part: Tensor, scale: float = 1.0) -> None:
-    """out[i] <- scale * sum_p part[i, p]; part: [out.numel(), programs], of the dtype of `out`."""
-    _sum_partials_kernel[(out.numel(),)](
-        out, part, scale, part.shape[-1], BLOCK=PROGRAMS, num_warps=4
-    )
+    p_part: [SUMS, count], written by these programs. ROWS: the power of 2 from SUMS on. P: that of
+    the partials added at a time.
+    """
+    tl.debug_barrier()  # the partials of all threads come before the count
+    if tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu") == count - 1:
+        o_s = tl.arange(0, ROWS)  # [ROWS]
+        b_sum = tl.zeros([ROWS, P], p_part.dtype.element_ty)
+        for i in range(0, count, P):
+            o_p = i + tl.arange(0, P)  # [P]
+            m_p = (o_s < SUMS)[:, None] & (o_p < count)[None, :]
+            p_p = p_part + o_s[:, None] * count + o_p[None, :]
+            # other programs wrote them: not from the first cache
+            b_sum += tl.load(p_p, mask=m_p, other=0.0, cache_modifier=".cg")
+        tl.store(p_out + o_s, tl.sum(b_sum, axis=1) * scale, mask=o_s < SUMS)
+        tl.store(p_counter, 0)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import WARPS, cdiv, on_device, samples, widest
-from .reduction import program_count, sum_partials
+from . import reduction
+from .counters import counters
+from .geometry import WARPS, cdiv, samples, widest
+from .launcher import Launcher, Plan
+from .reduction import add_up, program_count
 
 # BLOCK and the number of programs define the bits of the sums: neither depends on the GPU.
 BLOCK = 4096
@@ -39,7 +44,9 @@ def _residual_l1_kernel(
     p_x,
     p_prev,
     p_out,
+    p_sums,
     p_part,
+    p_counter,
     s_y,
     s_x,
     s_prev,
@@ -49,6 +56,7 @@ def _residual_l1_kernel(
     count,
     BLOCK: tl.constexpr,
     FOLD: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
     i_g = tl.program_id(0)
     i_s = (i_g // programs).to(tl.int64)
@@ -72,43 +80,44 @@ def _residual_l1_kernel(
         change, old = _l1_block(p_y, p_x, p_prev, p_out, o_n, o_n < n, BLOCK, FOLD)
         b_change += change
         b_old += old
-    p_part += (i_g // count).to(tl.int64) * (2 * count) + i_g % count
+    i_r = (i_g // count).to(tl.int64)  # which result
+    p_all = p_part + i_r * (2 * count)
+    p_part = p_all + i_g % count
     tl.store(p_part, tl.sum(b_change, axis=0))
     tl.store(p_part + count, tl.sum(b_old, axis=0))
+    add_up(p_sums + 2 * i_r, p_all, p_counter + i_r, count, 1.0, 2, 2, PROGRAMS)
+
+
+def _plan(tensors: Sequence[Tensor | None], per_sample: bool) -> Plan:
+    groups, n, strides = samples(tensors[:4], per_sample)
+    each = program_count(cdiv(n, BLOCK))
+    results, count = (groups, each) if per_sample else (1, groups * each)
+    fold = 16 // widest([t for t in tensors[:3] if t is not None])
+    numbers = (*strides, n, each, count, BLOCK, fold, reduction.PROGRAMS)
+    return Plan(groups * each, numbers, results, 2 * results * count)
+
+
+_launcher = Launcher(_residual_l1_kernel, _plan, num_warps=WARPS)
 
 
 def residual_l1(
-    y: Tensor, x: Tensor, prev: Tensor, out: Tensor | None = None, per_sample: bool = False
+    y: Tensor,
+    x: Tensor,
+    prev: Tensor,
+    out: Tensor | None = None,
+    per_sample: bool = False,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """float32 [2]: sum |r - prev| and sum |prev|; [B, 2] per sample. `out` receives r = y - x.
 
-    r is rounded to the dtype of `prev` first. Source: FirstBlockCache, diffusers 0.42.1.
+    r is rounded to the dtype of `prev` first. sums: where to put the result, contiguous.
+    Source: FirstBlockCache, diffusers 0.42.1.
     """
-    shape = (y.shape[0], 2) if per_sample else (2,)
+    if sums is None:
+        sums = y.new_empty((y.shape[0], 2) if per_sample else 2, dtype=torch.float32)
     if not y.numel():
-        return torch.zeros(shape, dtype=torch.float32, device=y.device)
-    groups, n, (s_y, s_x, s_prev, s_out) = samples([y, x, prev, out], per_sample)
-    each = program_count(cdiv(n, BLOCK))
-    count = each if per_sample else groups * each
-    with on_device(y):
-        sums = torch.empty(shape, dtype=torch.float32, device=y.device)
-        part = torch.empty((sums.numel(), count), dtype=torch.float32, device=y.device)
-        _residual_l1_kernel[(groups * each,)](
-            y,
-            x,
-            prev,
-            out,
-            part,
-            s_y,
-            s_x,
-            s_prev,
-            s_out,
-            n,
-            each,
-            count,
-            BLOCK=BLOCK,
-            FOLD=16 // widest([y, x, prev]),
-            num_warps=WARPS,
-        )
-        sum_partials(sums, part)
+        return sums.zero_()
+    plan = _launcher.plan((y, x, prev, out, sums), per_sample)
+    part = y.new_empty(plan.partials, dtype=torch.float32)
+    _launcher.launch(plan, y, x, prev, out, sums, part, counters(y, plan.results))
     return sums

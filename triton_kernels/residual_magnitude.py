@@ -5,13 +5,19 @@ Squares are summed in float32, so norms hold for values between about 1e-18 and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import WARPS, cdiv, on_device, row_tile, samples
-from .reduction import program_count, sum_partials
+from . import reduction
+from .counters import counters
+from .geometry import WARPS, cdiv, row_tile, samples
+from .launcher import Launcher, Plan
+from .reduction import add_up, program_count
 
 # Elements per tile. With the number of programs it defines the bits of the result.
 TILE = 2048
@@ -23,18 +29,22 @@ def _residual_magnitude_kernel(
     p_x,
     p_prev,
     p_out,
+    p_mean,
     p_part,
+    p_counter,
+    eps,
     s_y,
     s_x,
     s_prev,
     s_out,
     rows,
     width,
-    eps,
+    scale,
     programs,
     count,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
     i_g = tl.program_id(0)
     i_s = (i_g // programs).to(tl.int64)
@@ -66,8 +76,25 @@ def _residual_magnitude_kernel(
         b_now = tl.sqrt_rn(tl.sum(b_rr, axis=1))  # [ROWS]
         b_old = tl.sqrt_rn(tl.sum(b_pp, axis=1))  # [ROWS]
         b_ratio += tl.where(m_r, tl.div_rn(b_now, b_old + eps), 0.0)
-    p_part += (i_g // count).to(tl.int64) * count + i_g % count
-    tl.store(p_part, tl.sum(b_ratio, axis=0))
+    i_r = (i_g // count).to(tl.int64)  # which result
+    p_all = p_part + i_r * count
+    tl.store(p_all + i_g % count, tl.sum(b_ratio, axis=0))
+    add_up(p_mean + i_r, p_all, p_counter + i_r, count, scale, 1, 1, PROGRAMS)
+
+
+def _plan(tensors: Sequence[Tensor | None], per_sample: bool) -> Plan:
+    groups, n, strides = samples(tensors[:4], per_sample)
+    width = cast(Tensor, tensors[0]).shape[-1]
+    rows = n // width
+    tile = row_tile(width, TILE)
+    each = program_count(cdiv(rows, tile[0]))
+    results, count = (groups, each) if per_sample else (1, groups * each)
+    scale = results / (groups * rows)
+    numbers = (*strides, rows, width, scale, each, count, *tile, reduction.PROGRAMS)
+    return Plan(groups * each, numbers, results, results * count)
+
+
+_launcher = Launcher(_residual_magnitude_kernel, _plan, num_warps=WARPS)
 
 
 def residual_magnitude(
@@ -77,49 +104,26 @@ def residual_magnitude(
     out: Tensor | None = None,
     eps: float = 1e-8,
     per_sample: bool = False,
+    mean: Tensor | None = None,
 ) -> Tensor:
     """float32 [1]: mean over tokens of |r| / (|prev| + eps) for r = y - x; [B, 1] per sample.
 
     Norms are over the last dimension. r is rounded to the dtype of `prev`; `out` receives it and
-    may be `prev`. Source: MagCache (arXiv 2506.09045).
+    may be `prev`. mean: where to put the result, contiguous.
+    Source: MagCache (arXiv 2506.09045).
     """
-    shape = (y.shape[0], 1) if per_sample else (1,)
-    width = y.shape[-1]
+    if mean is None:
+        mean = y.new_empty((y.shape[0], 1) if per_sample else 1, dtype=torch.float32)
     if not y.numel():
-        return _mean_of_empty(y, shape, eps, per_sample)
-    groups, n, (s_y, s_x, s_prev, s_out) = samples([y, x, prev, out], per_sample)
-    rows = n // width
-    rows_tile, cols_tile = row_tile(width, TILE)
-    each = program_count(cdiv(rows, rows_tile))
-    count = each if per_sample else groups * each
-    with on_device(y):
-        mean = torch.empty(shape, dtype=torch.float32, device=y.device)
-        part = torch.empty((mean.numel(), count), dtype=torch.float32, device=y.device)
-        _residual_magnitude_kernel[(groups * each,)](
-            y,
-            x,
-            prev,
-            out,
-            part,
-            s_y,
-            s_x,
-            s_prev,
-            s_out,
-            rows,
-            width,
-            float(eps),
-            each,
-            count,
-            ROWS=rows_tile,
-            COLS=cols_tile,
-            num_warps=WARPS,
-        )
-        sum_partials(mean, part, 1.0 / (rows if per_sample else groups * rows))
+        return mean.fill_(_mean_of_empty(y, eps, per_sample))
+    plan = _launcher.plan((y, x, prev, out, mean), per_sample)
+    part = y.new_empty(plan.partials, dtype=torch.float32)
+    arrived = counters(y, plan.results)
+    _launcher.launch(plan, y, x, prev, out, mean, part, arrived, float(eps))
     return mean
 
 
-def _mean_of_empty(y: Tensor, shape: tuple[int, ...], eps: float, per_sample: bool) -> Tensor:
+def _mean_of_empty(y: Tensor, eps: float, per_sample: bool) -> float:
     """Rows of width 0 have the ratio 0 / (0 + eps); the mean over no rows is NaN."""
     rows = y.shape[1 if per_sample else 0 : -1].numel()
-    value = 0.0 if rows and eps else float("nan")
-    return torch.full(shape, value, dtype=torch.float32, device=y.device)
+    return 0.0 if rows and eps else float("nan")

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import WARPS, cdiv, on_device, samples, widest
+from .geometry import WARPS, cdiv, samples, widest
+from .launcher import Launcher, Plan
 
 # Bytes per program and tensor: one 16-byte load per thread, since divisions fill the registers.
 BYTES = 4096
@@ -37,6 +38,16 @@ def _taylor_kernel(p_factors, p_y, delta, s_factors, s_y, n, blocks, BLOCK: tl.c
         _taylor_block(p_factors, p_y, delta, s_factors, s_y, i_s, o_n, o_n < n)
 
 
+def _plan(tensors: Sequence[Tensor]) -> Plan:
+    count, n, (s_y, *s_factors) = samples(tensors)
+    block = BYTES // widest(tensors)
+    blocks = cdiv(n, block)
+    return Plan(count * blocks, (tuple(s_factors), s_y, n, blocks, block))
+
+
+_launcher = Launcher(_taylor_kernel, _plan, num_warps=WARPS)
+
+
 def taylor_update(factors: Sequence[Tensor], y: Tensor, inv_delta: float, valid: int) -> None:
     """In place: f[0] <- y, f[j+1] <- (new f[j] - old f[j]) * inv_delta for j < min(valid, K).
 
@@ -46,19 +57,6 @@ def taylor_update(factors: Sequence[Tensor], y: Tensor, inv_delta: float, valid:
     """
     if not y.numel():
         return
-    written = factors[: min(valid, len(factors) - 1) + 1]
-    count, n, (s_y, *s_factors) = samples([y, *written])
-    block = BYTES // widest([y, *written])
-    blocks = cdiv(n, block)
-    with on_device(y):
-        _taylor_kernel[(count * blocks,)](
-            tuple(written),
-            y,
-            1.0 / inv_delta if inv_delta else float("inf"),
-            tuple(s_factors),
-            s_y,
-            n,
-            blocks,
-            BLOCK=block,
-            num_warps=WARPS,
-        )
+    written = tuple(factors[: min(valid, len(factors) - 1) + 1])
+    delta = 1.0 / inv_delta if inv_delta else float("inf")
+    _launcher.launch(_launcher.plan((y, *written)), written, y, delta)

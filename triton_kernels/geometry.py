@@ -1,4 +1,4 @@
-"""What every launcher needs on the host: where samples begin, block sizes, the device guard.
+"""What every launch needs on the host: where samples begin, and block sizes.
 
 Tensors are seen as S samples of n dense elements. Contiguous ones are one sample whatever their
 rank; a token range of [B, T, C] is B samples whose distance is the batch stride.
@@ -7,10 +7,8 @@ rank; a token range of [B, T, C] is B samples whose distance is the batch stride
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -54,8 +52,3 @@ def samples(
 def widest(tensors: Sequence[Tensor]) -> int:
     """Bytes of the widest element."""
     return max(t.element_size() for t in tensors)
-
-
-def on_device(t: Tensor) -> AbstractContextManager[object]:
-    """Launch on the device of `t`, which need not be the current one."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
