@@ -7,14 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from test_compile import PlainModel, fresh
-from test_static_addresses import METHODS, STEPS
+from test_static_addresses import METHODS as STATIC
+from test_static_addresses import STEPS
 from torch import Tensor
 
 import fastcache
 
-pytestmark = pytest.mark.skipif(
+gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.version.cuda is None, reason="needs a CUDA device"
 )
+# every second step of `run` is reused: the blocks behind the first are compiled, too
+METHODS = STATIC | {"first_block": lambda: fastcache.FirstBlockCacheConfig(0.025)}
 
 
 def run(cache: fastcache.Cache, call: Callable, start: Tensor, drift: Tensor) -> list[Tensor]:
@@ -34,13 +37,27 @@ CASES = [(method, options) for method in METHODS for options in GRAPHED]
 CASES += [("first_block", {"cudagraphs": True, "on_device": True})]
 
 
+def problem(device: str) -> tuple[torch.nn.Module, Tensor, Tensor]:
+    """A model, and the start and drift of its input."""
+    torch.manual_seed(0)
+    model = PlainModel(64).to(device).eval().requires_grad_(False)
+    return model, torch.randn(1, 32, 64).to(device), torch.randn(1, 32, 64).to(device)
+
+
+def test_first_block_computes_and_reuses_after_the_first_step() -> None:
+    model, start, drift = problem("cpu")
+    with fastcache.enable(model, METHODS["first_block"]()) as cache:
+        run(cache, model, start, drift)
+        later = [record.action for record in cache.stats if record.step]
+    assert set(later) == {"compute", "reuse"}
+
+
+@gpu
 @pytest.mark.parametrize(("method", "options"), CASES, ids=str)
 @pytest.mark.filterwarnings("ignore:fastcache. each of:UserWarning")
 def test_replayed_steps_agree_with_eager(method: str, options: dict) -> None:
     fresh()
-    torch.manual_seed(0)
-    model = PlainModel(64).cuda().eval().requires_grad_(False)
-    start, drift = torch.randn(1, 32, 64).cuda(), torch.randn(1, 32, 64).cuda()
+    model, start, drift = problem("cuda")
     with fastcache.enable(model, METHODS[method]()) as cache:
         expected = run(cache, model, start, drift)
     with fastcache.enable(model, METHODS[method]()) as cache:
