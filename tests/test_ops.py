@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from typing import Any
 
 import pytest
@@ -240,6 +241,80 @@ def test_strides_of_every_kind_are_right_or_refused(name):
         torch.testing.assert_close(again, result, rtol=METRIC, atol=0)
     for a, b in zip(turned, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+# --- outputs that share memory ---------------------------------------------------------------------------
+
+
+IN_PLACE: dict[
+    str, Any
+] = {  # calls whose output is `out`, and the inputs that are read from the start of `a`
+    "residual_l1: prev": lambda a, b, out: ops.residual_l1(b, b, a, out=out),
+    "residual_magnitude: prev": lambda a, b, out: ops.residual_magnitude(b, b, a, out=out),
+    "residual_store: y": lambda a, b, out: ops.residual_store(a, b, out),
+    "residual_store: x": lambda a, b, out: ops.residual_store(b, a, out),
+    "residual_apply: r": lambda a, b, out: ops.residual_apply(b, a, out),
+    "linear_combine: tensors[1]": lambda a, b, out: ops.linear_combine([b, a], [1.0, 2.0], out),
+    "taylor_update_: y": lambda a, b, out: ops.taylor_update_([b, out], a, 1.0, 1),
+    "taylor_update_: factors[0]": lambda a, b, out: ops.taylor_update_([a, out], b, 1.0, 1),
+    "guidance_combine: cond": lambda a, b, out: ops.guidance_combine(
+        a[:1], b[:1], b[:1], 1.0, 1.0, out
+    ),
+    "quantize_store: y": lambda a, b, out: ops.quantize_store(
+        a, None, (out.view(torch.float8_e4m3fn)[..., :8], torch.empty(2, 9))
+    ),
+    "quantized_combine: base": lambda a, b, out: ops.quantized_combine(
+        a, [torch.zeros(2, 9, 8).to(torch.float8_e4m3fn)], [torch.ones(2, 9)], [1.0], out
+    ),
+}
+
+
+@pytest.mark.parametrize("call", IN_PLACE)
+def test_an_output_may_not_overlap_an_input_in_part(call):
+    name = call.split(": ")[1]
+    for shift in (1, 8):
+        memory = torch.zeros(400)
+        a = memory[100:244].view(2, 9, 8)
+        out = memory[100 + shift : 244 + shift].view(2, 9, 8)
+        with pytest.raises(ValueError, match=rf"out.*overlaps {re.escape(name)}"):
+            IN_PLACE[call](a, torch.zeros(2, 9, 8), out)
+
+
+@pytest.mark.parametrize("call", [c for c in IN_PLACE if not c.startswith(("guid", "quantize_"))])
+def test_an_output_may_be_an_input_or_lie_between_its_rows(call):
+    b = random((2, 9, 8), seed=1)
+    alone, same = random((2, 9, 8)), random((2, 9, 8))
+    out = torch.zeros(2, 9, 8)
+    if "taylor" not in call:  # there `out` is read too
+        IN_PLACE[call](alone, b, out)
+        IN_PLACE[call](same, b, same)
+        assert torch.equal(same, out)
+    both = torch.cat([random((2, 9, 8)), torch.zeros(2, 9, 8)], dim=1)
+    fresh = torch.zeros(2, 9, 8)
+    IN_PLACE[call](both[:, :9].clone(), b.clone(), fresh)
+    IN_PLACE[call](both[:, :9], b.clone(), both[:, 9:])  # token ranges of one buffer
+    assert torch.equal(both[:, 9:], fresh)
+
+
+def test_overlap_is_exact_for_views_of_equal_strides():
+    memory, g = torch.zeros(300), torch.Generator().manual_seed(0)
+    pick = lambda low, high: int(torch.randint(low, high, (), generator=g))  # noqa: E731
+    found = 0
+    for _ in range(2000):
+        shape = [pick(1, 5) for _ in range(pick(1, 4))]
+        strides, step = [0] * len(shape), pick(1, 4)
+        for d in torch.randperm(len(shape), generator=g).tolist():
+            strides[d], step = step, step * shape[d] + pick(0, 4)
+        places = []
+        views = [memory.as_strided(shape, strides, pick(0, 30)) for _ in range(2)]
+        for view in views:
+            memory.zero_()
+            view.fill_(1.0)
+            places.append(memory.clone())
+        shared = views[0].data_ptr() != views[1].data_ptr() and bool((places[0] * places[1]).any())
+        assert ops._overlap(*views) == shared
+        found += shared
+    assert 200 < found < 1800
 
 
 # --- NaN and infinity -----------------------------------------------------------------------------------

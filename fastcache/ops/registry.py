@@ -291,12 +291,60 @@ def _check(op: str, **tensors: Any) -> None:
             )
 
 
-def _check_out(op: str, out: Tensor, allowed: Sequence[Tensor] = ()) -> None:
-    """Refuse outputs whose elements overlap each other, or that partly overlap an input."""
+def _check_out(op: str, out: Tensor, **inputs: Tensor) -> None:
+    """Refuse outputs whose elements overlap each other, or that partly overlap an input; one may be it."""
     if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
         raise ValueError(
             f"{op}: out is an expanded view, its elements share memory; pass a tensor of its own"
         )
+    if torch.compiler.is_compiling():  # where tensors lie is not known there
+        return
+    for name, t in inputs.items():
+        if _overlap(out, t):
+            raise ValueError(
+                f"{op}: out partly overlaps {name}, which would be read after it was overwritten; pass {name} "
+                "itself, or a tensor of its own"
+            )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share some elements but are not one and the same view.
+
+    Views of different strides count as sharing where the ranges that they span do.
+    """
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not (a.numel() and b.numel()):
+        return False
+    widths = a.element_size(), b.element_size()
+    (start, end), (from_, to) = (
+        (t.storage_offset() * w, (t.storage_offset() + _span(t)) * w)
+        for t, w in zip((a, b), widths, strict=True)
+    )
+    if end <= from_ or to <= start:
+        return False
+    if (a.shape, a.stride(), widths[0]) != (b.shape, b.stride(), widths[1]):
+        return True
+    if start == from_:
+        return False
+    dims = sorted(zip(a.stride(), a.shape, strict=True), reverse=True)
+    return _reaches(abs(int(a.storage_offset()) - int(b.storage_offset())), dims)
+
+
+def _span(t: Tensor) -> int:
+    """Elements from the first one of a view to behind its last one."""
+    return 1 + sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))
+
+
+def _reaches(distance: int, dims: Sequence[tuple[int, int]]) -> bool:
+    """Whether two elements of one view lie this far apart. dims: (stride, size), largest stride first."""
+    if not dims:
+        return distance == 0
+    (stride, size), *rest = dims
+    most = sum(s * (n - 1) for s, n in rest)
+    if not stride:
+        return _reaches(distance, rest)
+    first, last = -((most - distance) // stride), (distance + most) // stride
+    steps = range(max(first, 1 - size), min(last, size - 1) + 1)
+    return any(_reaches(distance - k * stride, rest) for k in steps)
 
 
 def residual_l1(
@@ -316,7 +364,7 @@ def residual_l1(
         return torch.ops.fastcache.residual_l1.default(y, x, prev, per_sample)
     _check("residual_l1", y=y, x=x, prev=prev, out=out)
     _check_samples("residual_l1", y, per_sample)
-    _check_out("residual_l1", out)
+    _check_out("residual_l1", out, y=y, x=x, prev=prev)
     return torch.ops.fastcache.residual_l1_.default(out, y, x, prev, per_sample)
 
 
@@ -346,14 +394,14 @@ def residual_magnitude(
         raise ValueError(f"residual_magnitude: eps is {eps!r}, must be a number >= 0")
     if out is None:
         return torch.ops.fastcache.residual_magnitude.default(y, x, prev, float(eps), per_sample)
-    _check_out("residual_magnitude", out)
+    _check_out("residual_magnitude", out, y=y, x=x, prev=prev)
     return torch.ops.fastcache.residual_magnitude_.default(out, y, x, prev, float(eps), per_sample)
 
 
 def residual_store(y: Tensor, x: Tensor, out: Tensor) -> Tensor:
     """out <- y - x, rounded once to the storage dtype; returns `out`."""
     _check("residual_store", y=y, x=x, out=out)
-    _check_out("residual_store", out)
+    _check_out("residual_store", out, y=y, x=x)
     torch.ops.fastcache.residual_store_.default(out, y, x)
     return out
 
@@ -365,7 +413,7 @@ def residual_apply(x: Tensor, r: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     else:
         _check("residual_apply", x=x, r=r, out=out)
-        _check_out("residual_apply", out)
+        _check_out("residual_apply", out, x=x, r=r)
     torch.ops.fastcache.residual_apply_.default(out, x, r)
     return out
 
@@ -421,7 +469,7 @@ def linear_combine(
     if out is None:
         out = torch.empty_like(first, memory_format=torch.contiguous_format)
     else:
-        _check_out("linear_combine", out)
+        _check_out("linear_combine", out, **named)
     if device_weights:
         device: Any = weights
         torch.ops.fastcache.linear_combine_device_.default(out, list(tensors), device.contiguous())
@@ -451,7 +499,8 @@ def taylor_update_(
         raise ValueError("taylor_update_: factors is empty, must hold order + 1 tensors")
     _check("taylor_update_", y=y, **{f"factors[{i}]": t for i, t in enumerate(factors)})
     for i, t in enumerate(factors):
-        _check_out(f"taylor_update_: factors[{i}]", t)
+        others = {f"factors[{j}]": other for j, other in enumerate(factors[:i])}
+        _check_out(f"taylor_update_: factors[{i}]", t, y=y, **others)
     if isinstance(inv_delta, bool) or not isinstance(inv_delta, int | float):
         raise TypeError(
             f"taylor_update_: inv_delta is {type(inv_delta).__name__}, must be a number"
@@ -485,7 +534,7 @@ def guidance_combine(
         out = cond.new_empty(both)
     else:
         _check("guidance_combine", out=out)
-        _check_out("guidance_combine", out)
+        _check_out("guidance_combine", out, cond=cond, low=low, high=high)
         if (out.shape, out.dtype, out.device) != (both, cond.dtype, cond.device):
             raise ValueError(
                 f"guidance_combine: out is {out.dtype} {tuple(out.shape)} on {out.device}, must be "
@@ -568,6 +617,7 @@ def quantize_store(
     ):
         if not isinstance(t, Tensor) or t.dtype != dtype or t.shape != shape:
             raise ValueError(f"quantize_store: {name} must be a {dtype} tensor {tuple(shape)}")
+        _check_out(f"quantize_store: {name}", t, y=y, **({} if x is None else {"x": x}))
     torch.ops.fastcache._quantize_store_.default(q, scale, y, x)
     return q, scale
 
@@ -596,6 +646,7 @@ def quantized_combine(
             raise ValueError(
                 f"quantized_combine: scales[{i}] must be float32 {tuple(out.shape[:-1])}"
             )
+    _check_out("quantized_combine", out, **({} if base is None else {"base": base}))
     torch.ops.fastcache._quantized_combine_.default(
         out, base, list(qs), list(scales), [float(w) for w in weights]
     )
