@@ -292,12 +292,17 @@ class Cache:
         from .runtime.verdict import verdict
 
         kind, message = verdict(self.stats.last_run(denoiser.name, *state.key), denoiser.recipe)
-        if message and kind not in self._warned:
+        if message:
+            self._tell(kind, message)
+
+    def _tell(self, kind: str, message: str) -> None:
+        """Have a warning of this kind given once, at the next time that nothing is under way."""
+        if kind not in self._warned:
             self._warned.add(kind)
             self._unsaid.append(f"fastcache: {message}")
 
     def _speak(self) -> None:
-        """Give the warnings about finished runs, now that an error made of one would break nothing."""
+        """Give the warnings that wait, now that an error made of one would break nothing."""
         while self._unsaid:
             warnings.warn(self._unsaid.pop(), stacklevel=3)
 

@@ -1,5 +1,6 @@
-"""Which implementation of an op runs: a table from device to backends, and one override.
+"""Which implementation of an op runs, and on which views of its tensors: the only place that knows layouts.
 
+A table from device to backends, one override, and one rule for layouts that every op goes through.
 Backends are modules that export the functions of `reference.py` under the same names. They are imported
 on first use, so importing fastcache touches no device and builds nothing.
 """
@@ -8,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -98,8 +102,8 @@ def check_backend(name: str) -> None:
 def backend(name: str) -> Iterator[None]:
     """Force one backend for the ops called inside: "reference", "cpp", "triton", "cuda" or "auto".
 
-    Raises ValueError where that backend does not work here. A layout or a mix of dtypes that the forced
-    kernel does not take still runs on the reference.
+    Raises ValueError where that backend does not work here. A mix of dtypes that the forced kernel does
+    not take, or a layout that it cannot write to, still runs on the reference.
     """
     check_backend(name)
     token = _forced.set(name)
@@ -144,29 +148,136 @@ def rows_apart(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 3 and t.stride(2) == 1)
 
 
-# The layouts of ops whose kernels take more than `dense_rows`.
+# What else than `dense_rows` the kernels of an op take.
 _LAYOUTS = {"guided_sums": rows_apart}
 
 
-def kernel(op: str, tensors: list[Tensor]) -> Callable:
-    """The implementation of `op` for these tensors. Mismatched shapes are refused before a kernel reads them."""
+# Ops whose rows along the last dimension mean something, and ops whose kernels know no order of dimensions
+# but the usual one. All others treat every element alike, and take the elements in the order they lie in.
+_ROWS = ("residual_magnitude",)
+
+
+_USUAL = ("guidance_combine", "quantize_store", "quantized_combine")
+
+
+@lru_cache(maxsize=4096)
+def outermost_first(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The dimensions from the largest stride to the smallest; None where elements share memory.
+
+    A dimension of size 1 follows the one before it, so a contiguous tensor gives 0, 1, 2, ...
+    """
+    apart: list[float] = []
+    for size, stride in zip(shape, strides, strict=True):
+        if size == 1:
+            apart.append(apart[-1] if apart else math.inf)
+        elif stride == 0:
+            return None
+        else:
+            apart.append(stride)
+    return tuple(sorted(range(len(shape)), key=lambda d: -apart[d]))
+
+
+def _laid_out(
+    op: str, tensors: list[Tensor], outputs: int, per_sample: bool
+) -> list[Tensor] | None:
+    """The tensors as the kernels of an op take them; None where one that is written cannot be.
+
+    All in one order of dimensions: that of what is written, else that of most. In that order a dense
+    tensor is contiguous, whatever the order is. What is read and lies in another one is copied: two
+    passes over it, where the reference takes three to make it float32.
+    """
+    orders = [outermost_first(t.shape, t.stride()) for t in tensors]
+    order = orders[-1] if outputs else max(orders, key=orders.count)
+    usual = tuple(range(tensors[0].dim()))
+    if (
+        order is None
+        or op in _USUAL
+        or (op in _ROWS and order[-1] != usual[-1])
+        or (per_sample and order[0] != 0)
+    ):
+        order = usual
+    takes, read = _LAYOUTS.get(op, dense_rows), len(tensors) - outputs
+    found: list[Tensor] = []
+    for i, t in enumerate(tensors):
+        view = t if order == usual else t.permute(order)
+        if not takes(view):
+            if i >= read:
+                return None
+            view = view.contiguous()
+        found.append(view)
+    return found
+
+
+def resolve(
+    op: str, tensors: list[Tensor], outputs: int = 0, per_sample: bool = False
+) -> tuple[Callable, list[Tensor]]:
+    """The implementation of `op`, and the tensors in the layout in which it takes them.
+
+    tensors: of one shape, the last `outputs` of them written to. Kernels get views of these, or copies of
+    those that are only read; the reference gets them as they are. Raises ValueError on mismatched shapes,
+    before a kernel reads them.
+    """
     first = tensors[0]
     name = active(first.device.type)
-    if name != REFERENCE:
-        shape, dtype, plain = first.shape, first.dtype, op not in _LAYOUTS
-        for t in tensors:
-            if t.shape != shape:
-                raise ValueError(f"{op}: shapes {tuple(shape)} and {tuple(t.shape)} differ")
-            if t.dtype != dtype or not t.is_contiguous():
-                plain = False
-        if not plain and not _takes(name, op, tensors):
-            name = REFERENCE
-    return function(name, op)
+    if name == REFERENCE:
+        if first.is_cuda and _forced.get() == AUTO:
+            _report(op, tensors, "no kernels work on this device")
+        return function(REFERENCE, op), tensors
+    shape, dtype, dense, uniform = first.shape, first.dtype, True, True
+    for t in tensors:
+        if t.shape != shape:
+            raise ValueError(f"{op}: shapes {tuple(shape)} and {tuple(t.shape)} differ")
+        if not t.is_contiguous():
+            dense = False
+        if t.dtype != dtype:
+            uniform = False
+    if dense and uniform and _implements(name, op):
+        return function(name, op), tensors
+    if not _implements(name, op):
+        lack = "has no kernel for it"
+    elif not (uniform or _takes_dtypes(name, op, tensors)):
+        lack = "has no kernel for this mix of dtypes"
+    else:
+        views = tensors if dense else _laid_out(op, tensors, outputs, per_sample)
+        if views is not None:
+            return function(name, op), views
+        lack = "has no kernel that writes to this layout"
+    if name in _ON_GPU:
+        _report(op, tensors, f"backend {name!r} {lack}")
+    return function(REFERENCE, op), tensors
 
 
-def _takes(name: str, op: str, tensors: list[Tensor]) -> bool:
-    """Whether a kernel takes these layouts and this mix of dtypes."""
-    if not all(map(_LAYOUTS.get(op, dense_rows), tensors)):
-        return False
+@cache
+def _implements(name: str, op: str) -> bool:
+    return function(name, op) is not function(REFERENCE, op)
+
+
+def _takes_dtypes(name: str, op: str, tensors: list[Tensor]) -> bool:
+    """Whether a kernel takes this mix of dtypes."""
     mixed = getattr(importlib.import_module(MODULES[name]), "takes_dtypes", None)
     return mixed is None or mixed(op, [t.dtype for t in tensors])
+
+
+class Watcher(Protocol):
+    """Who wants to know where the reference ran in place of a kernel."""
+
+    def fell_back(self, op: str, why: str) -> None: ...
+
+
+_ON_GPU = ("triton", "cuda")
+
+
+LARGE = 2**20  # bytes of a tensor from which on the passes of the reference are worth a word
+
+
+watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+
+
+def _report(op: str, tensors: list[Tensor], why: str) -> None:
+    """Tell the watchers of a large tensor for which the reference runs where kernels were to run."""
+    first = tensors[0]
+    if first.numel() * first.element_size() > LARGE:
+        found = dict.fromkeys(f"{t.dtype} with strides {t.stride()}" for t in tensors)
+        told = f"{why}: {tuple(first.shape)}, {'; '.join(found)}"
+        for watcher in tuple(watchers):
+            watcher.fell_back(op, told)

@@ -47,66 +47,81 @@ for schema in (
 
 
 def _residual_l1(y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False) -> Tensor:
-    return dispatch.kernel("residual_l1", [y, x, prev])(y, x, prev, None, per_sample)
+    run, (y, x, prev) = dispatch.resolve("residual_l1", [y, x, prev], 0, per_sample)
+    return run(y, x, prev, None, per_sample)
 
 
 def _residual_l1_(
     out: Tensor, y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False
 ) -> Tensor:
-    return dispatch.kernel("residual_l1", [y, x, prev, out])(y, x, prev, out, per_sample)
+    run, (y, x, prev, out) = dispatch.resolve("residual_l1", [y, x, prev, out], 1, per_sample)
+    return run(y, x, prev, out, per_sample)
 
 
 def _residual_magnitude(
     y: Tensor, x: Tensor, prev: Tensor, eps: float = 1e-8, per_sample: bool = False
 ) -> Tensor:
-    return dispatch.kernel("residual_magnitude", [y, x, prev])(y, x, prev, None, eps, per_sample)
+    run, (y, x, prev) = dispatch.resolve("residual_magnitude", [y, x, prev], 0, per_sample)
+    return run(y, x, prev, None, eps, per_sample)
 
 
 def _residual_magnitude_(
     out: Tensor, y: Tensor, x: Tensor, prev: Tensor, eps: float = 1e-8, per_sample: bool = False
 ) -> Tensor:
-    return dispatch.kernel("residual_magnitude", [y, x, prev, out])(
-        y, x, prev, out, eps, per_sample
-    )
+    given = [y, x, prev, out]
+    run, (y, x, prev, out) = dispatch.resolve("residual_magnitude", given, 1, per_sample)
+    return run(y, x, prev, out, eps, per_sample)
 
 
 def _residual_store_(out: Tensor, y: Tensor, x: Tensor) -> None:
-    dispatch.kernel("residual_store", [y, x, out])(out, y, x)
+    run, (y, x, out) = dispatch.resolve("residual_store", [y, x, out], 1)
+    run(out, y, x)
 
 
 def _residual_apply_(out: Tensor, x: Tensor, r: Tensor) -> None:
-    dispatch.kernel("residual_apply", [x, r, out])(out, x, r)
+    run, (x, r, out) = dispatch.resolve("residual_apply", [x, r, out], 1)
+    run(out, x, r)
 
 
 def _linear_combine_(out: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]) -> None:
-    dispatch.kernel("linear_combine", [out, *tensors])(out, tensors, weights)
+    run, (*terms, out) = dispatch.resolve("linear_combine", [*tensors, out], 1)
+    run(out, terms, weights)
 
 
 def _linear_combine_device_(out: Tensor, tensors: Sequence[Tensor], weights: Tensor) -> None:
-    dispatch.kernel("linear_combine", [out, *tensors])(out, tensors, weights)
+    run, (*terms, out) = dispatch.resolve("linear_combine", [*tensors, out], 1)
+    run(out, terms, weights.contiguous())
 
 
 def _taylor_update_(factors: Sequence[Tensor], y: Tensor, inv_delta: float, valid: int) -> None:
-    dispatch.kernel("taylor_update", [y, *factors])(factors, y, inv_delta, valid)
+    run, (y, *table) = dispatch.resolve("taylor_update", [y, *factors], len(factors))
+    run(table, y, inv_delta, valid)
 
 
 def _guidance_combine_(
     out: Tensor, cond: Tensor, low: Tensor, high: Tensor, w_low: float, w_high: float
 ) -> None:
-    dispatch.kernel("guidance_combine", [cond, low, high])(out, cond, low, high, w_low, w_high)
+    half = out[: cond.shape[0]]  # of the shape of the others; the second one lies like it
+    run, (cond, low, high, _) = dispatch.resolve("guidance_combine", [cond, low, high, half], 1)
+    run(out, cond, low, high, w_low, w_high)
 
 
 def _guided_weights(
     guide: Tensor, guides: Sequence[Tensor], prior: Tensor, ridge: float, per_sample: bool = False
 ) -> tuple[Tensor, Tensor]:
-    sums = dispatch.kernel("guided_sums", [guide, *guides])(guide, guides, per_sample)
+    given = [guide, *guides]
+    run, (guide, *held) = dispatch.resolve("guided_sums", given, 0, per_sample)
     solve = dispatch.function(dispatch.active(guide.device.type), "guided_solve")
-    return solve(sums, prior, ridge, True)
+    return solve(run(guide, held, per_sample), prior.contiguous(), ridge, True)
 
 
 def _quantize_store_(q: Tensor, scale: Tensor, y: Tensor, x: Tensor | None = None) -> None:
-    name = dispatch.active(y.device.type)
-    dispatch.function(name, "quantize_store")(q, scale, y, x)
+    given = [y, q] if x is None else [y, x, q]
+    run, (y, *rest, q) = dispatch.resolve("quantize_store", given, 1)
+    dense = scale.contiguous()
+    run(q, dense, y, *rest)
+    if dense is not scale:
+        scale.copy_(dense)
 
 
 def _quantized_combine_(
@@ -116,8 +131,10 @@ def _quantized_combine_(
     scales: Sequence[Tensor],
     weights: Sequence[float],
 ) -> None:
-    name = dispatch.active(out.device.type)
-    dispatch.function(name, "quantized_combine")(out, base, qs, scales, weights)
+    given = [*qs, out] if base is None else [*qs, base, out]
+    run, (*terms, out) = dispatch.resolve("quantized_combine", given, 1)
+    base = None if base is None else terms.pop()
+    run(out, base, terms, [s.contiguous() for s in scales], weights)
 
 
 BODIES: dict[str, Callable[..., Any]] = {
@@ -472,7 +489,7 @@ def linear_combine(
         _check_out("linear_combine", out, **named)
     if device_weights:
         device: Any = weights
-        torch.ops.fastcache.linear_combine_device_.default(out, list(tensors), device.contiguous())
+        torch.ops.fastcache.linear_combine_device_.default(out, list(tensors), device)
     else:
         torch.ops.fastcache.linear_combine_.default(out, list(tensors), [float(w) for w in weights])
     return out

@@ -135,9 +135,11 @@ class Denoiser:
         for target in self.targets:
             target.install()
         attached.add(self)
+        dispatch.watchers.add(self)
 
     def remove(self) -> None:
         attached.discard(self)
+        dispatch.watchers.discard(self)
         for state in self.slots.states.values():
             self.cache._run_ended(self, state)
         for target in reversed(self.targets):
@@ -213,6 +215,20 @@ class Denoiser:
         if self.guidance is None:
             return forward(*args, **kwargs)
         return self.guidance.around(forward, args, kwargs)
+
+    def fell_back(self, op: str, why: str) -> None:
+        """Count that the reference ran in place of a kernel on a large tensor, if in a call of this model."""
+        if not self.lock.acquire(blocking=False):
+            return  # another thread is in a call, so the op is not this model's
+        try:
+            if self.inside:
+                self.cache.stats.fallbacks[op] += 1
+                self.cache._tell(
+                    f"fallback {op}",
+                    f"{op} runs on the reference, in several passes over memory: {why}",
+                )
+        finally:
+            self.lock.release()
 
     # --- calls without storage ----------------------------------------------------------------------------
 

@@ -33,6 +33,8 @@ class Stats:
     def __init__(self) -> None:
         self._all: deque[Record] = deque(maxlen=KEEP)
         self._pending = False  # some signals are still on the device
+        # of large tensors on a GPU, the ops that ran on the reference in place of a kernel: calls
+        self.fallbacks: Counter[str] = Counter()
         self.watch: Callable[[Record], object] | None = None  # told of every record, while set
 
     def add(self, record: Record, late: Any = None) -> None:
@@ -55,6 +57,7 @@ class Stats:
 
     def clear(self) -> None:
         self._all.clear()
+        self.fallbacks.clear()
 
     def __iter__(self) -> Iterator[Record]:
         return iter(tuple(self._records))
@@ -108,6 +111,7 @@ class Stats:
             f"  {action:<7} {count:>5} x {reason}"
             for (action, reason), count in reasons.most_common()
         ]
+        lines += [f"  without a kernel {n:>5} x {op}" for op, n in self.fallbacks.most_common()]
         return lines
 
 

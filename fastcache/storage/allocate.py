@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops.dispatch import outermost_first
+
 FP8 = torch.float8_e4m3fn
 
 
@@ -15,18 +17,49 @@ class NoRoom(RuntimeError):
     """There was no memory for a cached tensor."""
 
 
-def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def allocate(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
     """A zeroed tensor that may be written in place in any mode and whose address compiled code may keep.
 
-    Raises NoRoom where the memory for it is not there.
+    strides: None for a contiguous one. Raises NoRoom where the memory for it is not there.
     """
     try:
         with torch.inference_mode(False):
-            return static(torch.zeros(shape, dtype=dtype, device=device))
+            if strides is None:
+                return static(torch.zeros(shape, dtype=dtype, device=device))
+            made = torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=device)
+            return static(made.zero_())
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
             raise NoRoom(f"no memory for a cached tensor of {tuple(shape)}: {error}") from error
         raise
+
+
+def strides_of(value: Tensor) -> tuple[int, ...]:
+    """Strides without gaps, in the order in which the elements of `value` lie: of what is kept of it.
+
+    Kernels then see the value and what is kept as one flat run of elements. Samples stay one after the
+    other, so that the half of a guidance batch is such a run too.
+    """
+    order = outermost_first(value.shape, value.stride())
+    if not order or order[0] != 0:
+        order = tuple(range(value.dim()))
+    strides, step = [1] * value.dim(), 1
+    for d in reversed(order):
+        strides[d] = step
+        step *= value.shape[d]
+    return tuple(strides)
+
+
+def stacked(value: Tensor, depth: int, dtype: torch.dtype) -> Tensor:
+    """Storage for `depth` values such as this one, each in its layout; in float8 with dense rows, which have
+    a scale each."""
+    strides = None if dtype == FP8 else (value.numel(), *strides_of(value))
+    return allocate((depth, *value.shape), dtype, value.device, strides)
 
 
 def static(t: Tensor) -> Tensor:

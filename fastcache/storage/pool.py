@@ -73,7 +73,11 @@ class Slots:
 
     def bring_back(self, state: State, device: Any) -> None:
         """Move it back to the device, without waiting for it."""
-        state.move(lambda t: allocate(t.shape, t.dtype, device).copy_(t, non_blocking=True))
+
+        def fetched(t: Tensor) -> Tensor:
+            return allocate(t.shape, t.dtype, device, t.stride()).copy_(t, non_blocking=True)
+
+        state.move(fetched)
         state.held, state.away = state.away, 0
 
     def drop(self, state: State) -> None:
@@ -128,5 +132,5 @@ class Slots:
 
 
 def _to_host(t: Tensor) -> Tensor:
-    host = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+    host = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, pin_memory=t.is_cuda)
     return host.copy_(t, non_blocking=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import direct
-from .allocate import allocate, static
+from .allocate import stacked, static
 from .history import Timeline
 
 _store = direct("residual_store_")
@@ -50,7 +50,7 @@ class Ring:
         self.timeline, self.dtype = timeline, value.dtype
         self.copies = False  # a consumer has written into what it was handed: hand out copies
         self.version = 0
-        self.buffer = allocate((timeline.depth, *value.shape), kept or value.dtype, value.device)
+        self.buffer = stacked(value, timeline.depth, kept or value.dtype)
         self.views = [static(view) for view in self.buffer.unbind(0)]
 
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
@@ -138,7 +138,7 @@ class Ring:
                 total = total + term.float() * weights[i]
             return total.to(self.dtype if base is None else base.dtype)
         like, dtype = (rows[0], self.dtype) if base is None else (base, base.dtype)
-        out = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        out = torch.empty_like(like, dtype=dtype)
         if base is None:
             _combine_device(out, rows, weights[1:].contiguous())
         else:
@@ -190,14 +190,14 @@ def weighted(
     """base + sum weights * rows in one launch (two beyond five terms); without a base the sum alone, also
     into `out`, which may be one of the rows."""
     if base is not None:
-        out = torch.empty_like(base, memory_format=torch.contiguous_format)
+        out = torch.empty_like(base)
         if len(rows) == 1 and weights[0] == 1.0:
             _apply(out, base, rows[0])
             return out
         terms, factors = [base, *rows], [1.0, *weights]
     else:
         if out is None:
-            out = torch.empty_like(rows[0], dtype=dtype, memory_format=torch.contiguous_format)
+            out = torch.empty_like(rows[0], dtype=dtype)
         terms, factors = list(rows), list(weights)
     if 0.0 in factors:
         used = [i for i, w in enumerate(factors) if w != 0.0] or [0]

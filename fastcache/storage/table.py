@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import direct
-from .allocate import allocate, static
+from .allocate import stacked, static
 from .history import Timeline
 from .ring import weighted
 
@@ -23,7 +23,7 @@ class Table:
 
     def __init__(self, value: Tensor, timeline: Timeline, dtype: torch.dtype | None) -> None:
         self.timeline, self.dtype = timeline, value.dtype
-        self.buffer = allocate((timeline.depth, *value.shape), dtype or value.dtype, value.device)
+        self.buffer = stacked(value, timeline.depth, dtype or value.dtype)
         self.views = [static(view) for view in self.buffer.unbind(0)]
 
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:

@@ -21,7 +21,7 @@ from ... import sync
 from ...models.adapter import Block
 from ...ops import direct
 from ...policies import COMPUTE, REUSE
-from ...storage.allocate import allocate
+from ...storage.allocate import allocate, strides_of
 from ...storage.ring import tail
 from ...storage.state import State
 from ...storage.unit import Unit
@@ -221,7 +221,7 @@ class StackTarget:
             return
         held = head.get("residual")
         if held is None or held.shape[1:] != x.shape[1:] or held.shape[0] < x.shape[0]:
-            head["residual"] = allocate(x.shape, x.dtype, x.device)
+            head["residual"] = allocate(x.shape, x.dtype, x.device, strides_of(hidden))
         _store(tail(head["residual"], x), hidden, x)
 
     def _computed(self, gate: Gate, head: int) -> list:
@@ -285,12 +285,13 @@ class StackTarget:
         """Where compiled regions keep what the first block returned."""
         head = self.state.head
         like = head.get("residual", hidden)
-        head["hidden"] = allocate(like.shape, like.dtype, like.device)
+        head["hidden"] = allocate(like.shape, like.dtype, like.device, strides_of(like))
         if self.gates[0].form.encoder is not None and isinstance(encoder, Tensor):
-            head["encoder"] = allocate(encoder.shape, encoder.dtype, encoder.device)
+            layout = strides_of(encoder)
+            head["encoder"] = allocate(encoder.shape, encoder.dtype, encoder.device, layout)
         if self.guide is not None:
             now = head["guides"].views[0]
-            head["now"] = allocate(now.shape, now.dtype, now.device)
+            head["now"] = allocate(now.shape, now.dtype, now.device, strides_of(now))
 
     def _measure(self, unit: Unit, y: Tensor, x: Tensor) -> None:
         """MagCache's ratio of this residual to the last one, left on the device; 1 at the first step."""
