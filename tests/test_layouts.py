@@ -282,11 +282,9 @@ def test_sizes_of_one_do_not_count() -> None:
 def test_storage_lies_like_the_value_that_it_is_for(layout: str) -> None:
     (value,) = draw(1)
     strides = strides_of(LAYOUTS[layout](value))
-    kept = torch.empty_strided(SHAPE, strides)
-    order = dispatch.outermost_first(SHAPE, strides)
-    assert kept.permute(order).is_contiguous() and order[0] == 0
-    if layout in ("contiguous", "order (0, 2, 1)"):
-        assert strides == LAYOUTS[layout](value).stride()
+    assert (strides is None) == (layout not in ("order (0, 2, 1)", "turned range"))
+    if strides is not None:
+        assert strides == LAYOUTS["order (0, 2, 1)"](value).stride()
 
 
 def buffers(state: State) -> list[Tensor]:

@@ -137,7 +137,6 @@ class Compiled:
         self._program(*control.actions, control.batch, HEAD)(*args, **kwargs)
         measured = state.head["misfit" if misfit else "sums"]
         self._denoiser.judged(probed, rule, target, measured)
-        self._denoiser.restage(probed)
         control.phase = REST
         return self._program(*control.actions, control.batch, REST)(*args, **kwargs)
 

@@ -19,10 +19,10 @@ from ..policies import COMPUTE, REUSE, Decision, Step
 from ..policies.magnitude import Calibrate
 from ..predictors import Guided
 from ..recipe import Recipe, Rule
-from ..storage.allocate import FP8, NoRoom
+from ..storage.allocate import FP8, NoRoom, device_of
 from ..storage.budget import Budget
 from ..storage.history import stage
-from ..storage.pool import Slots
+from ..storage.pool import Slots, follow
 from ..storage.ring import tail
 from ..storage.state import State
 from ..targets.bind import NothingToHook, bind
@@ -441,6 +441,8 @@ class Denoiser:
             self._withdraw()
         if state.signature != shape:
             self.slots.adopt(state, shape)
+        if self.slots.streams:
+            follow(state)
         index = self._index(state, call, now)
         return state, self._decide_all(state, call, index, now)
 
@@ -493,13 +495,19 @@ class Denoiser:
         return step
 
     def _stage(self, state: State) -> None:
-        """Give compiled code what it has to know of this step."""
+        """Give compiled code what it has to know of this step, also of one that is still to be decided."""
         try:
             for i, rule in enumerate(self.recipe.rules):
                 if rule.what.depth > 1 or rule.what.table:
-                    reused = self.control.actions[i] == REUSE
-                    weights = self.targets[i].weights if reused else ()
-                    stage(state.timelines[i], weights, state.armed_step, self._device(state))
+                    timeline, action = state.timelines[i], self.control.actions[i]
+                    weights: tuple[float, ...] = ()
+                    if getattr(self.targets[i], "guide", None) is not None:
+                        pass  # it finds its weights on the device
+                    elif action == REUSE:
+                        weights = self.targets[i].weights
+                    elif action == PENDING and timeline.steps:
+                        weights = rule.what.weights(timeline.steps, state.armed_step)
+                    stage(timeline, weights, state.armed_step, self._device(state))
         except NoRoom as error:
             self._give_up(state, error)
 
@@ -519,7 +527,7 @@ class Denoiser:
             )
 
     def _device(self, state: State) -> torch.device:
-        return state.signature[0][2] if state.signature else torch.device("cpu")
+        return device_of(state.signature or ())
 
     def _confirmed(
         self, i: int, rule: Rule, state: State, step: Step, decision: Decision
@@ -603,13 +611,6 @@ class Denoiser:
             decision = self._confirmed(i, rule, state, step, decision)
         self.decisions[i] = decision
         control.actions[i] = decision.action
-
-    def restage(self, i: int) -> None:
-        """Give compiled code the weights of a decision that fell inside the step."""
-        state = self.control.state
-        if self.control.actions[i] == REUSE:
-            device = self._device(state)
-            stage(state.timelines[i], self.targets[i].weights, state.armed_step, device)
 
     def _commit(self, state: State, step: Step) -> None:
         """Account for a step that went well."""

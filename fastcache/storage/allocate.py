@@ -39,15 +39,15 @@ def allocate(
         raise
 
 
-def strides_of(value: Tensor) -> tuple[int, ...]:
+def strides_of(value: Tensor) -> tuple[int, ...] | None:
     """Strides without gaps, in the order in which the elements of `value` lie: of what is kept of it.
 
-    Kernels then see the value and what is kept as one flat run of elements. Samples stay one after the
+    None for the usual order. Kernels then see the value and what is kept as one flat run of elements. Samples stay one after the
     other, so that the half of a guidance batch is such a run too.
     """
     order = outermost_first(value.shape, value.stride())
-    if not order or order[0] != 0:
-        order = tuple(range(value.dim()))
+    if not order or order[0] != 0 or order == tuple(range(value.dim())):
+        return None
     strides, step = [1] * value.dim(), 1
     for d in reversed(order):
         strides[d] = step
@@ -58,7 +58,9 @@ def strides_of(value: Tensor) -> tuple[int, ...]:
 def stacked(value: Tensor, depth: int, dtype: torch.dtype) -> Tensor:
     """Storage for `depth` values such as this one, each in its layout; in float8 with dense rows, which have
     a scale each."""
-    strides = None if dtype == FP8 else (value.numel(), *strides_of(value))
+    strides = None if dtype == FP8 else strides_of(value)
+    if strides is not None:
+        strides = (value.numel(), *strides)
     return allocate((depth, *value.shape), dtype, value.device, strides)
 
 
@@ -67,3 +69,20 @@ def static(t: Tensor) -> Tensor:
     if "torch._dynamo" in sys.modules:
         torch._dynamo.mark_static_address(t, guard=False)
     return t
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A small host tensor on the device, without waiting for it: the only way that host numbers go there."""
+    if device.type == "cuda":  # not run on a GPU yet
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
+def device_of(signature: tuple) -> torch.device:
+    """The device that calls of this signature run on: an accelerator, where any of their tensors lies on one.
+
+    A timestep may come from the host, and may come first.
+    """
+    devices = [device for _, _, device in signature]
+    host = torch.device("cpu")
+    return next((device for device in devices if device.type != "cpu"), host)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .allocate import allocate
+from .allocate import allocate, static, upload
 
 
 class Timeline:
@@ -41,37 +42,67 @@ class Timeline:
         return max(step - self.steps[0], 1) if self.steps else 1
 
 
-class Staged:
-    """The same facts as small device tensors, for compiled code: filled by the host before a step."""
+def padded(count: int) -> int:
+    """Elements of 4 bytes that take whole 16 bytes, where compiled code expects a tensor to begin."""
+    return -(-count // 4) * 4
 
-    __slots__ = ("filled", "order", "row", "scale", "weights")
+
+KNOWN = 256  # kinds of steps whose facts stay on the device, per history
+
+
+class Staged:
+    """The same facts as small device tensors, for compiled code: written by the host before a step.
+
+    They lie in one piece of memory, so a step takes one copy; facts that came before lie on the device
+    already, and a schedule repeats itself, so after its first rounds nothing comes from the host.
+    """
+
+    __slots__ = ("known", "now", "order", "packed", "row", "scale", "weights")
 
     def __init__(self, depth: int, device: torch.device) -> None:
         depth = max(depth, 1)
-        self.weights = allocate((depth,), torch.float32, device)  # newest first
-        self.order = allocate((depth,), torch.int64, device)  # ring rows, newest first
-        self.row = allocate((1,), torch.int64, device)  # where the next value goes
-        self.scale = allocate(
-            (depth,), torch.float32, device
-        )  # per order: 1 / gap, or 0 where invalid
-        self.filled: dict[str, Sequence[float]] = {}  # what each tensor holds
+        sizes = [padded(2 * depth), padded(2), padded(depth), padded(depth)]
+        self.packed = allocate((sum(sizes),), torch.int32, device)
+        order, row, weights, scale = self.packed.split(sizes)
+        self.order = static(order.view(torch.int64)[:depth])  # ring rows, newest first
+        self.row = static(row.view(torch.int64)[:1])  # where the next value goes
+        self.weights = static(weights.view(torch.float32)[:depth])  # newest first
+        # per order: 1 / gap, or 0 where invalid
+        self.scale = static(scale.view(torch.float32)[:depth])
+        self.now: tuple = ()  # what the device holds
+        self.known: dict[tuple, Tensor] = {}
 
-    def fill(self, name: str, values: Sequence[float]) -> None:
-        """Copy to the device what is not there yet."""
-        if self.filled.get(name) != values:
-            t = getattr(self, name)
-            t.copy_(torch.tensor(values, dtype=t.dtype))
-            self.filled[name] = values
+    def write(self, *facts: tuple[float, ...]) -> None:
+        """Have the device hold this order, row, weights and scale, as tuples."""
+        if facts == self.now:
+            return
+        if facts not in self.known:
+            if len(self.known) == KNOWN:
+                self.known.clear()
+            self.known[facts] = upload(self._packed(facts), self.packed.device)
+        self.packed.copy_(self.known[facts])
+        self.now = facts
+
+    def _packed(self, facts: tuple[tuple[float, ...], ...]) -> Tensor:
+        """Facts as they lie in memory, on the host."""
+        parts = []
+        for values, dtype in zip(
+            facts, (torch.int64, torch.int64, *2 * [torch.float32]), strict=True
+        ):
+            part = torch.tensor(values, dtype=dtype).view(torch.int32)
+            parts.append(torch.nn.functional.pad(part, (0, padded(len(part)) - len(part))))
+        return torch.cat(parts)
 
 
 def stage(timeline: Timeline, weights: Sequence[float], step: int, device: torch.device) -> None:
-    """Copy what compiled code needs for this step to the device; small, asynchronous, no wait."""
+    """Have the device hold what compiled code needs for this step; small, asynchronous, no wait."""
     s = timeline.staged
     if s is None:
         s = timeline.staged = Staged(timeline.depth, device)
-    depth = len(s.weights)
-    s.fill("order", (*timeline.rows, *(r for r in range(depth) if r not in timeline.rows)))
-    s.fill("row", (timeline.next_row,))
-    s.fill("weights", (*weights, *[0.0] * (depth - len(weights))))
-    held, scale = len(timeline.steps), 1.0 / timeline.gap(step)
-    s.fill("scale", tuple(scale if j < held else 0.0 for j in range(depth)))
+    depth, held, scale = len(s.weights), len(timeline.steps), 1.0 / timeline.gap(step)
+    s.write(
+        (*timeline.rows, *(r for r in range(depth) if r not in timeline.rows)),
+        (timeline.next_row,),
+        (*weights, *[0.0] * (depth - len(weights))),
+        tuple(scale if j < held else 0.0 for j in range(depth)),
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocate import allocate
+from .allocate import allocate, device_of
 from .history import Timeline
 from .state import State
 
@@ -25,6 +25,7 @@ class Slots:
         self.states: dict[tuple[Any, str], State] = {}
         self.spares: list[State] = []
         self.finished: dict[tuple[Any, str], None] = {}  # complete runs, oldest first
+        self.streams = torch.cuda.is_available()  # calls may come on different ones
         self.fixed = False  # compiled code may know the addresses of storage
         self.sizes: dict[Any, int] = {}  # bytes that a run takes, by the signature of its calls
 
@@ -52,15 +53,16 @@ class Slots:
                 spare = self._spare(signature)
         self._take(state, spare or self.new(state.key))
         state.signature = signature
+        if self.streams:
+            follow(state)
         state.restart()
 
     def release(self, state: State) -> None:
-        """Give a state's storage to the spares, emptied; the state itself is left without."""
+        """Give a state's storage to the spares, which empties it when it is taken; the state is left without."""
         if state.signature is not None and any(state.units):
             spare = self.new(state.key)
             self._take(spare, state)
             spare.signature = state.signature
-            spare.restart()
             if not spare.away:
                 self.spares.append(spare)
             del self.spares[:-SPARES]
@@ -68,6 +70,8 @@ class Slots:
 
     def send_away(self, state: State) -> None:
         """Move the storage of a state to host memory, in order with what the device has still to do."""
+        if self.streams:
+            follow(state)
         state.move(_to_host)
         state.away, state.held = state.held, 0
 
@@ -77,6 +81,8 @@ class Slots:
         def fetched(t: Tensor) -> Tensor:
             return allocate(t.shape, t.dtype, device, t.stride()).copy_(t, non_blocking=True)
 
+        if self.streams:
+            follow(state)
         state.move(fetched)
         state.held, state.away = state.away, 0
 
@@ -128,7 +134,22 @@ class Slots:
     @staticmethod
     def _take(state: State, other: State) -> None:
         state.units, state.timelines, state.head = other.units, other.timelines, other.head
-        state.held, state.away = other.held, other.away
+        state.held, state.away, state.stream = other.held, other.away, other.stream
+        state.told = other.told
+
+
+def follow(state: State) -> None:
+    """Let this thread's CUDA stream wait for the one that used a state's storage last. Not run on a GPU yet."""
+    device = device_of(state.signature)
+    if device.type == "cpu":
+        return
+    before, now = state.stream, torch.cuda.current_stream(device)
+    state.stream = now
+    if before is not None and before != now:
+        now.wait_stream(before)
+        for t in state.tensors():
+            if t.device == device:  # and not before it is done may its memory serve others
+                t.record_stream(now)
 
 
 def _to_host(t: Tensor) -> Tensor:

@@ -37,8 +37,10 @@ class State:
         "runs",
         "signature",
         "step_timestep",
+        "stream",
         "timelines",
         "timestep",
+        "told",
         "total",
         "units",
         "used",
@@ -53,6 +55,7 @@ class State:
         self.away = 0  # bytes that lie in host memory for the time being
         self.held = 0  # bytes after the last call, and
         self.used = 0  # number of that call: both kept where there is a budget
+        self.stream: Any = None  # the CUDA stream that used the storage last
         self.restart()
 
     def restart(self) -> None:
@@ -70,18 +73,25 @@ class State:
         )
         self.runs: list[Run] = []  # what each policy remembers
         self.measured: list[Tensor] = []  # magnitude ratios of a calibration, on the device
+        self.told: dict[str, tuple[float, ...]] = {}  # what `put` has written
         self.head.pop("kept", None)
         self.head.pop("guided", None)
-        for t in self._head_tensors():
-            t.zero_()
         for timeline in self.timelines:
             timeline.clear()
         for units in self.units:
             for unit in units.values():
                 unit.forget()
-                for stream in unit.streams:
-                    for t in stream.tensors():
-                        t.zero_()
+        for t in self.tensors():
+            t.zero_()
+
+    def put(self, name: str, values: tuple[float, ...]) -> None:
+        """Write numbers into a small tensor of `head`, as arguments of kernels: nothing is copied to the device."""
+        before = self.told.get(name, ())
+        if values != before:
+            for i, value in enumerate(values):
+                if before[i : i + 1] != (value,):
+                    self.head[name][i].fill_(value)
+            self.told[name] = values
 
     def make_static(self) -> None:
         """Tell compiled code of storage that was allocated before anything was compiled."""
@@ -104,15 +114,12 @@ class State:
 
     def nbytes(self) -> int:
         """Bytes of cached tensors; those in host memory for the time being are not counted."""
-        if self.away:
-            return 0
-        return sum(
-            t.numel() * t.element_size()
-            for units in self.units
-            for unit in units.values()
-            for stream in unit.streams
-            for t in stream.tensors()
-        ) + sum(t.numel() * t.element_size() for t in self._head_tensors())
+        return 0 if self.away else sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All cached tensors."""
+        streams = (s for units in self.units for unit in units.values() for s in unit.streams)
+        return [*(t for stream in streams for t in stream.tensors()), *self._head_tensors()]
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         """Keep all cached tensors in other storage from now on; compiled code must not know the old one."""

@@ -76,7 +76,7 @@ class GuidanceTarget:
             before = state.head["products"]
             self.bands = (before[0] * self.bands[0], before[1] * self.bands[1])
         if control.compiled:
-            state.head["bands"].copy_(torch.tensor(self.bands))
+            state.put("bands", self.bands)
 
     def finish(self) -> None:
         """Called by the runtime after the model's forward."""

@@ -44,5 +44,5 @@ class Guide:
                 head["guides"].store(guide, None, 0)
 
     def stage(self, state: State, prior: tuple[float, ...]) -> None:
-        """Copy the prior of this step to the device."""
-        state.head["prior"].copy_(torch.tensor(prior, dtype=torch.float32))
+        """Have the device hold the prior of this step."""
+        state.put("prior", prior)

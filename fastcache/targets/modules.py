@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 
 from ..policies import COMPUTE, REUSE
 from ..predictors import Extrapolate, Predictor
-from ..storage.allocate import allocate
+from ..storage.allocate import allocate, static, upload
+from ..storage.history import padded
 from ..storage.ring import Ring
 from ..storage.state import State
 from ..storage.unit import Unit
@@ -73,6 +74,9 @@ class ModulesTarget:
         self.weights: tuple[float, ...] = ()
         self.per_module = isinstance(predictor, Extrapolate) and callable(predictor.weight)
         self.conditional_half = False  # keep only the second half of a full guidance batch
+        # the modules' own weights on the device, a row each, and as numbers: for compiled code
+        self.table: Tensor | None = None
+        self.told: list[list[float]] = []
 
     def install(self) -> None:
         for node in self.nodes:
@@ -109,17 +113,21 @@ class ModulesTarget:
     def _stage_weights(self) -> None:
         """Hand each module's own weights to compiled code; the first one is of a base, which there is not."""
         state: State = self.control.state
-        steps, depth = state.timelines[self.rule].steps, self.predictor.depth
+        steps, width = state.timelines[self.rule].steps, 1 + self.predictor.depth
         assert isinstance(self.predictor, Extrapolate)
+        if self.table is None:
+            held = next(u.streams[0] for u in state.units[self.rule].values() if u.streams)
+            device = held.tensors()[0].device
+            self.table = allocate((len(self.nodes), padded(width)), torch.float32, device)
+            for node, row in zip(self.nodes, self.table.unbind(0), strict=True):
+                node.weights = static(row[:width])
+        rows = []
         for node in self.nodes:
-            if node.unit is None or not node.unit.streams:
-                continue
-            if node.weights is None:
-                device = node.unit.streams[0].tensors()[0].device
-                node.weights = allocate((1 + depth,), torch.float32, device)
             weights = self.predictor.weights(steps, state.armed_step, node.module)
-            padded = [0.0, *weights, *[0.0] * (depth - len(weights))]
-            node.weights.copy_(torch.tensor(padded, dtype=torch.float32))
+            rows.append([0.0, *weights, *[0.0] * (self.table.shape[1] - 1 - len(weights))])
+        if rows != self.told:
+            self.table.copy_(upload(torch.tensor(rows), self.table.device))
+            self.told = rows
 
     def finish(self) -> None:
         """Called by the runtime after the model's forward."""
