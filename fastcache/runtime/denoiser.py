@@ -202,10 +202,11 @@ class Denoiser:
         else:
             with self.cache._backend(), eagerly(not recorded):
                 output = self._forward(forward, args, kwargs)
+                for target in () if recorded else self.targets:
+                    target.finish()  # which may store what it has seen
         if recorded:
             return output
         for target in self.targets:
-            target.finish()
             if isinstance(target, ModulesTarget):
                 output = target.kept_apart(output)
         self.cuts = tuple(t.cut for t in self.targets if isinstance(t, StackTarget))

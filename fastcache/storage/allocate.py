@@ -42,8 +42,8 @@ def allocate(
 def strides_of(value: Tensor) -> tuple[int, ...] | None:
     """Strides without gaps, in the order in which the elements of `value` lie: of what is kept of it.
 
-    None for the usual order. Kernels then see the value and what is kept as one flat run of elements. Samples stay one after the
-    other, so that the half of a guidance batch is such a run too.
+    None for the usual order. Kernels then see the value and what is kept as one flat run of elements. Samples
+    stay one after the other, so that the half of a guidance batch is such a run too.
     """
     order = outermost_first(value.shape, value.stride())
     if not order or order[0] != 0 or order == tuple(range(value.dim())):

@@ -137,8 +137,7 @@ class Ring:
             for i, term in enumerate(terms[1:], first + 1):
                 total = total + term.float() * weights[i]
             return total.to(self.dtype if base is None else base.dtype)
-        like, dtype = (rows[0], self.dtype) if base is None else (base, base.dtype)
-        out = torch.empty_like(like, dtype=dtype)
+        out = torch.empty_like(rows[0], dtype=self.dtype if base is None else base.dtype)
         if base is None:
             _combine_device(out, rows, weights[1:].contiguous())
         else:
@@ -190,7 +189,7 @@ def weighted(
     """base + sum weights * rows in one launch (two beyond five terms); without a base the sum alone, also
     into `out`, which may be one of the rows."""
     if base is not None:
-        out = torch.empty_like(base)
+        out = torch.empty_like(rows[0], dtype=base.dtype)
         if len(rows) == 1 and weights[0] == 1.0:
             _apply(out, base, rows[0])
             return out
