@@ -49,9 +49,15 @@ class Stats:
     def _records(self) -> deque[Record]:
         """The records, late signals read."""
         if self._pending:
+            late: dict[Any, list[int]] = {}  # one read for each device
             for i, record in enumerate(self._all):
                 if record.signal is not None and not isinstance(record.signal, float):
-                    self._all[i] = _known(record)
+                    late.setdefault(record.signal.device, []).append(i)
+            for places in late.values():
+                signals: list[Any] = [self._all[i].signal for i in places]
+                numbers = iter(sync.numbers(signals))
+                for i, one in zip(places, signals, strict=True):
+                    self._all[i] = _known(self._all[i], *(next(numbers) for _ in range(len(one))))
             self._pending = False
         return self._all
 
@@ -115,9 +121,8 @@ class Stats:
         return lines
 
 
-def _known(record: Record) -> Record:
+def _known(record: Record, number: float, *reused: float) -> Record:
     """The record with what was still on the device."""
-    number, *reused = sync.numbers([record.signal])  # type: ignore[list-item]
     if not reused:
         return record._replace(signal=number)
     action = REUSE if reused[0] else COMPUTE
