@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from . import overhead
+from .catalogue import FROZEN
 from .common import Row
+from .contenders import PASSES
 from .quality import cells, frontier
-from .steps import FROZEN, PASSES
 from .sweeps import ABLATED, AFTER_THREE, INTERVALS, RIDGE
 
 # Guided prediction over Taylor 1: by steps of a run, the intervals and dB that are promised

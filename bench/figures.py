@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .contenders import PASSES
 from .quality import cells
-from .steps import PASSES
 from .sweeps import AFTER_THREE, INTERVALS
 
 if TYPE_CHECKING:

@@ -19,9 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from bench import __main__ as program  # noqa: E402
 from bench import (  # noqa: E402
+    catalogue,
     chains,
     claims,
     common,
+    contenders,
     figures,
     graphs,
     models,
@@ -119,7 +121,7 @@ def test_steps(tmp_path):
             assert found[system, method]["reused_ms"] > 0
     assert found["fastcache", "MagCache"]["launches"] <= found["diffusers", "MagCache"]["launches"]
     assert found["fastcache", "MagCache"]["reads"] == 0
-    assert all("own_ms" in found[s, "FirstBlock"] for s in ("diffusers", steps_bench.PASSES))
+    assert all("own_ms" in found[s, "FirstBlock"] for s in ("diffusers", contenders.PASSES))
     assert len(figures.own_figure(figures.own_rows(rows)).axes) == 1
 
 
@@ -138,7 +140,7 @@ def test_every_system_follows_the_schedule_it_is_timed_on(name):
     if name in SMALL:
         make = dataclasses.replace(make, fields={**make.fields, **SMALL[name]})
     subject = make(1, 10, 16, "cpu")
-    for contender in steps_bench.contenders(subject, "eager"):
+    for contender in catalogue.contenders(subject, "eager"):
         if contender.attached is None:
             continue
         whole = contender.kept is not None
@@ -146,11 +148,11 @@ def test_every_system_follows_the_schedule_it_is_timed_on(name):
             continue
         calls = [n for n, _ in contender.call.named_modules() if n.endswith(".to_q")]
         found = contender.call.get_submodule(calls[-1 if whole else 0])
-        plan, computed, ran = steps_bench.own_plan(contender.method, 10), [], []
+        plan, computed, ran = contenders.own_plan(contender.method, 10), [], []
         found.register_forward_hook(lambda *_, ran=ran: ran.append(1))
         for i, inputs in enumerate(subject.calls):
             ran.clear()
-            systems.CLOCK["t"] = t = steps_bench.timestep(i, 10)
+            systems.CLOCK["t"] = t = contenders.timestep(i, 10)
             if contender.force is not None:
                 contender.force(plan[i])
             with systems.quietly(), torch.no_grad(), contender.attached.context("c", i, 10, t):
@@ -164,26 +166,26 @@ def test_the_passes_alone_do_the_arithmetic_of_a_reused_step(method):
     """Otherwise they would bound nothing."""
     pytest.importorskip("diffusers")
     subject = models.MODELS["digits"](2, 10, 16, "cpu")
-    made = {(c.system, c.method): c for c in steps_bench.contenders(subject, "eager")}
-    ours, least = made["fastcache", method], made[steps_bench.PASSES, method]
-    plan = steps_bench.schedule(10)
+    made = {(c.system, c.method): c for c in catalogue.contenders(subject, "eager")}
+    ours, least = made["fastcache", method], made[contenders.PASSES, method]
+    plan = contenders.schedule(10)
     with torch.no_grad():
         for i, inputs in enumerate(subject.calls[:5]):
-            with ours.attached.context("cond", i, 10, steps_bench.timestep(i, 10)):
+            with ours.attached.context("cond", i, 10, contenders.timestep(i, 10)):
                 output = ours.call(**inputs)[0]
         assert plan[3:5] == [True, False]
         (state,) = ours.attached.cache.denoisers[0].slots.states.values()
         (unit,) = state.units[0].values()
         least.force(False)
         least.call(**inputs)
-        (passes,) = (m for m in least.part.modules() if isinstance(m, steps_bench.Passes))
+        (passes,) = (m for m in least.part.modules() if isinstance(m, contenders.Passes))
         passes.residual = unit.streams[0].views[0]
         assert torch.equal(least.call(**inputs)[0], output)
 
 
 def test_own_cost_is_that_of_quiet_rounds():
-    contender = steps_bench.Contender("fastcache", "MagCache", "", lambda: None)
-    plan = steps_bench.schedule(10)
+    contender = contenders.Contender("fastcache", "MagCache", "", lambda: None)
+    plan = contenders.schedule(10)
     for noise in (0.0, 0.0, 5.0, 9.0, 2.0, 0.0, 3.0, 0.0, 7.0, 1.0):
         mine = [100.0 if computed else 3.0 + noise for computed in plan]
         contender.pairs.append((mine, [1.0 + 3 * noise] * 10))
