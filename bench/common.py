@@ -69,8 +69,9 @@ def environment(device: str = "cpu") -> Row:
     """Device, versions, commit and threads: part of every JSON line."""
     from fastcache.ops.backends import cpp
 
+    name, driver = (_processor(), None) if device == "cpu" else _gpu()
     row: Row = {
-        "device": _processor() if device == "cpu" else torch.cuda.get_device_name(),
+        "device": name,
         "kind": device,
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -85,18 +86,23 @@ def environment(device: str = "cpu") -> Row:
         row["clock"] = clock().__name__
     else:
         row["cuda"] = torch.version.cuda
-        row["driver"] = _driver()
+        row["driver"] = driver
     for package in ("diffusers", "cache-dit"):
         row[package] = version(package)
     return row
 
 
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _gpu() -> tuple[str, str | None]:
+    """Name and driver, where possible without a context on the device."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+        said = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
     except OSError:
-        return None
+        said = []
+    if not said:
+        return torch.cuda.get_device_name(), None
+    name, driver = said[0].rsplit(", ", 1)
+    return name, driver
 
 
 # --- time ---------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(op: Op, shape: tuple[int, int], dtype: str, setting: Setting) -> list[Row]:
     """One row per contender."""
-    sets = _buffers(op, shape, DTYPES[dtype], setting.device)
+    sets = buffers(op, shape, DTYPES[dtype], setting.device)
     one = next(iter(sets[0].values()))
     runs = _contenders(op, setting)
     _check(op, runs, sets[0])
@@ -102,11 +102,13 @@ def measure(op: Op, shape: tuple[int, int], dtype: str, setting: Setting) -> lis
     return rows
 
 
-def _buffers(op: Op, shape: tuple[int, int], dtype: torch.dtype, device: str) -> list[Buffers]:
+def buffers(
+    op: Op, shape: tuple[int, int], dtype: torch.dtype, device: str, count: int | None = None
+) -> list[Buffers]:
     """Random buffer sets, as many as it takes to exceed the last cache three times."""
     names = op.tensors.split()
     size = len(names) * math.prod(shape) * dtype.itemsize
-    count = max(1, min(8, math.ceil(3 * common.last_cache_bytes(device) / size)))
+    count = count or max(1, min(8, math.ceil(3 * common.last_cache_bytes(device) / size)))
     g = torch.Generator(device).manual_seed(0)
 
     def draw(name: str) -> torch.Tensor:
