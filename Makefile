@@ -14,7 +14,12 @@ OLDEST := .venv-oldest
 site = $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 FACING := $(addprefix tests/test_,diffusers_backend.py diffusers_presets.py pipelines.py parity.py matrix.py)
 
-.PHONY: demo test test-oldest lint bench venv clean
+# what travels to a machine with a GPU and no network; its Python and the versions it has
+CUDA_PYTHON ?= python3.12
+CUDA := .venv-cuda
+KIT := .gpu-kit
+
+.PHONY: demo test test-oldest lint bench gpu-kit venv clean
 
 demo: venv
 	$(RUN)fastcache demo
@@ -33,6 +38,17 @@ lint: venv
 bench: venv
 	$(RUN)fastcache bench ops --quick
 	$(RUN)fastcache bench overhead --quick
+
+# needs nvcc and a Python of the minor version there; see bench/gpu.sh for how the kit is used
+gpu-kit: $(CUDA)/.installed
+	$(CUDA)/bin/python -m bench.gpu.kit make $(KIT)
+
+$(CUDA)/.installed: constraints-cuda.txt
+	@echo "setting up $(CUDA): a CUDA build of torch, several GB"
+	test -x $(CUDA)/bin/python || $(CUDA_PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/python -m pip install --disable-pip-version-check -q -c constraints-cuda.txt $(PIP_FLAGS) \
+		torch triton numpy safetensors setuptools wheel ninja pybind11 pytest hypothesis
+	touch $@
 
 venv: $(STAMP)
 
@@ -53,4 +69,4 @@ $(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info fastcache/*.so
+	rm -rf $(VENV) $(OLDEST) $(CUDA) $(KIT) build dist *.egg-info fastcache/*.so

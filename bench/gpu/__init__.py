@@ -1,0 +1,1 @@
+"""One run on a GPU, in stages: see bench/gpu.sh."""
