@@ -8,11 +8,12 @@ from typing import Any
 
 from . import claims, common, figures, graphs
 from .common import Row
+from .gpu import show
 from .quality import KEY, cells, frontier
 from .subjects import NAMES
 
-BENCHES = ("quality", "steps", "graphs", "ops", "overhead")
-COMMANDS = {name: f"python -m bench {name}" for name in BENCHES}
+BENCHES = ("quality", "steps", "graphs", "ops", "overhead", "gpu")
+COMMANDS = {name: f"python -m bench {name}" for name in BENCHES} | {"gpu": "bash bench/gpu.sh"}
 QUALITY_IMAGES = {"flux": "quality", "video": "quality-video"}
 
 
@@ -79,6 +80,14 @@ def _origin(rows: Sequence[Row], command: str) -> Iterator[Block]:
 
 def _image(name: str, rows: Sequence[Row]) -> Block:
     return Block("image", f"bench-{name}-{rows[0]['kind']}.png")
+
+
+def _gpu(rows: list[Row]) -> Iterator[Block]:
+    yield Block("h2", "One run on a GPU" if rows[0]["kind"] == "cuda" else "A dry run")
+    yield from _origin(rows, COMMANDS["gpu"])
+    for title, columns, lines in show.tables(rows):
+        yield Block("h3", title)
+        yield table(columns, lines)
 
 
 def _ops(rows: list[Row]) -> Iterator[Block]:
@@ -289,6 +298,7 @@ SECTIONS: dict[str, Any] = {
     "steps": _steps,
     "graphs": _graphs,
     "quality": _quality,
+    "gpu": _gpu,
 }
 
 
