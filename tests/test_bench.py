@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -362,8 +361,3 @@ def test_the_list_of_benchmarks_is_complete(capsys):
     listed = capsys.readouterr().out
     assert all(name in listed for name in program.NAMES)
     assert program.main(["nonsense"]) == 2
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_the_gpu_script_parses():
-    subprocess.run(["bash", "-n", ROOT / "bench" / "gpu.sh"], check=True)
