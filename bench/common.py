@@ -94,15 +94,18 @@ def environment(device: str = "cpu") -> Row:
 
 def _gpu() -> tuple[str, str | None]:
     """Name and driver, where possible without a context on the device."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    said = nvidia_smi("name", "driver_version")
+    return (said["name"], said["driver_version"]) if said else (torch.cuda.get_device_name(), None)
+
+
+def nvidia_smi(*fields: str) -> dict[str, str]:
+    """What the tool says of the first GPU; nothing where it is not installed or fails."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         said = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
     except OSError:
-        said = []
-    if not said:
-        return torch.cuda.get_device_name(), None
-    name, driver = said[0].rsplit(", ", 1)
-    return name, driver
+        return {}
+    return dict(zip(fields, said[0].split(", "), strict=False)) if said else {}
 
 
 # --- time ---------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 
 import torch
 
@@ -13,13 +12,12 @@ from .. import common
 from ..common import Row
 from .session import Session, times
 
-SMI = (
-    "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
-)
+SMI = ("memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
 def run(session: Session) -> None:
-    session.row("machine", **machine(session.device))
+    with session.attempt("machine"):
+        session.row("machine", **machine(session.device))
     backends = {name: str(reason) for name, reason in fastcache.ops.dispatch.backends().items()}
     session.row("backends", status=backends)
     with session.attempt("matmul"):
@@ -31,15 +29,13 @@ def machine(device: str) -> Row:
     if device == "cpu":
         return {"cores": os.cpu_count()}
     found = torch.cuda.get_device_properties(0)
-    query = ["nvidia-smi", f"--query-gpu={SMI}", "--format=csv,noheader"]
-    said = subprocess.run(query, capture_output=True, text=True).stdout.strip().split(", ")
     return {
         "processors": found.multi_processor_count,
         "l2_bytes": found.L2_cache_size,
         "memory_bytes": found.total_memory,
         "capability": f"{found.major}.{found.minor}",
         "cores": os.cpu_count(),
-        "smi": dict(zip(SMI.split(","), said, strict=False)),
+        "smi": common.nvidia_smi(*SMI),
     }
 
 
