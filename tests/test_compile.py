@@ -417,6 +417,34 @@ def test_inductor_agrees_with_eager_on_a_plain_model(method: str) -> None:
         assert torch.allclose(got, want, atol=1e-5)
 
 
+class Turned(PlainModel):
+    """Hidden states that are channels first in memory, as behind a patch embedding; a norm reads the last ones."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = super().forward(torch.sigmoid(hidden_states).transpose(1, 2))
+        return nn.functional.layer_norm(x, x.shape[2:])
+
+
+@pytest.mark.parametrize("what", [fastcache.Taylor(2), fastcache.Guided(2)], ids=str)
+def test_inductor_reads_a_history_beside_a_transposed_value(what: Any) -> None:
+    """Inductor of torch 2.11 wrote C++ that does not compile, where a row was read at an index."""
+    fresh()
+    torch.manual_seed(0)
+    model = Turned(24).eval().requires_grad_(False)
+    start, drift = torch.randn(1, 24, 128), torch.randn(1, 24, 128)
+    with fastcache.enable(model, fastcache.Recipe(fastcache.Interval(3), what)) as cache:
+        runs = []
+        for call in (model, fastcache.compile(model)):
+            outputs = []
+            for i in range(STEPS):
+                with cache.context(step_index=i), torch.no_grad():
+                    outputs.append(call(start + 0.1 * i * drift).clone())
+            runs.append(outputs)
+        assert cache.stats.reused
+    for got, want in zip(*runs, strict=True):
+        assert torch.allclose(got, want, atol=1e-4)
+
+
 def test_weights_of_each_module_reach_compiled_code() -> None:
     """They were taken as zeros there, since no weights were staged for modules that have their own."""
     torch.manual_seed(0)

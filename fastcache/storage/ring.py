@@ -41,6 +41,18 @@ def part(rows: Tensor, like: Tensor | None) -> Tensor:
     return rows[:, rows.shape[1] - like.shape[0] :]
 
 
+def picked(rows: Sequence[Tensor], place: Tensor) -> Tensor:
+    """The row whose number `place` holds, in compiled code that reads all of them anyway.
+
+    By comparing, not by an index: Inductor's C++ of torch 2.11 reads a row at an index before it has worked
+    the index out, where the value that it is added to is transposed.
+    """
+    row = rows[0]
+    for number, other in enumerate(rows[1:], 1):
+        row = torch.where(place == number, other, row)
+    return row
+
+
 class Ring:
     """The last `depth` raw values of one tensor, stacked in one buffer."""
 
@@ -118,8 +130,8 @@ class Ring:
         """All rows, newest first, in compiled code."""
         if self.timeline.depth == 1:
             return [held[0]]
-        order = self.timeline.staged.order
-        return [held.index_select(0, order[i : i + 1])[0] for i in range(self.timeline.depth)]
+        rows = held.unbind(0)
+        return [picked(rows, place) for place in self.timeline.staged.order.unbind(0)]
 
     def newest_first(self, like: Tensor | None) -> list[Tensor]:
         """All rows of a full history, newest first, for the batch of `like`."""
