@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fastcache
+from fastcache.graphs.compiled import compile_alone
 
 STEPS = 12
 clock = {"t": 0.0}  # what PAB's and FasterCache's callbacks read
@@ -526,6 +527,17 @@ def test_history_shift(fn: Callable) -> None:
     torch.compile(fn, fullgraph=True)(new, newer, older)
     assert newer.eq(1).all()
     assert older.eq(2).all()
+
+
+def test_a_module_is_compiled_where_torch_cannot_isolate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no code object to copy, unlike a function."""
+    monkeypatch.setattr("fastcache.graphs.compiled.ISOLATES", False)
+    fresh()
+    module, graphs, x = nn.Linear(4, 4), Graphs(), torch.randn(2, 4)
+    alone = [compile_alone(module, {"backend": graphs}) for _ in range(2)]
+    for compiled in alone:
+        assert torch.equal(compiled(x), module(x))
+    assert graphs.count == 2
 
 
 def test_modes_stay_apart_where_torch_cannot_isolate_them(monkeypatch: pytest.MonkeyPatch) -> None:

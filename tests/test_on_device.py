@@ -11,7 +11,11 @@ from test_compile import Graphs, PlainModel, assert_quiet, drive, fresh
 
 import fastcache
 from fastcache import FirstBlock, Recipe, Reuse, Stack, sync
-from fastcache.graphs.on_device import within
+from fastcache.graphs.on_device import WRITES, within
+
+written = pytest.mark.skipif(
+    not WRITES, reason="branches of this torch's cond cannot write into storage"
+)
 
 CASES: list[tuple[str, Any]] = [
     ("Wan3D", fastcache.FirstBlockCacheConfig(0.1)),
@@ -34,6 +38,7 @@ def test_the_rule_is_the_hosts(sums: list, threshold: float) -> None:
     assert bool(small) == wanted
 
 
+@written
 @pytest.mark.parametrize(("name", "config"), CASES)
 @pytest.mark.filterwarnings("ignore:fastcache. each of:UserWarning")
 def test_one_graph_decides_and_computes_as_the_host_does(
@@ -67,6 +72,7 @@ def test_one_graph_decides_and_computes_as_the_host_does(
     assert told and all(a == b for a, b in told)
 
 
+@written
 @pytest.mark.filterwarnings("ignore:fastcache. each of:UserWarning")
 def test_inductor_and_another_shape() -> None:
     fresh()
@@ -91,6 +97,17 @@ def test_inductor_and_another_shape() -> None:
         assert torch.allclose(got, want, atol=1e-5)
 
 
+def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if WRITES:
+        monkeypatch.setattr("fastcache.graphs.on_device.WRITES", False)
+    with (
+        fastcache.enable(model := PlainModel().eval(), fastcache.FirstBlockCacheConfig(0.1)),
+        pytest.raises(ValueError, match=r"needs torch 2\.12 or later"),
+    ):
+        fastcache.compile(model, on_device=True)
+
+
+@written
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [

@@ -44,14 +44,20 @@ def compile_alone(function: Callable, options: dict[str, Any]) -> Callable:
     if ISOLATES:
         options = {"isolate_recompiles": True, **options}
         return torch.compile(function, **options)
-    code = types.FunctionType(
+    if not isinstance(function, types.FunctionType):  # a module has no code object of its own
+        module = function
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return module(*args, **kwargs)
+
+    own = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    return torch.compile(code, **options)
+    return torch.compile(own, **options)
 
 
 def frozen_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -183,9 +189,10 @@ def compile(
     frozen: a promise that the model's modules, attributes and adapters stay as they are at its first calls
     (weights may change in place); then only the arguments are guarded, which halves the host time of a reused
     step. After a change of the model, compile it anew.
-    on_device: experimental, for FirstBlockCacheConfig: the device decides inside one graph, and nothing is read
-    back before the run ends or `cache.stats` is looked at; as with frozen, changes of the model go unnoticed.
-    Not yet run on a GPU.
+    on_device: experimental, for FirstBlockCacheConfig and torch 2.12 or later: one graph decides and goes on by
+    torch.cond, and fastcache reads nothing back before the run ends or `cache.stats` is looked at. Inductor
+    itself reads the predicate once in a step, and captures neither branch under CUDA graphs. As with frozen,
+    changes of the model go unnoticed. Not yet run on a GPU.
     Returns a callable with the model's signature, driven like the model itself.
     Raises ValueError where the model is not enabled, or cudagraphs cannot be had.
     """

@@ -1,9 +1,14 @@
-"""Experimental: FirstBlockCache's decision taken on the device, so that a step never waits for the host.
+"""Experimental: FirstBlockCache's decision taken inside one graph, next to what is decided.
 
-One graph holds the whole step: the first block and its change, the decision, and torch.cond over the rest of
-the step, replayed or computed. Under CUDA graphs torch captures the condition as a conditional node. Its three
-parts are exported with their storage as an argument, as `export_variants` does it, and the host learns what
-was decided when a run ends or somebody looks at `cache.stats`. Not yet run on a GPU.
+The graph holds the whole step: the first block and its change, the decision, and torch.cond over the rest of
+the step, replayed or computed. Its three parts are exported with their storage as an argument, as
+`export_variants` does it, and the host learns what was decided when a run ends or somebody looks at
+`cache.stats`.
+
+What waits is up to what runs the graph. Inductor writes the condition as an `if` of the host around a read of
+the predicate (`pred.item()`), and under CUDA graphs it cuts the graph there: what comes before is captured,
+the branches are not, and the step waits for the device once, as it does without `on_device`. Only a runtime
+that captures torch.cond as a conditional node decides without the host. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -33,6 +38,10 @@ REASON = "decided on the device"
 # What the device keeps of its decisions, in a state's head: skipped steps in a row, whether the host's guards
 # ask to compute this step, and of the last decision the change and whether it reused.
 KEPT = {"skips": ((1,), torch.int64), "must": ((1,), torch.bool), "seen": ((2,), torch.float64)}
+
+
+# Whether branches of torch.cond may write into storage.
+WRITES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 
 
 def within(sums: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -76,6 +85,11 @@ class OnDevice:
     """The steps of one denoiser, each as one graph; `compile` is what makes a callable of a module."""
 
     def __init__(self, denoiser: Denoiser, compile: Callable[[nn.Module], Callable]) -> None:
+        if not WRITES:
+            raise ValueError(
+                f"compile: on_device=True needs torch 2.12 or later, here it is {torch.__version__}, where "
+                "branches of torch.cond cannot write into the cache; leave on_device out"
+            )
         self.rule = rule_of(denoiser)
         self.denoiser, self.compile = denoiser, compile
         self.programs: dict[Any, Callable] = {}
