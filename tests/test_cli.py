@@ -176,7 +176,18 @@ def test_inspect_leaves_the_model_as_it_was():
     assert {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()} == before
     assert found.hooked == (("blocks (3 blocks)",),) and found.shapes.width == 8
     assert found.graphs == 3 and found.plan is None
+    assert found.captured == ("first block", "reuse")
     assert found.nbytes == 2 * sum(found.memory.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "captured"),
+    [(FORECAST, ("reuse",)), ('{"config": "magcache", "mag_ratios": "flux"}', ("reuse",))],
+)
+def test_inspect_tells_which_graphs_are_captured(config, captured):
+    found = inspect_model(Plain(), config_from(config))
+    assert found.graphs == 2 and found.captured == captured
+    assert 'captured    reuse, with cudagraphs="reuse"' in found.text()
 
 
 def test_inspect_names_what_came_close():

@@ -4,6 +4,9 @@ A mode is what the rules decided. Rules that decide beforehand need one graph pe
 needs three: the head region leaves the model's own forward after its first block, the host reads one pair
 of sums, and the forward is entered again for the rest of the step, computed or replayed; what the second
 entry does not need before the first block is dead code to the compiler.
+
+Not every program has to be a graph: with cudagraphs="reuse" those that compute all blocks are the model's own
+forward, which for the rest of a step starts from what the head has left in storage.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..models.pipeline import denoisers_of
+from ..policies import REUSE
 from ..runtime.denoiser import Denoiser
 from ..runtime.patch import MARK
 from ..storage.allocate import allocate
@@ -32,6 +36,15 @@ ARGUMENT = re.compile(r"(L\[')?(args|kwargs)\b")  # a guard on what a program is
 
 
 TRAINING = "AUTOGRAD_SAVED_TENSORS_HOOKS"  # a guard on what autograd alone asks for
+
+
+# By choice of `cudagraphs`: whether a program is compiled, of its phase and its actions. What is compiled is
+# captured too, unless the choice is False.
+COMPILED: dict[bool | str, Callable[[str, Sequence[str]], bool]] = {
+    False: lambda phase, actions: True,
+    True: lambda phase, actions: True,
+    "reuse": lambda phase, actions: phase == HEAD or REUSE in actions,
+}
 
 
 ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # torch 2.13
@@ -89,12 +102,12 @@ class Compiled:
         self,
         denoiser: Denoiser,
         options: dict[str, Any],
-        captured: bool,
+        cudagraphs: bool | str,
         frozen: bool,
         on_device: bool,
     ) -> None:
-        self._model, self._options = denoiser.model, options
-        self._captured, self._frozen, self._on_device = captured, frozen, on_device
+        self._model, self._options, self._compiles = denoiser.model, options, COMPILED[cudagraphs]
+        self._captured, self._frozen, self._on_device = bool(cudagraphs), frozen, on_device
         self.__signature__ = inspect.signature(denoiser.original)
         functools.update_wrapper(self, denoiser.original, updated=())
         self._follow(denoiser)
@@ -116,35 +129,29 @@ class Compiled:
             return self._model(*args, **kwargs)
         if denoiser is not self._denoiser:
             self._follow(denoiser)
-        if not self._captured:
-            return denoiser.call(args, kwargs, self._run)
-        # a replay overwrites what the last one returned, and guidance holds two outputs at a time
-        torch.compiler.cudagraph_mark_step_begin()
-        return tree_map_only(Tensor, Tensor.clone, denoiser.call(args, kwargs, self._run))
+        return denoiser.call(args, kwargs, self._run)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        """One step whose storage exists: the graph of its mode, or two around FirstBlock's decision."""
+        """One step whose storage exists: the program of its mode, or two around FirstBlock's decision."""
         control, probed = self._denoiser.control, self._probed
         if probed is None or control.actions[probed] != PENDING:
-            return self._program(*control.actions, control.batch, WHOLE)(*args, **kwargs)
+            return self._step(WHOLE, args, kwargs)
         state = control.state
         rule, target = self._denoiser.recipe.rules[probed], self._denoiser.targets[probed]
         misfit = rule.when.measures == "misfit"
         if not (target.ready(state) if misfit else self._enter_head(state, rule.when)):
             return self._denoiser.original(*args, **kwargs)
         if self._decider is not None:
-            return self._decider.run(state, args, kwargs)
+            return self._replayed(self._decider.run, state, args, kwargs)
         if misfit:
             self._denoiser.stage_prior(probed)
-        control.phase = HEAD
-        self._program(*control.actions, control.batch, HEAD)(*args, **kwargs)
+        self._step(HEAD, args, kwargs)
         measured = state.head["misfit" if misfit else "sums"]
         self._denoiser.judged(probed, rule, target, measured)
-        control.phase = REST
-        return self._program(*control.actions, control.batch, REST)(*args, **kwargs)
+        return self._step(REST, args, kwargs)
 
     def _enter_head(self, state: State, when: Any) -> bool:
         """Whether the first block has a reference to be compared with."""
@@ -155,6 +162,22 @@ class Compiled:
             shape = when.sums(head["residual"])
             head["sums"] = allocate(shape, torch.float32, head["hidden"].device)
         return True
+
+    def _step(self, phase: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One phase of a step: its compiled program, or the model's own forward."""
+        control = self._denoiser.control
+        control.phase = phase
+        if not self._compiles(phase, control.actions):
+            return self._denoiser.original(*args, **kwargs)
+        program = self._program(*control.actions, control.batch, phase)
+        return self._replayed(program, *args, **kwargs)
+
+    def _replayed(self, program: Callable, *args: Any, **kwargs: Any) -> Any:
+        """What a program returns, in memory that no later replay overwrites."""
+        if not self._captured:
+            return program(*args, **kwargs)
+        torch.compiler.cudagraph_mark_step_begin()  # nothing of an earlier replay is still needed
+        return tree_map_only(Tensor, Tensor.clone, program(*args, **kwargs))
 
     def _program(self, *mode: Any) -> Callable:
         if self._frozen:  # no guard looks at storage, and its layout follows from these
@@ -176,28 +199,52 @@ class Compiled:
 def compile(
     model: Any,
     *,
-    cudagraphs: bool = False,
+    cudagraphs: bool | str = False,
     frozen: bool = False,
     on_device: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Compile an enabled model: one fullgraph callable per mode, no recompiles between steps.
 
-    model: an nn.Module on which `fastcache.enable` was called. kwargs: as for torch.compile; fullgraph is
-    True unless given. cudagraphs: also capture each mode's whole step and replay it, through Inductor's
-    mode "reduce-overhead"; outputs are copies, safe to hold over later steps. Not yet run on a GPU.
-    frozen: a promise that the model's modules, attributes and adapters stay as they are at its first calls
-    (weights may change in place); then only the arguments are guarded, which halves the host time of a reused
-    step. After a change of the model, compile it anew.
-    on_device: experimental, for FirstBlockCacheConfig and torch 2.12 or later: one graph decides and goes on by
-    torch.cond, and fastcache reads nothing back before the run ends or `cache.stats` is looked at. Inductor
-    itself reads the predicate once in a step, and captures neither branch under CUDA graphs. As with frozen,
-    changes of the model go unnoticed. Not yet run on a GPU.
-    Returns a callable with the model's signature, driven like the model itself.
-    Raises ValueError where the model is not enabled, or cudagraphs cannot be had.
+    Args:
+        model: an nn.Module on which `fastcache.enable` was called.
+        cudagraphs: whether Inductor, in its mode "reduce-overhead", also captures what is compiled as CUDA
+            graphs and replays them. True: every mode. "reuse": the first block where a rule looks at it, and
+            steps in which some rule reuses; steps that compute everything are not compiled at all, so that
+            a stack of any depth takes seconds to build. They run the model's own forward, with compiled
+            blocks after `model.compile_repeated_blocks()` or `block.compile()`; after a captured first block
+            they start at the second one, and embedders before it run twice. Rules on modules still run every
+            block in a reused step, and capture that. Outputs are copies, safe to hold over later steps.
+            Before each replay `torch.compiler.cudagraph_mark_step_begin()` is called, which lets go of what
+            other captured models of this process have returned: clone that, if it is still needed. A graph
+            is recorded once per state, that is per context and concurrent request, and Inductor gives up
+            after 128 (`torch._inductor.config.triton.cudagraph_unexpected_rerecord_limit`): raise the limit
+            to serve more at a time. Not yet run on a GPU.
+        frozen: a promise that the model's modules, attributes and adapters stay as they are at its first
+            calls (weights may change in place); then only the arguments are guarded, which halves the host
+            time of a reused step. After a change of the model, compile it anew.
+        on_device: experimental, for FirstBlockCacheConfig and torch 2.12 or later: one graph decides and goes
+            on by torch.cond, and fastcache reads nothing back before the run ends or `cache.stats` is looked
+            at. Inductor itself reads the predicate once in a step, and captures neither branch under CUDA
+            graphs. As with frozen, changes of the model go unnoticed. Not yet run on a GPU.
+        kwargs: as for torch.compile; fullgraph is True unless given.
+
+    Returns:
+        A callable with the model's signature, driven like the model itself.
+
+    Raises:
+        TypeError: the model is no nn.Module.
+        ValueError: it is not enabled, cudagraphs cannot be had, or options exclude each other.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compile: model is {type(model).__name__}, must be an nn.Module")
+    if not isinstance(cudagraphs, bool | str) or cudagraphs not in COMPILED:
+        raise ValueError(f'compile: cudagraphs is {cudagraphs!r}, must be False, True or "reuse"')
+    if on_device and cudagraphs == "reuse":
+        raise ValueError(
+            'compile: cudagraphs="reuse" leaves computed steps out of graphs, and the one graph of '
+            "on_device=True holds them; leave one of the two out"
+        )
     denoiser = denoisers_of(model)[0][1].__dict__.get(MARK)
     if denoiser is None:
         raise ValueError(
@@ -205,27 +252,28 @@ def compile(
         )
     options = {"fullgraph": True, **kwargs}
     if cudagraphs:
-        _allow_cudagraphs(denoiser.model, options)
-        options["mode"] = "reduce-overhead"
+        options = captured_options(denoiser.model, cudagraphs, options)
     if frozen:
         options = frozen_options(options)
     return Compiled(denoiser, options, cudagraphs, frozen, on_device)
 
 
-def _allow_cudagraphs(model: nn.Module, options: dict[str, Any]) -> None:
+def captured_options(
+    model: nn.Module, cudagraphs: bool | str, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The options of torch.compile under which Inductor captures what it compiles."""
+    given = f"compile: cudagraphs={cudagraphs!r}"
     if not torch.cuda.is_available() or torch.version.cuda is None:
-        raise ValueError(
-            "compile: cudagraphs=True, but there is no CUDA device here; leave it out on this machine"
-        )
+        raise ValueError(f"{given}, but there is no CUDA device here; leave it out on this machine")
     devices = {p.device.type for p in model.parameters()}
     if devices - {"cuda"}:
         raise ValueError(
-            f"compile: cudagraphs=True, but the model has parameters on {sorted(devices)}; move it with "
+            f"{given}, but the model has parameters on {sorted(devices)}; move it with "
             "model.to('cuda') first"
         )
-    given = {"mode", "options", "backend"} & options.keys()
-    if given:
+    taken = {"mode", "options", "backend"} & options.keys()
+    if taken:
         raise ValueError(
-            f"compile: cudagraphs=True sets Inductor's mode itself, but {sorted(given)} came too; leave "
-            "one of them out"
+            f"{given} sets Inductor's mode itself, but {sorted(taken)} came too; leave one of them out"
         )
+    return {**options, "mode": "reduce-overhead"}

@@ -12,16 +12,18 @@ from torch import nn
 
 from ..cache import Cache, enable
 from ..configs import Config
+from ..graphs.compiled import COMPILED
 from ..graphs.reentry import happens_twice
 from ..models.adapter import BlockAdapter
 from ..models.attention import attention_modules
 from ..models.registry import adapter_for
 from ..models.table import LIST_NAMES
 from ..plan import Plan
-from ..policies import COMPUTE
+from ..policies import COMPUTE, REUSE
 from ..recipe import Recipe
 from ..reporting.summary import describe
 from ..runtime.denoiser import Denoiser
+from ..targets.control import HEAD, PENDING, REST, WHOLE
 from ..targets.spec import Modules
 from ..targets.stack.target import StackTarget
 from .memory import Shapes, stream_width, weight_bytes
@@ -42,6 +44,7 @@ class Inspection:
     plan: str | None  # None: decided while running
     graphs: int
     graphs_note: str
+    captured: tuple[str, ...]  # those that cudagraphs="reuse" captures
     reentry: str | None  # None: no rule asks for it
     memory: dict[str, int]  # bytes of one context, per rule
     shapes: Shapes
@@ -65,6 +68,7 @@ class Inspection:
         )
         lines.append(("plan", plan.replace("\n", "\n" + " " * 12)))
         lines.append(("graphs", f"{self.graphs} expected under compile: {self.graphs_note}"))
+        lines.append(("captured", f'{", ".join(self.captured) or "none"}, with cudagraphs="reuse"'))
         if self.reentry is not None:
             lines.append(("re-entry", self.reentry))
         lines.append(
@@ -96,7 +100,7 @@ def inspect_model(
         known = shapes or Shapes()
         known = replace(known, width=known.width or stream_width(denoiser))
         plan = _plan(cache, steps)
-        graphs, note = _graphs(denoiser, plan)
+        graphs = _graphs(plan)
         rules = denoiser.recipe.rules
         return Inspection(
             type(denoiser.model).__name__,
@@ -106,8 +110,9 @@ def inspect_model(
             _close_by(denoiser),
             steps,
             None if plan is None else str(plan),
-            graphs,
-            note,
+            len(graphs),
+            ", ".join(graphs) + (", through fastcache.compile(model)" if plan is None else ""),
+            tuple(name for name, program in graphs.items() if COMPILED["reuse"](*program)),
             _reentry(denoiser),
             {
                 f"{i + 1}: {describe(rule)}": weight_bytes(denoiser, rule, target, known)
@@ -130,13 +135,16 @@ def _plan(cache: Cache, steps: int) -> Plan | None:
     return None if cache.recipe.needs_signal else cache.recipe.plan(steps)
 
 
-def _graphs(denoiser: Denoiser, plan: Plan | None) -> tuple[int, str]:
-    """Graphs that a compiled model will have: one per combination of actions that occurs."""
+def _graphs(plan: Plan | None) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """The programs of a compiled model by name, each with its phase and actions: one per combination that occurs."""
     if plan is None:
-        return 3, "first block, rest, reuse, through fastcache.compile(model)"
+        return {
+            "first block": (HEAD, (PENDING,)),
+            "rest": (REST, (COMPUTE,)),
+            "reuse": (REST, (REUSE,)),
+        }
     modes = dict.fromkeys(zip(*plan.rows, strict=True))
-    named = ["compute" if set(m) == {COMPUTE} else "/".join(m) for m in modes]
-    return len(modes), ", ".join(named)
+    return {"compute" if set(m) == {COMPUTE} else "/".join(m): (WHOLE, m) for m in modes}
 
 
 def _reentry(denoiser: Denoiser) -> str | None:
