@@ -9,26 +9,36 @@ STAMP := $(VENV)/.installed
 INPUTS := constraints.txt pyproject.toml setup.py $(shell find csrc -type f)
 RUN := HF_HUB_OFFLINE=1 $(BIN)/
 
-# the oldest diffusers that is supported, over everything else in $(VENV)
-OLDEST := .venv-oldest
 site = $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+tests = HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n 2 --dist worksteal -q $(PYTEST_FLAGS)
+
+# Versions of CI's own over everything else in $(VENV), each with a constraints file that names them:
+# the oldest diffusers that is supported, with the tests that face it,
+OLDEST := .venv-oldest
 FACING := $(addprefix tests/test_,diffusers_backend.py diffusers_presets.py pipelines.py parity.py matrix.py)
+# and another torch and triton, in the CUDA build that users of a GPU have (4.5 GB, no GPU needed).
+TORCH := .venv-torch
+GRAPHS := $(addprefix tests/test_,ops.py compile.py on_device.py export.py generated_code.py static_addresses.py contract.py)
 
 # what travels to a machine with a GPU and no network; its Python and the versions it has
 CUDA_PYTHON ?= python3.12
 CUDA := .venv-cuda
 KIT := .gpu-kit
 
-.PHONY: demo test test-oldest lint bench gpu-kit venv clean
+
+.PHONY: demo test test-oldest test-torch lint bench gpu-kit venv clean
 
 demo: venv
 	$(RUN)fastcache demo
 
 test: venv
-	$(RUN)python -m pytest -n 2 --dist worksteal -q $(PYTEST_FLAGS)
+	$(call tests,$(VENV))
 
 test-oldest: $(OLDEST)/.installed
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q $(PYTEST_FLAGS) $(FACING)
+	$(call tests,$(OLDEST)) $(FACING)
+
+test-torch: $(TORCH)/.installed
+	$(call tests,$(TORCH)) $(GRAPHS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -61,12 +71,15 @@ $(STAMP): $(INPUTS)
 	$(PIP) --no-build-isolation -e .[test,dev]
 	touch $@
 
+$(OLDEST)/.installed: INSTALLS := diffusers
+$(TORCH)/.installed: INSTALLS := torch triton
+
 # what $(VENV) holds is seen through a .pth file, so that only what differs is installed
-$(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
-	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
-	echo "import site; site.addsitedir('$(call site,$(VENV))')" > $(call site,$(OLDEST))/base.pth
-	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt $(PIP_FLAGS) diffusers
+.venv-%/.installed: constraints-%.txt $(STAMP)
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	echo "import site; site.addsitedir('$(call site,$(VENV))')" > $(call site,$(@D))/base.pth
+	$(@D)/bin/python -m pip install --disable-pip-version-check -q -c $< $(PIP_FLAGS) $(INSTALLS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(CUDA) $(KIT) build dist *.egg-info fastcache/*.so
+	rm -rf $(VENV) $(OLDEST) $(TORCH) $(CUDA) $(KIT) build dist *.egg-info fastcache/*.so
