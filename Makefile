@@ -25,7 +25,6 @@ CUDA_PYTHON ?= python3.12
 CUDA := .venv-cuda
 KIT := .gpu-kit
 
-
 .PHONY: demo test test-oldest test-torch lint bench gpu-kit venv clean
 
 demo: venv

@@ -19,7 +19,7 @@ import tiny  # noqa: E402
 
 import fastcache  # noqa: E402
 from fastcache import FirstBlock, Guided, Interval, Recipe, Reuse, Taylor  # noqa: E402
-from fastcache.ops import dispatch
+from fastcache.ops import dispatch  # noqa: E402
 
 E4M3 = torch.float8_e4m3fn
 DTYPES = {"as they are": None, "bfloat16": torch.bfloat16, "float8": E4M3}
