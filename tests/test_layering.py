@@ -21,7 +21,7 @@ TREES = {path: tree(path) for path in [*files(PACKAGE), *files(KERNELS)]}
 # The folders and files of the package from the ground up: each may import what stands above it here.
 LAYERS = (
     ("checks", "sync"),
-    ("ops",),
+    ("ops", "signals"),
     ("policies", "predictors", "models"),
     ("storage", "plan"),
     ("targets",),
@@ -120,6 +120,7 @@ def test_kernels_import_nothing_of_fastcache():
 
 
 PURE = [
+    *files(PACKAGE / "signals"),
     *files(PACKAGE / "policies"),
     *files(PACKAGE / "predictors"),
     PACKAGE / "checks.py",

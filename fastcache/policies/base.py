@@ -8,30 +8,47 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
 from ..checks import whole
+from ..signals import Measure, Signal
 
-COMPUTE = "compute"
+Action = Literal["compute", "reuse"]
+COMPUTE: Final = "compute"
+REUSE: Final = "reuse"
 
-
-REUSE = "reuse"
+Self = TypeVar("Self", bound="Policy")  # typing.Self is of Python 3.11
 
 
 class Step(NamedTuple):
-    """One denoiser call, as the host knows it before it runs."""
+    """One denoiser call, as the host knows it before it runs.
 
-    index: int  # type: ignore[assignment]  # from 0 within the run
-    total: int | None = None  # steps in the run, where known
-    timestep: float | None = None  # in the model's own scale
+    Args:
+        index: number of the call within its run and context, from 0.
+        total: denoiser calls of the run, None where not known.
+        timestep: of this call, in the model's own scale (usually 1000 down to 0), None where not known.
+        sigma: noise level of this call, unitless, None where not known.
+        guidance_skipped: whether the call sees only the conditional half of a guidance batch.
+    """
+
+    index: int  # type: ignore[assignment]
+    total: int | None = None
+    timestep: float | None = None
     sigma: float | None = None
-    guidance_skipped: bool = False  # this call sees only the conditional half of a guidance batch
+    guidance_skipped: bool = False
 
 
 class Decision(NamedTuple):
-    """What to do with a step, and why."""
+    """What to do with a step, and why.
 
-    action: str
+    Args:
+        action: "compute" or "reuse".
+        signal: the number that was weighed: a change, an accumulated error, a misfit or a timestep.
+        threshold: what `signal` was held against, in the same unit; None where nothing was.
+        reason: a few words for `cache.summary()`.
+    """
+
+    action: Action
     signal: float | None = None
     threshold: float | None = None
     reason: str = ""
@@ -39,10 +56,15 @@ class Decision(NamedTuple):
 
 @dataclass
 class Run:
-    """What a policy remembers during one run."""
+    """What a policy remembers during one run.
 
-    in_a_row: int = 0  # consecutive reused steps
-    memory: Any = None  # the policy's own
+    Args:
+        in_a_row: consecutive reused steps so far.
+        memory: the policy's own, copied by `copy.copy`.
+    """
+
+    in_a_row: int = 0
+    memory: Any = None
 
     def copy(self) -> Run:
         """A copy that later decisions do not change."""
@@ -51,23 +73,36 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Guards that every policy takes; None lets the recipe choose (see `Recipe`).
+    """When to reuse. A subclass writes `_judge` and says in class attributes what it needs.
 
-    warmup: steps always computed at the start. max_skips: longest row of reused steps (0: no limit).
-    last: compute the last step of a run whose length is known.
+    Class attributes: `signal` is what it measures in the model, None for nothing; `needs_timestep`
+    whether it decides on timesteps; `weighs` names what its decisions hold against `threshold`.
+
+    Args:
+        warmup: steps that are computed at the start, a count.
+        max_skips: longest row of reused steps, a count; 0 sets no limit.
+        last: whether the last step is computed, in runs whose length is known.
+            All three: None lets the recipe choose (see `Recipe`).
+    Raises:
+        TypeError: a guard is of another type; the message names it.
+        ValueError: a guard is negative; the message names it.
+    Source: guards as in TaylorSeer (`disable_cache_before_step`) and MagCache (`max_skip_steps`).
     """
 
     warmup: int | None = None
     max_skips: int | None = None
     last: bool | None = None
 
-    needs_signal = False  # True: `decide` wants a number measured on the device in this very step
-    needs_timestep = False
-    measures = "change"  # what the signal is: the "change" of the first block, or the "misfit" of its guide
+    signal: ClassVar[Signal | None] = None
+    needs_signal: ClassVar[bool] = False  # follows from `signal`
+    needs_timestep: ClassVar[bool] = False
+    weighs: ClassVar[Literal["", "change", "error", "misfit"]] = ""
+    per_sample = False  # every sample of a batch is judged by itself
+    conditional_only = False  # reuses only in calls that see the conditional half alone
 
-    def sums(self, residuals: Any) -> tuple[int, ...]:
-        """Shape of what is measured, where the first block's residuals are [B, ...]."""
-        return (1,)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.needs_signal = cls.signal is not None
 
     def __post_init__(self) -> None:
         for name in ("warmup", "max_skips"):
@@ -79,16 +114,61 @@ class Policy:
                 f"{type(self).__name__}: last is {self.last!r}, must be True, False or None"
             )
 
-    def guarded(self, **defaults: Any) -> Policy:
-        """A copy in which guards left at None take these values."""
+    @property
+    def measures(self) -> Measure:
+        """How the signal becomes a number: "change" or "misfit"."""
+        return self.signal.measure if self.signal is not None else "change"
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """The length of run that the policy is made for, a count of denoiser calls; None: any."""
+        return None
+
+    @property
+    def never_reuses(self) -> bool:
+        """Whether the settings ask for every step to be computed."""
+        return False
+
+    def sums(self, residuals: Any) -> tuple[int, ...]:
+        """Shape of what the device measures for one decision, float32.
+
+        Args:
+            residuals: what the signal is taken of, [B, ...]; only its shape is read.
+        Returns:
+            (numbers,), or (B, numbers) where every sample is judged by itself.
+        """
+        numbers = self.signal.numbers if self.signal is not None else 1
+        return (residuals.shape[0], numbers) if self.per_sample else (numbers,)
+
+    def guarded(self: Self, **defaults: Any) -> Self:
+        """A copy in which guards left at None take other values.
+
+        Args:
+            defaults: values by the names of guards.
+        Returns:
+            A policy of the same class.
+        """
         return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
     def begin(self, total: int | None = None) -> Run:
-        """Fresh memory for a run of `total` steps."""
+        """Fresh memory for a run.
+
+        Args:
+            total: denoiser calls of the run, None where not known.
+        Returns:
+            What `decide` updates, one per request and context.
+        """
         return Run()
 
     def must_compute(self, run: Run, step: Step) -> str:
-        """The reason why a guard computes this step, or ""."""
+        """Whether a guard computes this step.
+
+        Args:
+            run: memory of the run, read only.
+            step: the call to decide.
+        Returns:
+            The reason, or "" where no guard applies.
+        """
         if step.index == 0:
             return "first step"
         if step.index < (self.warmup or 0):
@@ -100,7 +180,15 @@ class Policy:
         return ""
 
     def decide(self, run: Run, step: Step, signal: float | None = None) -> Decision:
-        """The decision for `step`. Called once per step, in order; updates `run`."""
+        """The decision for a step. Called once per step, in order.
+
+        Args:
+            run: memory of the run, updated.
+            step: the call to decide.
+            signal: the number measured on the device, None where there is none yet.
+        Returns:
+            What to do, and why.
+        """
         reason = self.must_compute(run, step)
         decision = self._judge(run, step, signal, reason)
         run.in_a_row = run.in_a_row + 1 if decision.action == REUSE else 0
@@ -111,5 +199,10 @@ class Policy:
         raise NotImplementedError
 
     def computed(self, run: Run, step: Step) -> None:
-        """The runtime computed a step that `decide` wanted to reuse (nothing valid to reuse)."""
+        """Note that a step was computed although `decide` wanted to reuse: nothing valid was there.
+
+        Args:
+            run: memory of the run, updated.
+            step: the call that was computed.
+        """
         run.in_a_row = 0

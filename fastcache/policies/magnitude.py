@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from struct import Struct
+from typing import Literal
 
 import numpy as np
 
@@ -24,18 +25,20 @@ def resample(ratios: tuple[float, ...], count: int) -> tuple[float, ...]:
     return tuple(ratios[int(np.rint(np.float32(i) * np.float32(scale)))] for i in range(count))
 
 
-# Packing rounds a Python number. A sum or product of two float32 numbers so rounded is what float32 gives.
-FORMS = {"float32": Struct("f"), "float64": Struct("d")}
+Precision = Literal["float32", "float64"]
+
+# Packing rounds a Python number: a sum or product of two float32 numbers, so rounded, has float32's bits.
+FORMS: dict[str, Struct] = {"float32": Struct("f"), "float64": Struct("d")}
 
 
 @lru_cache(maxsize=64)
-def rounded(ratios: tuple[float, ...], precision: str) -> tuple[float, ...]:
+def rounded(ratios: tuple[float, ...], precision: Precision) -> tuple[float, ...]:
     """The ratios in a precision; infinity where one is too large for it."""
     return tuple(float(getattr(np, precision)(ratio)) for ratio in ratios)
 
 
 def checked_ratios(owner: str, values: object) -> tuple[float, ...]:
-    """`mag_ratios` as floats; a TypeError or ValueError that names the field otherwise."""
+    """`mag_ratios` as floats > 0; a TypeError or ValueError that names the field otherwise."""
     if isinstance(values, str | bytes | dict) or not (
         hasattr(values, "__len__") and hasattr(values, "__getitem__")
     ):
@@ -44,7 +47,9 @@ def checked_ratios(owner: str, values: object) -> tuple[float, ...]:
         )
     try:
         ratios = tuple(real(owner, "mag_ratios", v) for v in values)  # type: ignore[attr-defined]
-    except TypeError as error:  # an array without dimensions has a length and refuses to give it
+    except (
+        TypeError
+    ) as error:  # an array without dimensions has `__len__`, and raises when it is called
         if "mag_ratios" in str(error):
             raise
         raise TypeError(f"{owner}: mag_ratios is {values!r}, must be a sequence") from error
@@ -59,10 +64,21 @@ def checked_ratios(owner: str, values: object) -> tuple[float, ...]:
 class Magnitude(Policy):
     """Reuse while sum |1 - prod ratio| <= threshold, at most `max_skip_steps` in a row.
 
-    mag_ratios: mean over tokens of |r_t| / |r_(t-1)|, one per step, from `fastcache.calibrate`; resampled
-    when the run has another length. retention_ratio: share of steps computed at the start.
-    precision: "float32" or "float64", the dtype diffusers would accumulate in.
-    Source: MagCache (arXiv 2506.09045), rounding of diffusers 0.42.1.
+    Sum and product run over the steps since the last computed one.
+
+    Args:
+        threshold: accumulated error, unitless, >= 0.
+        max_skip_steps: longest row of reused steps, a count; 0 computes every step.
+        retention_ratio: share of the run that is computed at its start, 0 to 1.
+        num_inference_steps: denoiser calls of a run whose context does not tell its length, a count.
+        mag_ratios: mean over tokens of |r_t| / |r_(t-1)|, r the residual of all blocks; one unitless
+            number > 0 per step, from `fastcache.calibrate`. A run of another length resamples them.
+        precision: dtype that diffusers would accumulate in; its rounding is followed bit by bit.
+        warmup, max_skips, last: guards of every `Policy`.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is out of its range, or `mag_ratios` is empty; the message names it.
+    Source: MagCache (arXiv 2506.09045), defaults and rounding of diffusers 0.42.1.
     """
 
     threshold: float = 0.06
@@ -70,27 +86,31 @@ class Magnitude(Policy):
     retention_ratio: float = 0.2
     num_inference_steps: int = 28
     mag_ratios: tuple[float, ...] = ()
-    precision: str = "float32"
+    precision: Precision = "float32"
+    weighs = "error"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        put("threshold", limit("Magnitude", "threshold", self.threshold))
-        put("max_skip_steps", whole("Magnitude", "max_skip_steps", self.max_skip_steps, 0))
-        put("retention_ratio", real("Magnitude", "retention_ratio", self.retention_ratio, 0.0))
+        owner = "Magnitude"
+        checked = {
+            "threshold": limit(owner, "threshold", self.threshold),
+            "max_skip_steps": whole(owner, "max_skip_steps", self.max_skip_steps, 0),
+            "retention_ratio": real(owner, "retention_ratio", self.retention_ratio, 0.0),
+            "num_inference_steps": whole(owner, "num_inference_steps", self.num_inference_steps, 1),
+            "mag_ratios": checked_ratios(owner, self.mag_ratios),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if self.retention_ratio > 1:
+            raise ValueError(f"{owner}: retention_ratio is {self.retention_ratio}, must be in 0..1")
+        if self.precision not in tuple(FORMS):
             raise ValueError(
-                f"Magnitude: retention_ratio is {self.retention_ratio}, must be in 0..1"
+                f"{owner}: precision is {self.precision!r}, must be 'float32' or 'float64'"
             )
-        put(
-            "num_inference_steps",
-            whole("Magnitude", "num_inference_steps", self.num_inference_steps, 1),
-        )
-        put("mag_ratios", checked_ratios("Magnitude", self.mag_ratios))
-        if self.precision not in FORMS:
-            raise ValueError(
-                f"Magnitude: precision is {self.precision!r}, must be 'float32' or 'float64'"
-            )
+
+    @property
+    def never_reuses(self) -> bool:
+        return self.threshold == 0 or self.max_skip_steps == 0
 
     def begin(self, total: int | None = None) -> Run:
         steps = total or self.num_inference_steps
@@ -105,7 +125,9 @@ class Magnitude(Policy):
             return Decision(COMPUTE, None, self.threshold, guard or "retention")
         calibrated = step.index < len(account.ratios)
         error = account.add(account.ratios[step.index] if calibrated else math.nan)
-        within = error <= account.threshold  # never with a ratio that is missing
+        within = (
+            error <= account.threshold
+        )  # False where the ratio is missing: the error is NaN then
         if within and not guard and account.steps <= self.max_skip_steps and math.isfinite(error):
             return Decision(REUSE, error, self.threshold, "error within threshold")
         if not calibrated:
@@ -123,11 +145,13 @@ class Magnitude(Policy):
 
 
 class _Account:
-    """Accumulated ratio and error since the last computed step, in the numbers that diffusers rounds to."""
+    """Ratio and error accumulated since the last computed step, rounded as diffusers rounds them."""
 
     __slots__ = ("error", "form", "ratio", "ratios", "retained", "steps", "threshold")
 
-    def __init__(self, ratios: tuple, retained: int, threshold: float, form: Struct) -> None:
+    def __init__(
+        self, ratios: tuple[float, ...], retained: int, threshold: float, form: Struct
+    ) -> None:
         self.ratios, self.retained, self.threshold, self.form = ratios, retained, threshold, form
         self.clear()
 
@@ -146,7 +170,8 @@ class _Account:
             self.ratio = self.error = math.inf
         return self.error
 
-    def __copy__(self) -> _Account:  # a tenth of what the generic one takes, once per step
+    def __copy__(self) -> _Account:
+        # copy.copy without this method takes ten times as long, once per compiled step
         copy = _Account(self.ratios, self.retained, self.threshold, self.form)
         copy.ratio, copy.error, copy.steps = self.ratio, self.error, self.steps
         return copy
@@ -155,6 +180,10 @@ class _Account:
 @dataclass(frozen=True)
 class Calibrate(Policy):
     """Compute every step and measure the magnitude ratio of each: what `Magnitude` needs."""
+
+    @property
+    def never_reuses(self) -> bool:
+        return True
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         return Decision(COMPUTE, reason="calibration")

@@ -13,8 +13,18 @@ from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
 class Interval(Policy):
     """Compute the warm-up, then every n-th step.
 
-    Computed: step < warmup, (step - phase) % n == 0, step >= stop. phase: None puts the next computed step
-    n after the last one of the warm-up. stop: computes everything from there on.
+    Computed are: step < warmup, (step - phase) % n == 0, step >= stop.
+
+    Args:
+        n: distance of computed steps, a count >= 1; 1 computes every step.
+        phase: index of a step that is due. None puts the first due step n after the last one of the
+            warm-up.
+        stop: index of the step from which everything is computed; None: never.
+        warmup, max_skips, last: guards of every `Policy`.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is out of its range; the message names it.
+    Source: TaylorSeer (arXiv 2503.06923), schedule of diffusers 0.42.1.
     """
 
     n: int = 5
@@ -27,6 +37,10 @@ class Interval(Policy):
         for name in ("phase", "stop"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, whole("Interval", name, getattr(self, name), 0))
+
+    @property
+    def never_reuses(self) -> bool:
+        return self.n == 1
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         phase = self.phase if self.phase is not None else max((self.warmup or 0) - 1, 0)
@@ -43,7 +57,16 @@ class TimestepRange(Policy):
     """Inside lo < timestep < hi compute only every n-th call; outside compute all.
 
     The count runs from the start of the run, not from entry into the range.
-    conditional_only: reuse only in calls that see just the conditional half of a guidance batch.
+
+    Args:
+        n: distance of computed calls inside the range, a count >= 1; 1 computes every call.
+        timesteps: (lo, hi), the range, in the model's scale; both ends lie outside it.
+        conditional_only: whether to reuse only in calls that see just the conditional half of a
+            guidance batch.
+        warmup, max_skips, last: guards of every `Policy`.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is out of its range, or not lo < hi; the message names it.
     Source: Pyramid Attention Broadcast (arXiv 2408.12588), FasterCache (arXiv 2410.19355), diffusers 0.42.1.
     """
 
@@ -58,6 +81,10 @@ class TimestepRange(Policy):
         object.__setattr__(
             self, "timesteps", interval_of("TimestepRange", "timesteps", self.timesteps)
         )
+
+    @property
+    def never_reuses(self) -> bool:
+        return self.n == 1
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         lo, hi = self.timesteps
@@ -79,9 +106,18 @@ class TimestepRange(Policy):
 class Broadcast(Policy):
     """Compute all steps but the `steps` - 1 that follow each of the listed timesteps.
 
-    timesteps: in the model's scale; the first step at or below one of them (or above, where time runs
-    upwards) starts a broadcast. Pyramid Attention Broadcast does so with the feed-forward modules of its
-    first blocks, as in timesteps (676, 788, 864) with steps 2 (arXiv 2408.12588, Open-Sora 1.2).
+    Pyramid Attention Broadcast does so with the feed-forward modules of its first blocks: timesteps
+    (676, 788, 864) with steps 2 for Open-Sora 1.2.
+
+    Args:
+        timesteps: in the model's scale; the first step at or below one of them (at or above, where
+            time runs upwards) is computed and starts a broadcast.
+        steps: length of a broadcast with its computed step, a count >= 1; 1 computes every step.
+        warmup, max_skips, last: guards of every `Policy`.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is out of its range, or `timesteps` is empty; the message names it.
+    Source: Pyramid Attention Broadcast (arXiv 2408.12588), its repository's settings for Open-Sora 1.2.
     """
 
     timesteps: tuple[float, ...] = ()
@@ -98,8 +134,12 @@ class Broadcast(Policy):
         object.__setattr__(self, "timesteps", listed)
         object.__setattr__(self, "steps", whole("Broadcast", "steps", self.steps, 1))
 
+    @property
+    def never_reuses(self) -> bool:
+        return self.steps == 1
+
     def begin(self, total: int | None = None) -> Run:
-        return Run(memory=(0, None))  # steps left of a broadcast, timestep of the last step
+        return Run(memory=(0, None))  # steps left of the broadcast, timestep of the step before
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         left, before = run.memory
@@ -118,7 +158,13 @@ class Broadcast(Policy):
 class Mask(Policy):
     """Compute exactly the steps marked True (or 1); steps past the end compute.
 
-    compute: one entry per step.
+    Args:
+        compute: one entry per step, True (1) for a computed and False (0) for a reused one.
+        warmup, max_skips, last: guards of every `Policy`.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: `compute` is empty or holds another number; the message names it.
+    Source: step masks as in cache-dit 1.5.3 (`steps_computation_mask`).
     """
 
     compute: Sequence[bool | int] = ()
@@ -136,6 +182,10 @@ class Mask(Policy):
         if any(v not in (0.0, 1.0) for v in values):
             raise ValueError(f"Mask: compute holds {marks!r}, must hold nothing but 0 and 1")
         object.__setattr__(self, "compute", tuple(v == 1.0 for v in values))
+
+    @property
+    def never_reuses(self) -> bool:
+        return all(self.compute)
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         if guard or step.index >= len(self.compute):
