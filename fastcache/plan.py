@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import overload
 
-from .policies import COMPUTE, REUSE
+from .policies import COMPUTE, REUSE, Action
 
 
 @dataclass(frozen=True)
-class Plan(Sequence):
-    """The actions of a run, one row per rule. As a sequence: per step "reuse" if any rule reuses."""
+class Plan(Sequence[Action]):
+    """The actions of a run, one row per rule; made by `Recipe.plan`.
 
-    rows: tuple[tuple[str, ...], ...]
+    As a sequence it has one entry per step: "reuse" where any rule reuses, "compute" elsewhere.
+
+    Args:
+        rows: per rule the action of every step, [rules][steps].
+        labels: per rule its parts in words.
+    """
+
+    rows: tuple[tuple[Action, ...], ...]
     labels: tuple[str, ...]
 
     @property
-    def actions(self) -> tuple[str, ...]:
+    def actions(self) -> tuple[Action, ...]:
+        """Per step, what the rules together do."""
         return tuple(
             REUSE if REUSE in column else COMPUTE for column in zip(*self.rows, strict=True)
         )
@@ -28,17 +35,19 @@ class Plan(Sequence):
         """Indices of the steps on which nothing is reused."""
         return tuple(i for i, action in enumerate(self.actions) if action == COMPUTE)
 
-    def digest(self) -> str:
-        """A hash that ranks can compare."""
-        return hashlib.sha256(repr(self.rows).encode()).hexdigest()
-
     def __len__(self) -> int:
         return len(self.rows[0])
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Action: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Action, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Action | tuple[Action, ...]:
         return self.actions[index]
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Action]:
         return iter(self.actions)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""A recipe: when to skip, what stands in, where. And the plan it gives for a run, where that is known."""
+"""A recipe: when to reuse, what stands in, where; and its plan of a run, where that is known beforehand."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Any
 
 from .checks import whole
 from .plan import Plan
-from .policies import COMPUTE, REUSE, FirstBlock, Policy, Step, TimestepRange
+from .policies import COMPUTE, REUSE, Action, FirstBlock, Policy, Step
 from .predictors import Extrapolate, Predictor, Reuse, TaylorTable, Zeros
 from .targets.spec import Guidance, Modules, Stack, Target
 
 # What a forecast needs that plain reuse does not, measured on the shipped model (docs/architecture.md).
 FORECAST_GUARDS = {"warmup": 4, "max_skips": 0, "last": True}
-
-
 REUSE_GUARDS = {"warmup": 0, "max_skips": 0, "last": False}
 
 
@@ -58,7 +56,13 @@ REFUSED: tuple[tuple[type | None, type | None, type | None, str], ...] = (
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of a recipe."""
+    """One row of a recipe.
+
+    Args:
+        when: a policy, with its guards set.
+        what: a predictor.
+        where: a target.
+    """
 
     when: Policy
     what: Predictor
@@ -69,11 +73,17 @@ class Rule:
 class Recipe:
     """When × what × where. Recipes add up: `a + b` applies both to one model.
 
-    when: a policy (`FirstBlock`, `Magnitude`, `Interval`, `TimestepRange`, `Mask`). what: a predictor
-    (`Reuse`, `Taylor`, ...). where: a target (`Stack`, `Modules`, `Guidance`).
-    Guards left at None on the policy become, for a forecasting predictor, a warm-up of 4 computed steps
-    and a computed last step; for plain reuse none.
-    Raises TypeError or ValueError that names the field.
+    Guards left at None on the policy become a warm-up of 4 computed steps and a computed last step for
+    a predictor that forecasts, and none for plain reuse.
+
+    Args:
+        when: a policy, such as `FirstBlock`, `Magnitude`, `Interval`, `TimestepRange` or `Mask`.
+        what: a predictor, such as `Taylor`; None: `Reuse()`.
+        where: a target, `Stack`, `Modules` or `Guidance`; None: `Stack()`.
+    Raises:
+        TypeError: an argument is of another kind; the message names it.
+        ValueError: the three do not go together; the message says why.
+    Source: the guards of forecasts are measured on the shipped model (docs/architecture.md).
     """
 
     rules: tuple[Rule, ...]
@@ -98,7 +108,7 @@ class Recipe:
                 for kind, value in ((policy, when), (predictor, what), (target, where))
             ):
                 raise ValueError(f"Recipe: when, what and where do not go together: {reason}")
-        if when.measures == "misfit" and getattr(what, "guide", None) != "residual":
+        if when.measures == "misfit" and what.guide != "residual":
             raise ValueError(
                 "Recipe: when and what do not go together: Misfit measures how well a guide is explained; its "
                 "predictor is Guided(guide='residual')"
@@ -109,14 +119,17 @@ class Recipe:
 
     @property
     def when(self) -> Policy:
+        """The policy of the first rule."""
         return self.rules[0].when
 
     @property
     def what(self) -> Predictor:
+        """The predictor of the first rule."""
         return self.rules[0].what
 
     @property
     def where(self) -> Target:
+        """The target of the first rule."""
         return self.rules[0].where
 
     def __add__(self, other: Recipe) -> Recipe:
@@ -126,19 +139,28 @@ class Recipe:
 
     @classmethod
     def of(cls, rules: Sequence[Rule], name: str = "Recipe") -> Recipe:
-        """A recipe of several rules. Raises ValueError where they cannot share a model."""
-        stacks = [r for r in rules if isinstance(r.where, Stack)]
+        """A recipe of several rules, taken as they are: no guard is filled in.
+
+        Args:
+            rules: at least one; a rule for guidance is moved to the front.
+            name: what summaries and pictures call the recipe.
+        Returns:
+            The recipe.
+        Raises:
+            ValueError: there is no rule, or the rules cannot share a model.
+        """
+        scopes = [rule.where.scope for rule in rules]
         if not rules:
             raise ValueError("Recipe: no rule, give at least one when × what × where")
-        if len(stacks) > 1 or (stacks and any(isinstance(r.where, Modules) for r in rules)):
+        if "stack" in scopes and (scopes.count("stack") > 1 or "modules" in scopes):
             raise ValueError(
                 "Recipe: where: a Stack skips every block, so no second Stack and no Modules inside it can be "
                 "combined with it; a Guidance target can"
             )
-        if sum(isinstance(r.where, Guidance) for r in rules) > 1:
+        if scopes.count("guidance") > 1:
             raise ValueError("Recipe: where: only one Guidance target makes sense")
         # the guidance rule decides first: the others see only the conditional half where it skips
-        rules = sorted(rules, key=lambda rule: not isinstance(rule.where, Guidance))
+        rules = sorted(rules, key=lambda rule: rule.where.scope != "guidance")
         recipe = object.__new__(cls)
         object.__setattr__(recipe, "rules", tuple(rules))
         object.__setattr__(recipe, "name", name)
@@ -150,16 +172,28 @@ class Recipe:
         return any(r.when.needs_signal for r in self.rules)
 
     def digest(self, *facts: Any) -> bytes:
-        """A hash of the rules and of further facts that ranks can compare; callables count by name."""
+        """A hash that ranks can compare; callables count by name.
+
+        Args:
+            facts: anything else that the ranks must agree on, by its repr.
+        Returns:
+            32 bytes, SHA-256.
+        """
         text = re.sub(" at 0x[0-9a-fA-F]+", "", repr((self.rules, facts)))
         return hashlib.sha256(text.encode()).digest()
 
     def plan(self, num_inference_steps: int, timesteps: Sequence[float] | None = None) -> Plan:
         """The whole schedule before step 0.
 
-        num_inference_steps: denoiser calls per context. timesteps: of the run, in the model's scale, for
-        rules on timesteps; evenly spaced from 1000 down to 1000 / n where not given.
-        Raises ValueError for recipes that decide on data of the run.
+        Args:
+            num_inference_steps: denoiser calls per context, n.
+            timesteps: the n timesteps of the run, in the model's scale, for rules that decide on them;
+                None: evenly spaced from 1000 down to 1000 / n.
+        Returns:
+            The action of every rule on every step.
+        Raises:
+            TypeError: `num_inference_steps` is no whole number.
+            ValueError: it is below 1, `timesteps` has another length, or a rule decides on data of the run.
         """
         n = whole("plan", "num_inference_steps", num_inference_steps, 1)
         for rule in self.rules:
@@ -176,26 +210,21 @@ class Recipe:
                 f"plan: timesteps has {len(times)} entries for num_inference_steps={n}"
             )
         runs = [rule.when.begin(n) for rule in self.rules]
-        rows: list[list[str]] = [[] for _ in self.rules]
+        rows: list[list[Action]] = [[] for _ in self.rules]
         for i in range(n):
             skipped = False
             for k, rule in enumerate(self.rules):
                 step = Step(i, n, times[i], None, skipped)
                 action = rule.when.decide(runs[k], step).action
-                # what a step is predicted from has to be there; a guide wants all of its history
-                wanted = rule.what.depth if hasattr(rule.what, "guide") else 1
+                # a prediction needs a computed value, and a guide all that its history can hold
+                wanted = 1 if rule.what.guide is None else rule.what.depth
                 if action == REUSE and rows[k].count(COMPUTE) < wanted:
                     rule.when.computed(runs[k], step)
                     action = COMPUTE
                 rows[k].append(action)
-                skipped |= isinstance(rule.where, Guidance) and action == REUSE
+                skipped |= rule.where.scope == "guidance" and action == REUSE
         return Plan(tuple(map(tuple, rows)), tuple(_label(r) for r in self.rules))
 
 
 def _label(rule: Rule) -> str:
     return f"{type(rule.when).__name__} x {type(rule.what).__name__} x {type(rule.where).__name__}"
-
-
-def needs_timestep(recipe: Recipe) -> bool:
-    """Whether some rule decides on timesteps."""
-    return any(isinstance(r.when, TimestepRange) for r in recipe.rules)

@@ -7,32 +7,55 @@ the object is built and again by `recipe()`, since they can be assigned in betwe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from ..checks import identifiers, interval_of, whole
 from ..recipe import Recipe
 
-# Guards that a documented method does not have; they stay off so that schedules equal diffusers'.
+# The guards of `Policy` stay off in documented methods, which have none, so that schedules equal diffusers'.
 BARE: dict[str, Any] = {"warmup": 0, "max_skips": 0, "last": False}
 
 
 class Config:
-    """Shared behaviour of the five configs."""
+    """Shared behaviour of the five configs.
+
+    `wants_timestep`: whether the method needs the running timestep, from `timestep_callback` or from a
+    pipeline that has `current_timestep`.
+    """
+
+    wants_timestep: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.validate()
 
     def validate(self) -> None:
-        """Raise a TypeError or ValueError that names the field unless every field makes sense."""
+        """Check every field.
+
+        Raises:
+            TypeError: a field is of another type; the message names it.
+            ValueError: a field is out of its range; the message names it.
+        """
         raise NotImplementedError
 
     def recipe(self) -> Recipe:
-        """The rules that this config stands for."""
+        """The rules that this config stands for.
+
+        Returns:
+            A recipe without guards, named after the config.
+        Raises:
+            TypeError, ValueError: as `validate`, of a field that was assigned in between.
+        """
         raise NotImplementedError
 
     @property
     def timestep_callback(self) -> Callable[[], Any] | None:
-        return getattr(self, "current_timestep_callback", None)
+        """What returns the timestep of the running step; None where the config has no such field."""
+        return None
+
+    @property
+    def warning(self) -> str | None:
+        """What the user should know about the defaults taken; None: nothing."""
+        return None
 
     def _name(self) -> str:
         return type(self).__name__

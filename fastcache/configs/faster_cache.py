@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,8 +16,8 @@ from ..targets.spec import Guidance, Modules
 from .base import BARE, Config
 from .patterns import SPATIAL_ATTENTION, TEMPORAL_ATTENTION
 
-TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW")
-
+TensorFormat = Literal["BCFHW", "BFCHW", "BCHW"]
+TENSOR_FORMATS = get_args(TensorFormat)
 
 _GUIDANCE_INPUTS = (
     "hidden_states",
@@ -32,10 +32,38 @@ _GUIDANCE_INPUTS = (
 class FasterCacheConfig(Config):
     """Extrapolate attention outputs, and predict the unconditional half of a batched guidance call.
 
-    The guidance half is rebuilt from the conditional output and the low and high frequency parts of the
-    last full difference, weighted by the callbacks, or by alpha inside the update ranges and 1 outside.
-    tensor_format: layout of the model's output, "BCFHW", "BFCHW" or "BCHW".
-    Source: FasterCache (arXiv 2410.19355), diffusers 0.42.1.
+    The unconditional half is rebuilt from the conditional output and the low and high frequencies of
+    the last full difference between the halves. Ranges (lo, hi) are of timesteps in the model's scale;
+    both ends lie outside.
+
+    Args:
+        spatial_attention_block_skip_range: inside its timestep range every how many-th call of
+            spatial attention is computed, a count >= 1.
+        temporal_attention_block_skip_range: the same of temporal attention; None leaves it alone.
+        spatial_attention_timestep_skip_range: (lo, hi) in which spatial attention is skipped.
+        temporal_attention_timestep_skip_range: (lo, hi) in which temporal attention is skipped.
+        low_frequency_weight_update_timestep_range: (lo, hi) in which the low band is weighted by its
+            alpha; outside by 1.
+        high_frequency_weight_update_timestep_range: the same of the high band.
+        alpha_low_frequency, alpha_high_frequency: weights of the bands, unitless.
+        unconditional_batch_skip_range: every how many-th step computes both halves, a count >= 1.
+        unconditional_batch_timestep_skip_range: (lo, hi) in which the unconditional half is skipped.
+        spatial_attention_block_identifiers: regular expressions, searched in dotted module names.
+        temporal_attention_block_identifiers: the same for temporal attention.
+        attention_weight_callback: (module) -> weight of the extrapolation, unitless; None: 0.5.
+        low_frequency_weight_callback: (module) -> weight of the low band, in place of alpha and range.
+        high_frequency_weight_callback: the same of the high band.
+        tensor_format: layout of the model's output: B batch, C channels, F frames, H height, W width.
+        is_guidance_distilled: whether the model takes no guidance batch, so that only attention is
+            skipped.
+        current_timestep_callback: () -> timestep of the running step, a number or a tensor; None asks
+            a pipeline for its own.
+        _unconditional_conditional_input_kwargs_identifiers: names of the inputs that hold both halves
+            along dimension 0, the unconditional one first.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is out of its range or no regular expression; the message names it.
+    Source: FasterCache (arXiv 2410.19355), fields and defaults of diffusers 0.42.1.
     """
 
     spatial_attention_block_skip_range: int = 2
@@ -53,11 +81,16 @@ class FasterCacheConfig(Config):
     attention_weight_callback: Callable[[torch.nn.Module], float] | None = None
     low_frequency_weight_callback: Callable[[torch.nn.Module], float] | None = None
     high_frequency_weight_callback: Callable[[torch.nn.Module], float] | None = None
-    tensor_format: str = "BCFHW"
+    tensor_format: TensorFormat = "BCFHW"
     is_guidance_distilled: bool = False
     current_timestep_callback: Callable[[], Any] | None = None
     # a tuple at run time, as upstream's
     _unconditional_conditional_input_kwargs_identifiers: Sequence[str] = _GUIDANCE_INPUTS
+    wants_timestep = True
+
+    @property
+    def timestep_callback(self) -> Callable[[], Any] | None:
+        return self.current_timestep_callback
 
     def validate(self) -> None:
         name = self._name()
@@ -91,9 +124,8 @@ class FasterCacheConfig(Config):
             listed = tuple(self._unconditional_conditional_input_kwargs_identifiers)
             where = Guidance(
                 label="_unconditional_conditional_input_kwargs_identifiers",
-                inputs=None
-                if listed == _GUIDANCE_INPUTS
-                else listed,  # the default means every batched input
+                # the default means every batched input
+                inputs=None if listed == _GUIDANCE_INPUTS else listed,
                 tensor_format=self.tensor_format,
                 low=self._band("low"),
                 high=self._band("high"),

@@ -14,9 +14,15 @@ from .base import BARE, Config
 
 @dataclass
 class FirstBlockCacheConfig(Config):
-    """Skip the blocks after the first while its residual has changed by at most `threshold` (relative L1).
+    """Skip the blocks after the first while its residual has changed by at most `threshold`.
 
-    Source: diffusers 0.42.1, from ParaAttention; cf. TeaCache (arXiv 2411.19108).
+    Args:
+        threshold: relative L1 change of the first block's residual against that of the last computed
+            step, unitless, >= 0; equality skips.
+    Raises:
+        TypeError: `threshold` is no number.
+        ValueError: `threshold` is negative or NaN.
+    Source: FirstBlockCache of diffusers 0.42.1, from ParaAttention; cf. TeaCache (arXiv 2411.19108).
     """
 
     threshold: float = 0.05

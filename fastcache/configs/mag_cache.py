@@ -21,9 +21,18 @@ from .base import BARE, Config
 class MagCacheConfig(Config):
     """Skip all blocks while calibrated magnitude ratios promise little accumulated error.
 
-    mag_ratios: one per step, from `fastcache.calibrate`; another length is resampled to
-    `num_inference_steps`. calibrate: measure the ratios instead of skipping (see `cache.calibration`).
-    Source: MagCache (arXiv 2506.09045), diffusers 0.42.1.
+    Args:
+        threshold: accumulated error up to which steps are skipped, unitless, >= 0.
+        max_skip_steps: longest row of skipped steps, a count.
+        retention_ratio: share of the run that is computed at its start, 0 to 1.
+        num_inference_steps: denoiser calls of a run per context, a count.
+        mag_ratios: magnitude ratios, unitless, > 0, one per step, from `fastcache.calibrate`; another
+            length is resampled to `num_inference_steps`. Kept as a one-dimensional floating tensor.
+        calibrate: whether to compute every step and measure the ratios (see `cache.calibration`).
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is out of its range, or `mag_ratios` is missing; the message names it.
+    Source: MagCache (arXiv 2506.09045), fields and defaults of diffusers 0.42.1.
     """
 
     threshold: float = 0.06
@@ -59,12 +68,8 @@ class MagCacheConfig(Config):
             ratios = checked_ratios(name, values)
             try:
                 values = torch.tensor(values)  # dtype as upstream's
-            except (
-                TypeError,
-                ValueError,
-                RuntimeError,
-            ):  # numbers of a kind that torch does not know
-                values = torch.tensor(ratios)
+            except (TypeError, ValueError, RuntimeError):
+                values = torch.tensor(ratios)  # of numbers that torch does not know, as fractions
         if not values.dtype.is_floating_point:
             values = values.float()
         if len(ratios) != self.num_inference_steps and not self.calibrate:

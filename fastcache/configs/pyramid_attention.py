@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..policies import TimestepRange
 from ..predictors import Reuse
 from ..recipe import Recipe, Rule
-from ..targets.spec import Modules
+from ..targets.spec import Kind, Modules
 from .base import BARE, Config
 from .patterns import CROSS, SPATIAL, TEMPORAL
 
@@ -18,8 +18,25 @@ from .patterns import CROSS, SPATIAL, TEMPORAL
 class PyramidAttentionBroadcastConfig(Config):
     """Reuse attention outputs for n - 1 of n steps inside a timestep range, n by kind of attention.
 
-    current_timestep_callback: returns the timestep of the running step (a number or a tensor).
-    Source: Pyramid Attention Broadcast (arXiv 2408.12588), diffusers 0.42.1.
+    With all three skip ranges None, spatial attention takes 2, with a warning. Ranges (lo, hi) are of
+    timesteps in the model's scale; both ends lie outside.
+
+    Args:
+        spatial_attention_block_skip_range: n of spatial attention, a count >= 1; None leaves it alone.
+        temporal_attention_block_skip_range: n of temporal attention.
+        cross_attention_block_skip_range: n of cross-attention.
+        spatial_attention_timestep_skip_range: (lo, hi) in which spatial attention is skipped.
+        temporal_attention_timestep_skip_range: (lo, hi) in which temporal attention is skipped.
+        cross_attention_timestep_skip_range: (lo, hi) in which cross-attention is skipped.
+        spatial_attention_block_identifiers: regular expressions, searched in dotted module names.
+        temporal_attention_block_identifiers: the same for temporal attention.
+        cross_attention_block_identifiers: the same for cross-attention.
+        current_timestep_callback: () -> timestep of the running step, a number or a tensor; None asks
+            a pipeline for its own.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is out of its range or no regular expression; the message names it.
+    Source: Pyramid Attention Broadcast (arXiv 2408.12588), fields and defaults of diffusers 0.42.1.
     """
 
     spatial_attention_block_skip_range: int | None = None
@@ -33,7 +50,16 @@ class PyramidAttentionBroadcastConfig(Config):
     cross_attention_block_identifiers: tuple[str, ...] = CROSS
     current_timestep_callback: Callable[[], Any] | None = None
 
-    _kinds = (("temporal", TEMPORAL), ("cross", CROSS), ("spatial", SPATIAL))
+    wants_timestep = True
+    _kinds: ClassVar[tuple[tuple[Kind, tuple[str, ...]], ...]] = (
+        ("temporal", TEMPORAL),
+        ("cross", CROSS),
+        ("spatial", SPATIAL),
+    )
+
+    @property
+    def timestep_callback(self) -> Callable[[], Any] | None:
+        return self.current_timestep_callback
 
     def validate(self) -> None:
         for kind, _ in self._kinds:
@@ -45,17 +71,13 @@ class PyramidAttentionBroadcastConfig(Config):
     def recipe(self) -> Recipe:
         self.validate()
         rules = []
-        chosen = {
-            kind: getattr(self, f"{kind}_attention_block_skip_range") for kind, _ in self._kinds
-        }
+        chosen = self._skip_ranges()
         if all(n is None for n in chosen.values()):
-            chosen["spatial"] = 2  # documented: with no range given, spatial attention takes 2
+            chosen["spatial"] = 2
         for kind, usual in self._kinds:
-            if chosen[kind] is None:
+            if (n := chosen[kind]) is None:
                 continue
-            when = TimestepRange(
-                chosen[kind], getattr(self, f"{kind}_attention_timestep_skip_range"), **BARE
-            )
+            when = TimestepRange(n, getattr(self, f"{kind}_attention_timestep_skip_range"), **BARE)
             names = tuple(getattr(self, f"{kind}_attention_block_identifiers"))
             label = f"{kind}_attention_block_identifiers"
             where = Modules(
@@ -64,13 +86,15 @@ class PyramidAttentionBroadcastConfig(Config):
             rules.append(Rule(when, Reuse(), where))
         return Recipe.of(rules, self._name())
 
+    def _skip_ranges(self) -> dict[str, int | None]:
+        return {
+            kind: getattr(self, f"{kind}_attention_block_skip_range") for kind, _ in self._kinds
+        }
+
     @property
     def warning(self) -> str | None:
-        """What the user should know about the defaults taken."""
-        if any(
-            getattr(self, f"{kind}_attention_block_skip_range") is not None
-            for kind, _ in self._kinds
-        ):
+        """That no skip range was given, so that spatial attention takes 2."""
+        if any(n is not None for n in self._skip_ranges().values()):
             return None
         return (
             "PyramidAttentionBroadcastConfig: spatial_, temporal_ and cross_attention_block_skip_range are all "

@@ -11,7 +11,7 @@ from ..checks import flag
 from ..policies import Interval
 from ..predictors import MAX_ORDER, TaylorTable, Zeros
 from ..recipe import Recipe, Rule
-from ..targets.spec import Modules
+from ..targets.spec import Fallback, Modules
 from .base import Config
 from .patterns import SPATIAL_ATTENTION, TEMPORAL_ATTENTION
 
@@ -27,12 +27,25 @@ LITE_ACTIVE, LITE_INACTIVE = ("^proj_out$",), (r"^[^.]*block[^.]*\.[^.]+$",)
 class TaylorSeerCacheConfig(Config):
     """Forecast module outputs by Taylor series from the last computed steps.
 
-    Computed: step < disable_cache_before_step, then every `cache_interval`-th step counted from
+    Computed are: step < disable_cache_before_step, then every `cache_interval`-th step counted from
     disable_cache_before_step + 1, and every step from disable_cache_after_step on.
-    cache_identifiers: full matches of dotted names of the modules to forecast; None means the attention
-    modules. skip_predict_identifiers: modules that return zeros on forecast steps. use_lite_mode: forecast
-    only the output projection. taylor_factors_dtype: storage of the factors, None for the model's dtype.
-    Source: TaylorSeer (arXiv 2503.06923), diffusers 0.42.1.
+
+    Args:
+        cache_interval: distance of computed steps, a count >= 1.
+        disable_cache_before_step: steps computed at the start, a count >= 1.
+        disable_cache_after_step: index of the step from which all are computed; None: never.
+        max_order: order of the forecast, 0 to 4.
+        taylor_factors_dtype: torch dtype that the factors are kept in; None: that of the model.
+        skip_predict_identifiers: regular expressions, full matches of dotted names of modules that
+            return zeros on forecast steps; None: no module does.
+        cache_identifiers: regular expressions, full matches of dotted names of the modules to
+            forecast; None: the attention modules.
+        use_lite_mode: whether to forecast the output projection alone, with zeros from the blocks; the
+            identifiers do not count then.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is out of its range or no regular expression; the message names it.
+    Source: TaylorSeer (arXiv 2503.06923), fields and defaults of diffusers 0.42.1.
     """
 
     cache_interval: int = 5
@@ -95,7 +108,7 @@ class TaylorSeerCacheConfig(Config):
             )
         rules = []
         if inactive:  # first, since inactive beats active where both match
-            fallback = "blocks" if self.use_lite_mode else None
+            fallback: Fallback | None = "blocks" if self.use_lite_mode else None
             label = "skip_predict_identifiers"
             off = Modules(tuple(inactive), "full", "any", fallback=fallback, label=label)
             rules.append(Rule(when, Zeros(), off))

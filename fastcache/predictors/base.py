@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 MAX_ORDER = 4
+
+GuideName = Literal["residual", "modulated", "input"]
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """How a skipped value follows from its history.
+    """How a skipped value follows from its history, as a weighted sum. A subclass writes `weights`.
 
-    depth: values kept. forecasts: whether it extrapolates (guards default to what forecasting needs).
-    table: the history is a difference table that a refresh updates in place, not a ring of raw values.
+    Class attributes (or properties): `depth` is how many values are kept, a count; `forecasts` whether
+    they are extrapolated, so that the recipe's guards are those of a forecast; `table` whether the
+    history is a table of differences that a computed step updates in place, kept in `dtype`;
+    `feeds_back` whether predicted values enter the history too. `guide` says what is looked at on every
+    step where the device computes the weights, every `tokens`-th token of it; a misfit above
+    `max_misfit` then computes the next step.
     """
 
     depth = 1
     forecasts = False
     table = False
-    feeds_back = False  # predicted values enter the history too
+    feeds_back = False
+    tokens = 1
+
+    @property
+    def dtype(self) -> Any:
+        """The torch dtype that a table is kept in; None: that of the values."""
+        return None
+
+    @property
+    def guide(self) -> GuideName | None:
+        """What is looked at on every step; None: the weights depend on step numbers alone."""
+        return None
+
+    @property
+    def max_misfit(self) -> float | None:
+        """The misfit of a reused step, unitless, above which the next step is computed; None: no limit."""
+        return None
 
     def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
-        """Weights of the values computed at `steps` (newest first) for their value at `step`."""
+        """Weights of the kept values in the sum that stands in for the value at `step`.
+
+        Args:
+            steps: step indices of the kept values, newest first; at least one, at most `depth`.
+            step: index of the step to predict, larger than all of them.
+        Returns:
+            Unitless weights, newest first, as many as are used.
+        """
         raise NotImplementedError

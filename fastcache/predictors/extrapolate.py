@@ -14,10 +14,15 @@ from .base import Predictor
 class Extrapolate(Predictor):
     """newest + weight * (newest - older).
 
-    weight: unitless, or a callable of the module that returns it. feeds_back: predicted values enter the
-    history, as in diffusers. ramp: (first, last) step between which the weight rises from 0 to its full
-    value, as the paper has it: weight 0.9, ramp (7, 27) for 30 steps of Open-Sora.
-    Source: FasterCache (arXiv 2410.19355), attention outputs.
+    Args:
+        weight: unitless, or a callable (module) -> weight, asked on every reused step.
+        feeds_back: whether predicted values enter the history, as they do in diffusers.
+        ramp: (first, last) step index between which the weight rises linearly from 0 to its full
+            value; None: no ramp. The paper has weight 0.9 and ramp (7, 27) for 30 steps of Open-Sora.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: `weight` is not finite, or `ramp` not first < last; the message names it.
+    Source: FasterCache (arXiv 2410.19355), attention outputs; feedback of diffusers 0.42.1.
     """
 
     weight: float | Callable[[Any], float] = 0.5
@@ -34,6 +39,15 @@ class Extrapolate(Predictor):
             interval_of("Extrapolate", "ramp", self.ramp)
 
     def weights(self, steps: tuple[int, ...], step: int, module: Any = None) -> tuple[float, ...]:
+        """Weights of the newest and the older value.
+
+        Args:
+            steps: step indices of the kept values, newest first; one or two.
+            step: index of the step to predict.
+            module: what a callable `weight` is asked about.
+        Returns:
+            (1 + w, -w), or (1,) while only one value is there.
+        """
         w = float(self.weight(module)) if callable(self.weight) else self.weight
         if self.ramp is not None:
             first, last = self.ramp

@@ -9,7 +9,10 @@ from .base import Predictor
 
 @dataclass(frozen=True)
 class Reuse(Predictor):
-    """The newest value, unchanged."""
+    """The newest value, unchanged.
+
+    Source: plain reuse, as in FirstBlockCache, MagCache and Pyramid Attention Broadcast of diffusers 0.42.1.
+    """
 
     def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
         return (1.0,)
@@ -17,7 +20,10 @@ class Reuse(Predictor):
 
 @dataclass(frozen=True)
 class Zeros(Predictor):
-    """Zeros in place of the value: what TaylorSeer's lite mode returns from inactive modules."""
+    """Zeros in place of the value: what TaylorSeer's lite mode returns from inactive modules.
+
+    Source: TaylorSeer of diffusers 0.42.1 (`skip_predict_identifiers`, `use_lite_mode`).
+    """
 
     depth = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from ..checks import flag, whole
 from .base import MAX_ORDER, Predictor
@@ -15,14 +15,20 @@ from .base import MAX_ORDER, Predictor
 class Taylor(Predictor):
     """Taylor forecast of the given order from backward differences of raw values.
 
-    order: 0 to 4; 0 is plain reuse. spacing: "latest" divides every difference by the latest gap, as
-    diffusers does; "exact" is the polynomial through the kept values, also on uneven steps.
-    skip_first: never use step 0, an outlier of most models, once another value exists.
-    Source: TaylorSeer (arXiv 2503.06923).
+    Args:
+        order: of the forecast, 0 to 4; order + 1 values are kept, and 0 is plain reuse.
+        spacing: "latest" divides every difference by the latest gap, as diffusers does; "exact" is the
+            polynomial through the kept values, also on uneven steps.
+        skip_first: whether to leave out the value of step 0, an outlier of most models, once another
+            one is kept.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is out of its range or no known spacing; the message names it.
+    Source: TaylorSeer (arXiv 2503.06923), differences of diffusers 0.42.1.
     """
 
     order: int = 1
-    spacing: str = "latest"
+    spacing: Literal["latest", "exact"] = "latest"
     skip_first: bool = False
 
     def __post_init__(self) -> None:
@@ -33,10 +39,12 @@ class Taylor(Predictor):
 
     @property
     def depth(self) -> int:  # type: ignore[override]
+        """Values kept."""
         return self.order + 1
 
     @property
     def forecasts(self) -> bool:  # type: ignore[override]
+        """Whether there is anything to extrapolate."""
         return self.order > 0
 
     def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
@@ -50,7 +58,16 @@ class Taylor(Predictor):
 class TaylorTable(Predictor):
     """Taylor forecast from a difference table kept in `dtype`: diffusers' own form and rounding.
 
-    dtype: a torch dtype, or None for that of the values. Prefer `Taylor`, which keeps raw values.
+    `Taylor` forecasts the same from raw values, without rounding in between; prefer it where equality
+    with diffusers is not wanted.
+
+    Args:
+        order: of the forecast, 0 to 4; order + 1 factors are kept.
+        dtype: torch dtype of the factors; None: that of the values.
+    Raises:
+        TypeError: `order` is of another type; the message names it.
+        ValueError: `order` is out of its range; the message names it.
+    Source: TaylorSeer (arXiv 2503.06923), difference table of diffusers 0.42.1.
     """
 
     order: int = 1
@@ -62,14 +79,23 @@ class TaylorTable(Predictor):
 
     @property
     def depth(self) -> int:  # type: ignore[override]
+        """Values kept."""
         return self.order + 1
 
     @property
     def forecasts(self) -> bool:  # type: ignore[override]
+        """Whether there is anything to extrapolate."""
         return self.order > 0
 
     def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
-        """Coefficients o^k / k! of the factors, o steps after the last refresh."""
+        """Coefficients o^k / k! of the factors, o steps after the last computed one.
+
+        Args:
+            steps: step indices of the computed steps in the table, newest first.
+            step: index of the step to predict.
+        Returns:
+            One unitless coefficient per factor, order 0 first.
+        """
         offset = step - steps[0]
         return tuple(offset**k / math.factorial(k) for k in range(min(len(steps), self.depth)))
 
@@ -78,7 +104,11 @@ class TaylorTable(Predictor):
 def latest_gap_weights(back: tuple[int, ...], offset: int) -> tuple[float, ...]:
     """Weights that equal a difference table in which every difference is divided by the latest gap.
 
-    back: how many steps before the newest each value lies, (0, 2, 3, ...). offset: steps past the newest.
+    Args:
+        back: how many steps before the newest each value lies, (0, 2, 3, ...).
+        offset: steps past the newest value.
+    Returns:
+        Unitless weights, newest first.
     """
     count = len(back)
     table = [[float(i == m) for i in range(count)] for m in range(count)]  # order 0 at each refresh

@@ -2,49 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
 
 from ..checks import flag, identifiers, names_of, real, whole
 
-FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")
+Format = Literal["BCFHW", "BFCHW", "BCHW", "BSC"]
+Kind = Literal["attention", "self", "spatial", "temporal", "cross", "any"]
+Fallback = Literal["attention", "blocks", "output"]
+FORMATS, KINDS, FALLBACKS = get_args(Format), get_args(Kind), (None, *get_args(Fallback))
 
-
-KINDS = ("attention", "self", "spatial", "temporal", "cross", "any")
-
-
-FALLBACKS = (None, "attention", "blocks", "output")
+# (module, timestep or None) -> weight of a frequency band, unitless
+Band = Callable[[Any, "float | None"], float]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A unit that can be skipped."""
+    """What a rule skips. `scope` says which part of a model that is."""
+
+    scope: ClassVar[Literal["stack", "modules", "guidance"]]
 
 
 @dataclass(frozen=True)
 class Stack(Target):
-    """The residual of all transformer blocks (after the first one, where the rule looks at that one)."""
+    """The residual of all transformer blocks, or of those after the first where the rule looks at it.
+
+    Source: FirstBlockCache and MagCache of diffusers 0.42.1.
+    """
+
+    scope = "stack"
 
 
 @dataclass(frozen=True)
 class Modules(Target):
     """Modules chosen by name, their outputs predicted.
 
-    patterns: regular expressions of dotted names; None means the model's own of that kind.
-    match: "search" anywhere in the name, or "full". kind: "attention", "spatial", "temporal" or "cross"
-    keeps only attention modules of that kind, "self" those that do not declare themselves
-    cross-attention; "any" takes every module.
-    fallback: the patterns are a method's documented defaults: where they match nothing on this model, take
-    its "attention" modules, "blocks" or "output" projection instead; None: nothing stands in.
-    exclude: patterns of modules left out.
+    Args:
+        patterns: regular expressions of dotted names; None: all that the model has of that kind.
+        match: "search" finds a pattern anywhere in the name, "full" matches the whole name.
+        kind: "attention" keeps all attention modules, "spatial", "temporal" or "cross" those of that
+            kind, "self" those that do not declare themselves cross-attention; "any" keeps every module.
+        fallback: what stands in where the patterns, a method's documented defaults, match nothing: the
+            "attention" modules, the "blocks" or the "output" projection; None: nothing, an error.
+        exclude: regular expressions of modules that are left out, found anywhere in the name.
+        label: what errors call `patterns`.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is none of the words above or no regular expression, or nothing says which
+            modules are meant; the message names it.
+    Source: identifiers of Pyramid Attention Broadcast, FasterCache and TaylorSeer in diffusers 0.42.1.
     """
 
     patterns: tuple[str, ...] | None = None
-    match: str = "search"
-    kind: str = "attention"
-    fallback: str | None = None
+    match: Literal["search", "full"] = "search"
+    kind: Kind = "attention"
+    fallback: Fallback | None = None
     exclude: tuple[str, ...] = ()
     label: str = "modules"
+    scope = "modules"
 
     def __post_init__(self) -> None:
         if self.match not in ("search", "full"):
@@ -67,20 +83,33 @@ class Modules(Target):
 class Guidance(Target):
     """The unconditional half of a batched guidance call.
 
-    inputs: names of the inputs that hold both halves along dimension 0; None splits every tensor whose
-    first dimension is the batch. tensor_format: layout of the model's output, "BCFHW", "BFCHW", "BCHW" or
-    "BSC" for token sequences with `grid`. grid: (frames, height, width) or (height, width) of "BSC".
-    low, high: callables (timestep) -> weight of the two frequency bands. compounding: the k-th skip in a
-    row multiplies its weights k times, as diffusers 0.42.1 does. label: what errors call `inputs`.
+    A skipped half is rebuilt from the conditional output and the last full difference of both halves,
+    in two bands of spatial frequencies.
+
+    Args:
+        inputs: names of the inputs that hold both halves along dimension 0, the unconditional one
+            first; None splits every tensor whose first dimension is the batch.
+        tensor_format: layout of the model's output, "BCFHW", "BFCHW" or "BCHW", or "BSC" for token
+            sequences [B, tokens, channels] laid out on `grid`.
+        grid: (frames, height, width) or (height, width) of "BSC", in tokens.
+        low, high: weights of the low and the high band, unitless: a number, or a callable
+            (module, timestep) -> weight; None: 1.
+        compounding: whether the k-th skip in a row applies its weight k times, as in diffusers.
+        label: what errors call `inputs`.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is out of its range or no known layout; the message names it.
+    Source: FasterCache (arXiv 2410.19355), frequency split of diffusers 0.42.1.
     """
 
     inputs: tuple[str, ...] | None = None
-    tensor_format: str = "BCFHW"
+    tensor_format: Format = "BCFHW"
     grid: tuple[int, ...] | None = None
-    low: object = None
-    high: object = None
+    low: float | Band | None = None
+    high: float | Band | None = None
     compounding: bool = True
     label: str = "inputs"
+    scope = "guidance"
 
     def __post_init__(self) -> None:
         if self.tensor_format not in FORMATS:
