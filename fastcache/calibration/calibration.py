@@ -8,14 +8,13 @@ a file is read with its size, nesting and every value checked, and is never quot
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..configs import MagCacheConfig
-from ..policies import COMPUTE, REUSE, FirstBlock, Magnitude, Step
+from . import thresholds
 from .errors import CalibrationError
 from .fields import (
     FORMAT,
@@ -28,18 +27,28 @@ from .fields import (
     ratio_list,
 )
 from .file import parse_json, read_file
-from .thresholds import round_up, share_of
+from .plot import plot_calibration
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a model's run looks like to a cache.
+    """What was measured of a model's runs; made by `fastcache.calibrate`.
 
-    mag_ratios: mean over tokens of |r_i| / |r_(i-1)|, r the residual of all blocks, one per step;
-    the first is 1. Mean over contexts and runs. contexts: the same by context, such as "cond" and
-    "uncond". first_block: by context, row i holds the relative L1 change of block 0's residual at
-    step i against steps i-1, i-2, ...; empty where it was not measured. steps: denoiser calls per
-    context and run.
+    Args:
+        mag_ratios: mean over tokens of |r_i| / |r_(i-1)|, r the residual of all blocks, unitless, one
+            per step; the first is 1. Mean over contexts and runs.
+        contexts: the same by context, such as "cond" and "uncond".
+        first_block: by context, row i holds the relative L1 change of the first block's residual at
+            step i against steps i-1, i-2, ..., unitless; empty where it was not measured.
+        model, scheduler: names of classes, "" where not known.
+        steps: denoiser calls per context and run, a count; 0: one per ratio.
+        runs: generations that were averaged, a count.
+        source: where the numbers come from, in words.
+        created: date and time, ISO 8601.
+        format, version: of the file; this version reads and writes no other.
+    Raises:
+        CalibrationError: a field is of another type or out of its range; the message names it.
+    Source: ratios of MagCache (arXiv 2506.09045), changes of FirstBlockCache (diffusers 0.42.1).
     """
 
     mag_ratios: tuple[float, ...]
@@ -55,31 +64,31 @@ class Calibration:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         if self.format != FORMAT:
             raise CalibrationError(f"calibration: format must be {FORMAT!r}")
         if isinstance(self.version, bool) or self.version != VERSION:
             raise CalibrationError(
                 f"calibration: version must be {VERSION}; this fastcache reads no other"
             )
-        put("mag_ratios", ratio_list("mag_ratios", self.mag_ratios))
-        put(
-            "contexts",
-            {n: ratio_list("contexts", r) for n, r in named_rows("contexts", self.contexts)},
-        )
-        put(
-            "first_block",
-            {n: matrix_rows(r) for n, r in named_rows("first_block", self.first_block)},
-        )
+        ratios = ratio_list("mag_ratios", self.mag_ratios)
+        contexts = named_rows("contexts", self.contexts)
+        first_block = named_rows("first_block", self.first_block)
+        checked = {
+            "mag_ratios": ratios,
+            "contexts": {name: ratio_list("contexts", rows) for name, rows in contexts},
+            "first_block": {name: matrix_rows(rows) for name, rows in first_block},
+            "steps": self.steps or len(ratios),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         for name in ("model", "scheduler", "source", "created"):
             if not is_text(getattr(self, name)):
                 raise CalibrationError(
                     f"calibration: {name} must be a string of at most {MAX_TEXT} characters"
                 )
-        put("steps", self.steps or len(self.mag_ratios))
         for name in ("steps", "runs"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_STEPS:
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_STEPS:
                 raise CalibrationError(
                     f"calibration: {name} must be a whole number in 1..{MAX_STEPS}"
                 )
@@ -97,7 +106,15 @@ class Calibration:
     # --- files ---------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write the calibration as JSON and return the path."""
+        """Write the calibration as JSON.
+
+        Args:
+            path: of the file.
+        Returns:
+            The path.
+        Raises:
+            OSError: the file cannot be written.
+        """
         path = Path(path)
         path.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", "utf-8")
         return path
@@ -106,8 +123,12 @@ class Calibration:
     def load(cls, path: str | Path) -> Calibration:
         """Read a calibration.
 
-        Raises CalibrationError, a ValueError, that says what is wrong with the file; for a missing
-        one CalibrationNotFound, which is a FileNotFoundError too.
+        Args:
+            path: of a JSON file that `save` wrote.
+        Returns:
+            The calibration.
+        Raises:
+            CalibrationError: what is wrong with the file; for a missing one it is a FileNotFoundError too.
         """
         path = Path(path)
         values = parse_json(read_file(path), path)
@@ -128,83 +149,113 @@ class Calibration:
     # --- using it ------------------------------------------------------------------------------
 
     def config(self, **overrides: Any) -> MagCacheConfig:
-        """A MagCacheConfig with these ratios and steps; `overrides` are its other fields."""
+        """A MagCacheConfig with these ratios and steps.
+
+        Args:
+            overrides: its other fields.
+        Returns:
+            The config.
+        Raises:
+            TypeError, ValueError: a field is wrong; the message names it.
+        """
         return MagCacheConfig(
             **{"num_inference_steps": self.steps, "mag_ratios": self.mag_ratios, **overrides}
         )
 
-    def computed_steps(self, threshold: float, context: str | None = None, **guards: Any) -> list:
+    def computed_steps(
+        self, threshold: float, context: str | None = None, **guards: Any
+    ) -> list[int]:
         """Steps that FirstBlockCache computes at a threshold, along the calibrated trajectory.
 
-        guards: of `fastcache.FirstBlock`. context: None takes the first one.
+        Args:
+            threshold: relative L1 change, unitless.
+            context: a name in `first_block`; None takes the first one.
+            guards: other fields of `fastcache.FirstBlock`.
+        Returns:
+            Step indices, ascending.
+        Raises:
+            CalibrationError: there are no first-block changes, or none of this context.
         """
-        rows = self._rows_of(context)
-        policy = FirstBlock(threshold, **guards)
-        run, computed = policy.begin(len(rows)), [0]
-        policy.decide(run, Step(0, len(rows)))
-        for i in range(1, len(rows)):
-            back = i - computed[-1]
-            change = rows[i][back - 1] if back <= len(rows[i]) else None
-            if policy.decide(run, Step(i, len(rows)), change).action != REUSE:
-                computed.append(i)
-        return computed
+        changes = self._changes()
+        if context is None:
+            context = next(iter(changes))
+        if context not in changes:
+            raise CalibrationError(f"calibration: context must be one of {list(changes)}")
+        return thresholds.computed_steps(changes[context], threshold, **guards)
 
     def first_block_share(self, threshold: float, **guards: Any) -> float:
-        """Share of steps that FirstBlockCache computes at a threshold, over all contexts."""
-        self._rows_of(None)
-        counts = [len(self.computed_steps(threshold, name, **guards)) for name in self.first_block]
-        return sum(counts) / sum(map(len, self.first_block.values()))
+        """Share of steps that FirstBlockCache computes at a threshold, over all contexts.
+
+        Args:
+            threshold: relative L1 change, unitless.
+            guards: other fields of `fastcache.FirstBlock`.
+        Returns:
+            0 to 1.
+        Raises:
+            CalibrationError: there are no first-block changes.
+        """
+        return thresholds.first_block_share(self._changes().values(), threshold, **guards)
 
     def first_block_threshold(self, target_fraction: float, **guards: Any) -> float:
-        """The smallest threshold at which FirstBlockCache computes at most this share of steps."""
-        target = share_of(target_fraction)
-        seen = sorted({c for rows in self.first_block.values() for row in rows for c in row})
-        for threshold in (0.0, *(round_up(c) for c in seen if math.isfinite(c))):
-            if self.first_block_share(threshold, **guards) <= target:
-                return threshold
-        least = self.first_block_share(math.ceil(seen[-1] + 1) if seen else 1.0, **guards)
-        raise CalibrationError(
-            f"calibration: target_fraction is {target:g}, but no threshold computes fewer than "
-            f"{least:.0%} of the steps; ask for more, or lower warmup"
-        )
+        """The smallest threshold at which FirstBlockCache computes at most this share of steps.
+
+        Args:
+            target_fraction: share of steps, larger than 0, at most 1.
+            guards: other fields of `fastcache.FirstBlock`.
+        Returns:
+            Relative L1 change, unitless, four digits.
+        Raises:
+            TypeError: `target_fraction` is no number.
+            CalibrationError: it is out of its range or cannot be reached, or there are no changes.
+        """
+        changes = self._changes().values()
+        return thresholds.first_block_threshold(changes, target_fraction, **guards)
+
+    def mag_share(self, threshold: float, **fields: Any) -> float:
+        """Share of steps that MagCache computes at a threshold.
+
+        Args:
+            threshold: accumulated error, unitless.
+            fields: others of `fastcache.Magnitude`, such as max_skip_steps and retention_ratio.
+        Returns:
+            0 to 1.
+        """
+        return thresholds.mag_share(self.mag_ratios, self.steps, threshold, **fields)
 
     def mag_threshold(self, target_fraction: float, **fields: Any) -> float:
         """The smallest threshold at which MagCache computes at most this share of the steps.
 
-        fields: others of `fastcache.Magnitude`, such as max_skip_steps and retention_ratio.
+        Args:
+            target_fraction: share of steps, larger than 0, at most 1.
+            fields: others of `fastcache.Magnitude`, such as max_skip_steps and retention_ratio.
+        Returns:
+            Accumulated error, unitless.
+        Raises:
+            TypeError: `target_fraction` is no number.
+            CalibrationError: it is out of its range or cannot be reached.
         """
-        target = share_of(target_fraction)
-        for i in range(1, 401):
-            threshold = i / 100 if i <= 100 else 1.02 ** (i - 100)
-            if self.mag_share(threshold, **fields) <= target:
-                return round(threshold, 4)
-        raise CalibrationError(
-            f"calibration: target_fraction is {target:g}, but no threshold computes fewer than "
-            f"{self.mag_share(1e6, **fields):.0%} of the steps; raise max_skip_steps or lower "
-            "retention_ratio"
-        )
-
-    def mag_share(self, threshold: float, **fields: Any) -> float:
-        """Share of steps that MagCache computes at a threshold."""
-        values = {"num_inference_steps": self.steps, "mag_ratios": self.mag_ratios, **fields}
-        policy = Magnitude(threshold, **values).guarded(warmup=0, max_skips=0, last=False)
-        run = policy.begin(self.steps)
-        steps = [policy.decide(run, Step(i, self.steps)).action for i in range(self.steps)]
-        return steps.count(COMPUTE) / self.steps
+        return thresholds.mag_threshold(self.mag_ratios, self.steps, target_fraction, **fields)
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the ratios, the first-block changes and what a threshold buys into a picture."""
-        from .plot import plot_calibration
+        """Draw the ratios, the first-block changes and what a threshold buys into a picture.
 
-        return plot_calibration(self, path)
+        Args:
+            path: of the picture; its ending gives the format.
+        Returns:
+            The path.
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        title = f"calibration of {self.model or 'a model'}, {self.steps} steps"
+        if self.scheduler:
+            title += f", {self.scheduler}"
+        return plot_calibration(
+            path, title, self.steps, self.mag_ratios, self.contexts, self.first_block
+        )
 
-    def _rows_of(self, context: str | None) -> tuple[tuple[float, ...], ...]:
+    def _changes(self) -> Mapping[str, tuple[tuple[float, ...], ...]]:
         if not self.first_block:
             raise CalibrationError(
                 "calibration: first_block is empty; fastcache.calibrate(run, target) records it"
             )
-        if context is None:
-            return next(iter(self.first_block.values()))
-        if context not in self.first_block:
-            raise CalibrationError(f"calibration: context must be one of {list(self.first_block)}")
-        return self.first_block[context]
+        return self.first_block

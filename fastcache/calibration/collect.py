@@ -19,14 +19,15 @@ Measured = tuple[tuple[str, str], list[Tensor], int]
 
 def collect(
     finished: Iterable[Measured],
-    watched: Mapping[tuple[str, str], list] | None = None,
+    watched: Mapping[tuple[str, str], list[list[float]]] | None = None,
     contexts: Sequence[str] | None = None,
     steps: int | None = None,
     **names: Any,
 ) -> Calibration:
     """A calibration out of runs of `MagCacheConfig(calibrate=True)`.
 
-    watched: first-block changes by (model, context). contexts: those to keep. steps: how many there must be.
+    watched: first-block changes by (model, context). contexts: those to keep. steps: how many there must
+    be, None for any. names: fields of `Calibration` that name the run.
     """
     runs: dict[tuple[str, str], list[list[float]]] = {}
     for key, measured, count in finished:
@@ -37,7 +38,10 @@ def collect(
             "the model, or use fastcache.calibrate(run, target), whose run must call the target"
         )
     several = len({model for model, _ in runs}) > 1
-    label = lambda key: f"{key[0]}/{key[1]}" if several else key[1]  # noqa: E731
+
+    def label(key: tuple[str, str]) -> str:
+        return f"{key[0]}/{key[1]}" if several else key[1]
+
     ratios = {label(key): _mean(_whole(lists), label(key)) for key, lists in runs.items()}
     if contexts is not None:
         if missing := [name for name in contexts if name not in ratios]:

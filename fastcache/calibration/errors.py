@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class CalibrationError(ValueError):
-    """A calibration that cannot be measured, loaded or used."""
+    """A calibration cannot be measured, loaded or used; the message says why."""
 
 
 class CalibrationNotFound(CalibrationError, FileNotFoundError):

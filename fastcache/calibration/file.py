@@ -45,8 +45,10 @@ def parse_json(data: bytes, path: Path) -> Any:
             problem = "is not UTF-8 text; calibration files are JSON only"
         except json.JSONDecodeError as error:
             problem = f"is not JSON (line {error.lineno}, column {error.colno})"
-        except (ValueError, RecursionError) as error:
-            problem = str(error) if isinstance(error, CalibrationError) else "is not JSON"
+        except CalibrationError as error:
+            problem = str(error)
+        except (ValueError, RecursionError):
+            problem = "is not JSON"
     raise CalibrationError(f"calibration {path}: {problem}")
 
 
