@@ -24,6 +24,8 @@ from fastcache import (
     TaylorSeerCacheConfig,
     TimestepRange,
 )
+from fastcache.ops import dispatch
+from fastcache.reporting.summary import summarise
 from fastcache.runtime.stats import Record, Stats
 from fastcache.runtime.verdict import verdict
 
@@ -188,6 +190,22 @@ def test_good_runs_and_interrupted_ones_are_quiet(model):
             raise KeyError
 
     assert said(model, FirstBlockCacheConfig(1e-6), after=fail) == []
+
+
+def test_the_summary_is_a_function_of_data(model):
+    with fastcache.enable(model, FirstBlockCacheConfig(0.2)) as cache:
+        run(model, cache)
+        kernels = dispatch.active("cpu")
+        told = (cache.recipe, cache.stats, cache.hooked(), cache.nbytes(), kernels)
+        assert summarise(*told) == cache.summary()
+        assert "hooked in Model: blocks" in summarise(*told) and kernels in summarise(*told)
+    assert "on nothing (disabled)" in summarise(cache.recipe, cache.stats, {}, 0, kernels)
+
+
+def test_many_hooked_names_are_cut_short():
+    names = [f"blocks.{i}" for i in range(9)]
+    text = summarise(Recipe(Mask((1, 0))), Stats(), {"Model": names}, 0, "cpp")
+    assert "hooked in Model: blocks.0, blocks.1, blocks.2, blocks.3 and 5 more" in text
 
 
 def test_last_run_of_stats_is_the_last_one(model):

@@ -1,7 +1,4 @@
-"""For people: what a run says about its settings, a progress line, and pictures.
-
-Nothing here runs in the hot path. matplotlib and tqdm are imported when something is drawn.
-"""
+"""Pictures of runs. matplotlib is imported when something is drawn."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..policies import COMPUTE, REUSE, FirstBlock
+from ..policies import COMPUTE, REUSE
 from ..recipe import Recipe
 from ..runtime.stats import Record, Stats
 from .figure import COLOURS, INK, PALE, ROWS, new_figure, save_figure, tidy_axes
@@ -17,12 +14,20 @@ from .summary import describe
 
 Key = tuple[str, Any, str]  # model, request, context
 
+# What a policy holds against its threshold, as an axis says it.
+WEIGHED = {
+    "": "signal",
+    "change": "change of the first block\n(relative L1)",
+    "error": "accumulated error",
+    "misfit": "misfit of the guide\n(relative L2)",
+}
+
 
 def plot_run(stats: Stats, recipe: Recipe, held: dict[str, int], path: str | Path) -> Path:
     """Draw the latest run of every context: signal against threshold, decisions, bytes held.
 
-    stats: all records. recipe: what the cache runs. held: bytes by what holds them.
-    Needs matplotlib. Raises ValueError before the first denoiser call.
+    stats: all records. recipe: what the cache runs. held: bytes by what holds them. path: of the picture.
+    Raises ImportError without matplotlib, ValueError before the first denoiser call.
     """
     runs = _latest_runs(stats)
     if not runs:
@@ -75,7 +80,9 @@ def _names(runs: dict[Key, list[Record]]) -> dict[Key, str]:
     }
 
 
-def _draw_signals(axes: Any, recipe: Recipe, runs: dict, colours: dict[Key, str]) -> None:
+def _draw_signals(
+    axes: Any, recipe: Recipe, runs: dict[Key, list[Record]], colours: dict[Key, str]
+) -> None:
     """One line per context; filled points were computed, open ones reused."""
     names = _names(runs)
     for key, run in runs.items():
@@ -103,8 +110,7 @@ def _draw_signals(axes: Any, recipe: Recipe, runs: dict, colours: dict[Key, str]
         fontsize=9,
         color=INK,
     )
-    first = isinstance(recipe.rules[0].when, FirstBlock)
-    axes.set_ylabel("change of the first block\n(relative L1)" if first else "accumulated error")
+    axes.set_ylabel(WEIGHED[recipe.rules[0].when.weighs])
     axes.set_title(
         "filled: computed, open: reused", fontsize=9.5, color=INK, loc="right", style="italic"
     )

@@ -11,16 +11,23 @@ from ..runtime.stats import Record, Stats
 
 
 class Counted(Protocol):
-    """What has records: a Cache."""
+    """What has records, such as a Cache."""
 
     stats: Stats
 
 
 @contextlib.contextmanager
 def progress(cache: Counted, total: int | None = None, **options: Any) -> Iterator[Any]:
-    """A tqdm line that counts denoiser calls and shows how many were reused.
+    """A tqdm line that counts denoiser calls and shows how many were reused; a context manager.
 
-    total: calls expected (steps times contexts). options: of `tqdm.tqdm`. Yields the tqdm object.
+    Args:
+        cache: a `Cache`, whose calls are counted while the line is open.
+        total: calls expected, steps times contexts, a count; None where not known.
+        options: further keywords of `tqdm.tqdm`.
+    Returns:
+        The tqdm object, as the target of `with`.
+    Raises:
+        ImportError: tqdm is not installed.
     """
     bar = _tqdm()(**{"total": total, "unit": "call", "desc": "fastcache", **options})
     reused = 0
