@@ -10,6 +10,7 @@ import math
 import random
 import warnings
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 import fastcache
 from fastcache.configs import CONFIGS
+from fastcache.signals import Signal
 
 METHODS = {
     "FirstBlockCacheConfig": "first_block",
@@ -391,6 +393,7 @@ def test_bad_arguments_of_a_context(argument):
         assert next(iter(cache.stats)).step == 3
 
 
+MAGNITUDE = partial(fastcache.Magnitude, mag_ratios=(1.0,))
 POLICIES = [
     (fastcache.Interval, "n", [0, -1, 1.5, None, "2"]),
     (fastcache.Interval, "phase", [-1, 1.5, "2"]),
@@ -400,6 +403,26 @@ POLICIES = [
     (fastcache.Interval, "last", [1, "yes", 0.0]),
     (fastcache.TimestepRange, "timesteps", [(5, 1), (1,), "ab", None]),
     (fastcache.Mask, "compute", [[], "101", [2], [None], 5, ["a"]]),
+    (fastcache.FirstBlock, "threshold", [-1, math.nan, "0.1", None]),
+    (fastcache.FirstBlock, "per_sample", [1, None]),
+    (fastcache.Misfit, "threshold", [-1, math.nan, "0.1", None]),
+    (fastcache.Broadcast, "timesteps", [(), "ab", 5, (math.nan,)]),
+    (partial(fastcache.Broadcast, (500,)), "steps", [0, 1.5, None]),
+    (MAGNITUDE, "threshold", [-1, math.nan, "0.1", None]),
+    (MAGNITUDE, "max_skip_steps", [-1, 1.5, None]),
+    (MAGNITUDE, "retention_ratio", [-0.1, 1.1, math.nan, None]),
+    (MAGNITUDE, "num_inference_steps", [0, 2.5, None]),
+    (MAGNITUDE, "mag_ratios", [(), (0.0,), (-1.0,), (math.nan,), "1", None]),
+    (MAGNITUDE, "precision", ["float16", None, ["float32"]]),
+    (fastcache.Guided, "order", [0, 3, 1.5, None]),
+    (fastcache.Guided, "guide", ["residuals", None, ["input"]]),
+    (fastcache.Guided, "ridge", [-1, math.nan, None]),
+    (fastcache.Guided, "tokens", [0, 1.5, None]),
+    (fastcache.Guided, "max_misfit", [-1, math.nan, "0.1"]),
+    (Signal, "at", ["last_block", None, ["first_block"]]),
+    (partial(Signal, "first_block"), "against", ["next", None]),
+    (partial(Signal, "first_block"), "measure", ["sum", None]),
+    (fastcache.Block, "modulation", ["norm1", ("norm1", "emb"), ("norm1", "emb", 5)]),
     (fastcache.Taylor, "order", [-1, 5, 1.5, "1", None]),
     (fastcache.Taylor, "spacing", ["even", None, 1]),
     (fastcache.Taylor, "skip_first", [1, "yes"]),

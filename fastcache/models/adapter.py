@@ -7,26 +7,37 @@ A model without a row works when its blocks sit in a ModuleList under a usual na
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from ..checks import flag, identifiers, names_of
 
-HIDDEN, ENCODER = "hidden", "encoder"
+Stream = Literal["hidden", "encoder"]
+HIDDEN: Final = "hidden"
+ENCODER: Final = "encoder"
 
 
 @dataclass(frozen=True)
 class Block:
-    """How to talk to one class of block.
+    """How one class of block is called and what it returns.
 
-    hidden, encoder: argument names of the image and the text stream (encoder None: it has none).
-    returns: order of the streams in the returned tuple; None finds it from shapes at the first call.
-    modulation: the first normalisation with the timestep in it, as (attribute of the block, its keyword for
-    the conditioning, argument of the block that holds that); None: not known. Where the block adds the
-    conditioning to a table of its own, the table's name takes the keyword's place.
+    Args:
+        hidden: name of the argument with the image stream [B, tokens, width]; None: `hidden_states`, or
+            the first argument.
+        encoder: name of the argument with the text stream [B, tokens, width]; None: there is none.
+        returns: order of "hidden" and "encoder" in the returned tuple; None finds it at the first call.
+        modulation: the first normalisation with the timestep in it, as (attribute of the block, its
+            keyword for the conditioning, argument of the block with the conditioning); None: not known.
+            Where the block adds the conditioning to a table of its own, the table's name takes the
+            keyword's place.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: `returns` has other entries, or `modulation` another length.
+    Source: the signatures of diffusers 0.42.1's block classes.
     """
 
     hidden: str | None = None
     encoder: str | None = "encoder_hidden_states"
-    returns: tuple[str, ...] | None = None
+    returns: tuple[Stream, ...] | None = None
     modulation: tuple[str, str, str] | None = None
 
     def __post_init__(self) -> None:
@@ -41,16 +52,31 @@ class Block:
                 raise ValueError(
                     f"Block: returns is {self.returns!r}, must hold {HIDDEN!r} and may hold {ENCODER!r}"
                 )
+        if self.modulation is not None:
+            names = names_of("Block", "modulation", self.modulation)
+            if len(names) != 3:
+                raise ValueError(
+                    f"Block: modulation is {names!r}, must be (attribute, keyword, argument)"
+                )
+            object.__setattr__(self, "modulation", names)
 
 
 @dataclass(frozen=True)
 class BlockAdapter:
     """How to find and drive the blocks of one model class.
 
-    blocks: attribute names of the block lists, in the order they run; None finds them by usual names.
-    block: argument names and order of returns of its blocks. encoder_read: whether the text stream is
-    read after the last block, so that a skipped step must give it too; None assumes it may be.
-    attention: regular expressions of its attention modules. temporal: those that attend over time.
+    Args:
+        blocks: dotted names of the block lists, in the order they run; None finds them by usual names.
+        block: how its blocks are called; None looks their class up.
+        encoder_read: whether the text stream is read after the last block, so that a skipped step must
+            give it too; None assumes so.
+        attention: regular expressions, searched in dotted names, of its attention modules; None finds
+            them by class and name.
+        temporal: regular expressions of those that attend over time; None goes by name.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a pattern is no regular expression; the message names its field.
+    Source: the rows for diffusers' models are in models/table.py.
     """
 
     blocks: tuple[str, ...] | None = None
@@ -69,6 +95,4 @@ class BlockAdapter:
         if self.encoder_read is not None:
             flag("BlockAdapter", "encoder_read", self.encoder_read)
         if self.block is not None and not isinstance(self.block, Block):
-            raise TypeError(
-                f"BlockAdapter: block is {self.block!r}, must be a fastcache.adapters.Block"
-            )
+            raise TypeError(f"BlockAdapter: block is {self.block!r}, must be a fastcache.Block")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from torch import nn
 
@@ -54,14 +55,18 @@ def block_lists(model: nn.Module, adapter: BlockAdapter) -> list[tuple[str, nn.M
 
 
 def list_names(model: nn.Module) -> list[str]:
+    """Names of all module lists, for messages."""
     return [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)] or [
         "none at all"
     ]
 
 
 def declares_cross(name: str, module: nn.Module) -> bool:
-    """Whether a module says that it attends to the text; its name is believed before its flag, which some
-    classes set whenever they are given the width of their keys."""
+    """Whether a module says that it attends to the text.
+
+    A name such as `self_attn` outweighs the flag, which some classes set whenever they are given the
+    width of their keys.
+    """
     flag = bool(getattr(module, "is_cross_attention", False))
     return flag and not SELF_NAME.search(name.rsplit(".", 1)[-1])
 
@@ -89,7 +94,7 @@ def attention_modules(
 
 
 def is_attention(name: str, module: nn.Module) -> bool:
-    """By class, or by the last segment of its name."""
+    """Whether a module is attention: by its class, or by the last segment of its name."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) or not name:
         return False
     if any(base.__name__ in ATTENTION_CLASSES for base in type(module).__mro__):
@@ -100,8 +105,10 @@ def is_attention(name: str, module: nn.Module) -> bool:
     )
 
 
-def attention_kind(model: nn.Module, name: str, module: nn.Module, adapter: BlockAdapter) -> str:
-    """ "temporal", "cross" or "spatial": by adapter, by the module's own flag, by structure and name."""
+def attention_kind(
+    model: nn.Module, name: str, module: nn.Module, adapter: BlockAdapter
+) -> Literal["temporal", "cross", "spatial"]:
+    """The kind of an attention module: by the adapter, its own flag, the structure around it and its name."""
     patterns = adapter.temporal
     if (
         any(re.search(p, name) for p in patterns)
@@ -113,9 +120,8 @@ def attention_kind(model: nn.Module, name: str, module: nn.Module, adapter: Bloc
     last = name.rsplit(".", 1)[-1]
     if declares_cross(name, module) or CROSS_NAME.search(last):
         return "cross"
-    if (
-        last == "attn2" and flag is None
-    ):  # the second attention of a block that has attn1 reads the text
+    # the second attention of a block that has attn1 reads the text
+    if last == "attn2" and flag is None:
         parent = model.get_submodule(name.rsplit(".", 1)[0]) if "." in name else model
         if hasattr(parent, "attn1"):
             return "cross"
@@ -123,6 +129,7 @@ def attention_kind(model: nn.Module, name: str, module: nn.Module, adapter: Bloc
 
 
 def outermost(found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The modules that lie in none of the others."""
     kept: list[tuple[str, nn.Module]] = []
     for name, module in found:
         if not any(name.startswith(f"{outer}.") for outer, _ in kept):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .adapter import ENCODER, HIDDEN, Block
@@ -11,9 +11,13 @@ from .table import BLOCKS, MODULATIONS
 
 
 def shifted(x: Any, table: Any, given: Any) -> Any:
-    """x [B, S, D], shifted and scaled by the first two rows of table [1, n, D] + given [B, n, D] or [B, S, n, D]."""
+    """x [B, S, D], scaled and shifted by two rows of a modulation.
+
+    table: [1, n, D], rows shift, scale, ... given: [B, n, D], or [B, S, n, D] with one row per token; added
+    to the table.
+    """
     shift, scale = (table + given.float()).unbind(-2)[:2]
-    if given.dim() == 3:  # one for all tokens
+    if given.dim() == 3:  # one modulation for all tokens of a sample
         shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
     return x * (1 + scale) + shift
 
@@ -21,8 +25,8 @@ def shifted(x: Any, table: Any, given: Any) -> Any:
 class BlockIO:
     """Reads the streams of one block's call and return, and builds such a return.
 
-    The order of returns is the row's; without one it is found at the first computed call: by which
-    entry the model hands to the next block as what, else by shape, else (hidden, encoder).
+    The order of returns is the row's. Without one, the first computed call shows it: by the argument
+    under which the model hands an entry to the next block, else by shape, else it is (hidden, encoder).
     """
 
     def __init__(self, block: Any, row: Block | None = None) -> None:
@@ -40,14 +44,16 @@ class BlockIO:
         self.encoder_at = names.index(self.encoder) if self.encoder in names else None
         self.returns = known.returns
         self.declared = declared(known.returns or ())
-        self.found: tuple[int, int | None] | None = None  # places that a recording call has seen
+        self.found: tuple[int, int | None] | None = (
+            None  # places, as seen in the first computed call
+        )
         self.modulation = known.modulation or next(
             (MODULATIONS[b.__name__] for b in type(block).__mro__ if b.__name__ in MODULATIONS),
             None,
         )
         self.names = names
 
-    def read(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """(hidden, encoder) of a call; encoder is None where the block takes none."""
         if self.hidden in kwargs:
             hidden = kwargs[self.hidden]
@@ -56,14 +62,14 @@ class BlockIO:
         else:
             raise ValueError(
                 f"{self.name}: its call has no {self.hidden!r}; declare the argument with "
-                "fastcache.BlockAdapter(block=fastcache.adapters.Block(hidden=...))"
+                "fastcache.BlockAdapter(block=fastcache.Block(hidden=...))"
             )
         if self.encoder in kwargs:
             return hidden, kwargs[self.encoder]
         at = self.encoder_at
         return hidden, args[at] if at is not None and len(args) > at else None
 
-    def modulated(self, block: Any, args: tuple, kwargs: dict) -> Any:
+    def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's normalised, timestep-modulated input, for this call."""
         attribute, keyword, argument = self.modulation or ("", "", "")
         given = kwargs[argument] if argument in kwargs else args[self.names.index(argument)]
@@ -94,13 +100,13 @@ class BlockIO:
         return first, rest[0] if rest else None
 
 
-def declared(returns: tuple[str, ...]) -> tuple[int, int | None]:
+def declared(returns: Sequence[str]) -> tuple[int, int | None]:
     """The places of the image and the text stream in a tuple of these."""
     at = {name: i for i, name in enumerate(returns)}
     return at.get(HIDDEN, 0), at.get(ENCODER)
 
 
-def parameter_names(function: Callable) -> list[str]:
+def parameter_names(function: Callable[..., Any]) -> list[str]:
     """Names of the positional parameters after `self`; empty where the signature tells nothing."""
     try:
         parameters = list(inspect.signature(function).parameters.values())[1:]

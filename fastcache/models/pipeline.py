@@ -10,7 +10,7 @@ DENOISERS = ("transformer", "transformer_2", "transformer_3", "unconditional_tra
 
 
 def denoisers_of(target: Any) -> list[tuple[str, nn.Module]]:
-    """The models to hook by name; a compiled wrapper is looked through."""
+    """The models to hook, each once, with their names; what torch.compile wrapped is unwrapped."""
     if isinstance(target, nn.Module):
         model = getattr(target, "_orig_mod", target)
         return [(type(model).__name__, model)]

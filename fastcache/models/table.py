@@ -93,7 +93,7 @@ MODELS: dict[str, BlockAdapter] = {
             "Kandinsky5Transformer3DModel",
         )
     },
-    # holds LTX-2's audio attention for its checkpoint, and runs the video's alone
+    # it holds LTX-2's audio attention for its checkpoint, and runs the attention of the video alone
     "SanaWMLTX2RefinerTransformer3DModel": BlockAdapter(attention=(r"\.attn[12]$",)),
     "T5FilmDecoder": BlockAdapter(blocks=("decoders",)),
 }
@@ -115,7 +115,7 @@ MODULATIONS: dict[str, tuple[str, str, str]] = {
 }
 
 
-# Calls that fill a key/value cache for those after them, by argument: every module must run in them.
+# Arguments, and their values, of calls that fill a key/value cache for later calls: every module must run.
 KEEPING: dict[str, tuple[str, ...]] = {
     "kv_cache_mode": ("extract", "capture_pre_rope", "inject_and_capture_post_rope"),
 }
