@@ -24,10 +24,17 @@ def split_batch(
     For servers whose batch holds requests at different steps: each keeps its own schedule and its own state,
     and samples come and go between calls. What is lost is batching in the computed steps.
 
-    call: the model. contexts: one `cache.context(name, request=..., step_index=...)` per sample, unopened.
-    inputs: keyword arguments of the call; a tensor whose first dimension is the batch is split, everything
-    else, and the inputs named in `shared`, goes to all. Returns what the model returns, tensors joined along
-    the batch. Raises ValueError where no input has that batch.
+    Args:
+        call: the model.
+        contexts: one `cache.context(name, request=..., step_index=...)` per sample, unopened.
+        inputs: keyword arguments of the call. A tensor [B, ...], B the number of contexts, is split;
+            everything else goes to all samples.
+        shared: names of inputs that go to all samples although their first dimension is B.
+    Returns:
+        What the model returns, tensors joined along dimension 0, anything else from the first sample.
+    Raises:
+        ValueError: no input has a first dimension of B.
+    Source: ours; docs/serving.md has an example.
     """
     count = len(contexts)
 

@@ -30,9 +30,9 @@ SAMPLE = 1 << 18  # elements of a first-block residual that are compared, evenly
 
 @contextmanager
 def watch_first_blocks(cache: Cache) -> Iterator[dict[tuple[str, str], list[list[float]]]]:
-    """While open, the first block of every model is watched; what was seen is there at the end.
+    """Watch the first block of every model while the context is open; the dict is filled at its end.
 
-    Per (model, context), row i: relative L1 change of the residual at step i against i-1, i-2, ...
+    By (model, context), row i: relative L1 change of the residual at step i against i-1, i-2, ...
     """
     watchers = [FirstBlockWatcher(denoiser, cache.adapter) for denoiser in cache.denoisers]
     changes: dict[tuple[str, str], list[list[float]]] = {}
@@ -56,16 +56,18 @@ class FirstBlockWatcher:
         self.samples: dict[Any, list[Tensor]] = {}  # newest first
         self.sums: dict[Any, list[list[Tensor]]] = {}
         self.before: Tensor | None = None
-        # the input is read before the block runs, which may write into it
+        # the input is read before the block runs, since the block may write into it
         pre = block.register_forward_pre_hook(self.entering, with_kwargs=True)
         post = block.register_forward_hook(self.left, with_kwargs=True)
         self.handle = _Both(pre, post)
 
-    def entering(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+    def entering(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, _ = self.io.read(args, kwargs)
         self.before = _sample(hidden).clone()
 
-    def left(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def left(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         hidden, encoder = self.io.read(args, kwargs)
         at, _ = self.io.positions(output, hidden, encoder)
         state = self.denoiser.control.state
@@ -86,7 +88,7 @@ class FirstBlockWatcher:
         self.samples[key] = [residual, *kept[: GAP - 1]]
 
     def rows(self) -> dict[str, list[list[float]]]:
-        """By context; of several requests or runs the last one."""
+        """Changes by context, of the last run where there were several."""
         found = {}
         for (_, context), steps in self.sums.items():
             numbers = iter(sync.numbers([s for row in steps for s in row]))
@@ -107,12 +109,12 @@ class _Both:
 
 
 def _sample(value: Tensor) -> Tensor:
-    """The values of a hidden state, or evenly spaced ones where there are very many."""
+    """At most SAMPLE values of a hidden state, evenly spaced, [n]."""
     flat = value.detach().reshape(-1)
     return flat[:: -(-flat.numel() // SAMPLE)].contiguous()
 
 
 def _relative(change: float, size: float) -> float:
-    """Rounded for the file; where it is no number, larger than any threshold."""
+    """change / size to six digits; 1e30, which is above any threshold, where that is not finite."""
     value = change / size if size else math.inf
     return float(f"{value:.6g}") if math.isfinite(value) else 1e30

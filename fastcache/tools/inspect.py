@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..cache import Cache, enable
-from ..configs import Config
+from ..configs.resolve import resolve
 from ..graphs.compiled import COMPILED
 from ..graphs.reentry import happens_twice
 from ..models.adapter import BlockAdapter
@@ -20,12 +20,9 @@ from ..models.registry import adapter_for
 from ..models.table import LIST_NAMES
 from ..plan import Plan
 from ..policies import COMPUTE, REUSE
-from ..recipe import Recipe
 from ..reporting.summary import describe
 from ..runtime.denoiser import Denoiser
 from ..targets.control import HEAD, PENDING, REST, WHOLE
-from ..targets.spec import Modules
-from ..targets.stack.target import StackTarget
 from .memory import Shapes, stream_width, weight_bytes
 
 SHOWN = 6
@@ -33,31 +30,49 @@ SHOWN = 6
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found; `text()` for people, `record()` for JSON."""
+    """What a config would do to a model; `text()` is for people, `record()` for JSON.
+
+    Args:
+        model: name of the model's class.
+        parameters: how many numbers the model has.
+        rules: the rules in words.
+        hooked: per rule the dotted names of what it hooks.
+        close_by: dotted names of what is not hooked, but of a similar name or kind.
+        steps: denoiser calls of a run.
+        plan: the schedule in words; None: decided while running.
+        graphs: how many graphs a compiled model would have.
+        graphs_note: which.
+        captured: those that cudagraphs="reuse" captures.
+        reentry: whether graphs may enter the model's code twice in a step; None: no rule asks for it.
+        memory: bytes held for one context, by rule.
+        shapes: sizes that the bytes are computed for.
+    """
 
     model: str
     parameters: int
     rules: tuple[str, ...]
-    hooked: tuple[tuple[str, ...], ...]  # per rule
-    close_by: tuple[str, ...]  # not hooked, but of a similar name or kind
+    hooked: tuple[tuple[str, ...], ...]
+    close_by: tuple[str, ...]
     steps: int
-    plan: str | None  # None: decided while running
+    plan: str | None
     graphs: int
     graphs_note: str
-    captured: tuple[str, ...]  # those that cudagraphs="reuse" captures
-    reentry: str | None  # None: no rule asks for it
-    memory: dict[str, int]  # bytes of one context, per rule
+    captured: tuple[str, ...]
+    reentry: str | None
+    memory: dict[str, int]
     shapes: Shapes
 
     @property
     def nbytes(self) -> int:
-        """Bytes for all contexts."""
+        """Bytes held for all contexts."""
         return sum(self.memory.values()) * self.shapes.contexts
 
     def record(self) -> dict[str, Any]:
+        """The fields as JSON takes them, with `bytes` for all contexts."""
         return {**asdict(self), "bytes": self.nbytes}
 
     def text(self) -> str:
+        """The fields as a table in plain text."""
         s = self.shapes
         lines = [("model", f"{self.model}, {self.parameters / 1e6:,.2f} M parameters")]
         for rule, hooked in zip(self.rules, self.hooked, strict=True):
@@ -82,20 +97,32 @@ class Inspection:
 
 
 def inspect_model(
-    model: nn.Module,
-    config: Config | Recipe,
+    target: Any,
+    config: Any,
     *,
     adapter: BlockAdapter | None = None,
     steps: int = 28,
     shapes: Shapes | None = None,
 ) -> Inspection:
-    """Attach `config` to `model`, look, and take it off again; the meta device will do.
+    """What a config would hook, skip, compile and hold, without running the model.
 
-    Raises what `fastcache.enable` raises where nothing can be hooked.
+    The config is attached and taken off again. Weights are not read: a model on the meta device will do.
+
+    Args:
+        target: a module or a pipeline, of which the first denoiser is looked at.
+        config: what `fastcache.enable` takes.
+        adapter: as of `fastcache.enable`.
+        steps: denoiser calls of a run per context, for the plan.
+        shapes: sizes of the hidden states, for the memory; None: 4096 + 512 tokens in bfloat16.
+    Returns:
+        What was found.
+    Raises:
+        TypeError, ValueError: as of `fastcache.enable`, such as where nothing can be hooked.
     """
-    if getattr(config, "current_timestep_callback", callable) is None:
-        config = replace(config, current_timestep_callback=lambda: 0.0)  # type: ignore[type-var]
-    with enable(model, config, adapter=adapter) as cache:
+    recipe, own = resolve(config)
+    if own is not None and own.wants_timestep and own.timestep_callback is None:
+        own = replace(own, current_timestep_callback=lambda: 0.0)  # type: ignore[type-var]
+    with enable(target, recipe if own is None else own, adapter=adapter) as cache:
         denoiser = cache.denoisers[0]
         known = shapes or Shapes()
         known = replace(known, width=known.width or stream_width(denoiser))
@@ -123,8 +150,7 @@ def inspect_model(
 
 
 def _shortened(names: Sequence[str]) -> str:
-    """Names that differ in numbers only are written once, with how many there are."""
-
+    """The names, where those that differ in numbers alone are written once with their count."""
     shapes = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
     shown = [f"{name} ({n})" if n > 1 else name for name, n in shapes.items()]
     more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
@@ -148,9 +174,9 @@ def _graphs(plan: Plan | None) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def _reentry(denoiser: Denoiser) -> str | None:
-    """Whether the graphs of FirstBlock, which enter the model's code twice in a step, may do so."""
+    """Whether graphs may enter the model's code twice in a step, as those of FirstBlock do."""
     for rule, target in zip(denoiser.recipe.rules, denoiser.targets, strict=True):
-        if rule.when.needs_signal and isinstance(target, StackTarget):
+        if rule.when.needs_signal:
             found = happens_twice(denoiser.original, [gate.name for gate in target.gates])
             if found is None:
                 return "not known from its source whether graphs may enter its code twice in a step"
@@ -166,7 +192,7 @@ def _close_by(denoiser: Denoiser) -> tuple[str, ...]:
     hooked = [name for target in denoiser.targets for name in target.hooked()]
     found: list[str] = []
     for rule in rules:
-        if isinstance(rule.where, Modules):
+        if rule.where.scope == "modules":
             row = denoiser.cache.adapter or adapter_for(model)
             found += [name for name, _ in attention_modules(model, row, everywhere=True)]
         else:

@@ -36,13 +36,26 @@ def calibrate(
 ) -> Calibration:
     """Measure a model or pipeline while `run` generates with it, every step computed.
 
-    run: a callable that performs one generation, called without arguments, or with the cache where
-    it takes a required argument or one named `cache` (a hand-written loop opens `cache.context`);
-    several callables, one per prompt or seed, are averaged. num_inference_steps: denoiser calls
-    expected per context, checked. contexts: names to keep, all by default. model, scheduler and
-    source: names to record. progress: show a progress line.
-    Raises CalibrationError, a ValueError, where nothing usable was measured. The model is as before
-    afterwards, also after an error.
+    The model is as before afterwards, also after an error.
+
+    Args:
+        run: a callable that performs one generation. It is called without arguments, or with the cache
+            where it takes a required argument or one named `cache` (a hand-written loop opens
+            `cache.context`). Several callables, one per prompt or seed, are averaged.
+        target: the pipeline or module, as `fastcache.enable` takes it.
+        num_inference_steps: denoiser calls expected per context, checked; None: any number.
+        contexts: names of contexts to keep; None: all.
+        model, scheduler: names to record; None: those of the classes.
+        source: where the numbers come from, in words, recorded.
+        adapter: as of `fastcache.enable`.
+        backend: as of `fastcache.enable`.
+        progress: whether to show a progress line.
+    Returns:
+        Ratios for MagCache and first-block changes, by context.
+    Raises:
+        TypeError: `run` is not callable, or another argument of another type.
+        CalibrationError: nothing usable was measured; the message says why.
+    Source: MagCache (arXiv 2506.09045), calibration of diffusers 0.42.1.
     """
     from ..cache import enable
     from ..runtime.compiling import eagerly
@@ -72,8 +85,8 @@ def calibrate(
     return collect(cache.measured(), watched, contexts, expected, source=source, **names)
 
 
-def generate_with(job: Callable, cache: Cache) -> None:
-    """Call a run in the way it wants to be called."""
+def generate_with(job: Callable[..., Any], cache: Cache) -> None:
+    """Call a run: with the cache where it takes it, else without arguments."""
     try:
         parameters = inspect.signature(job).parameters
     except (TypeError, ValueError):

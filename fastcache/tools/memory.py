@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import nn
 
 from ..models.adapter import ENCODER
 from ..models.table import BLOCKS
-from ..predictors import Guided
 from ..recipe import Rule
 from ..runtime.denoiser import Denoiser
 from ..targets.guidance import GuidanceTarget
@@ -21,10 +21,14 @@ from ..targets.stack.target import StackTarget
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes of the hidden states that a model will be run with.
+    """Sizes of the hidden states [batch, tokens, width] that a model will be run with.
 
-    tokens, text_tokens: length of the image and the text sequence. width: features of a token; None
-    reads it off the first block. contexts: branches with a history of their own, 2 for guidance.
+    Args:
+        tokens, text_tokens: length of the image and of the text sequence.
+        width: features of a token; None reads it off the linear layers.
+        batch: samples per call.
+        dtype: name of a torch dtype.
+        contexts: branches with a history of their own, 2 for sequential guidance.
     """
 
     tokens: int = 4096
@@ -36,7 +40,9 @@ class Shapes:
 
     @property
     def itemsize(self) -> int:
-        return getattr(torch, self.dtype).itemsize
+        """Bytes of one element."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype.itemsize
 
 
 def stream_width(denoiser: Denoiser) -> int:
@@ -46,18 +52,24 @@ def stream_width(denoiser: Denoiser) -> int:
 
 
 def weight_bytes(denoiser: Denoiser, rule: Rule, target: Any, shapes: Shapes) -> int:
-    """Bytes that one rule holds for one context, in eager: graphs in two parts keep the first block's output too."""
-    if isinstance(target, StackTarget):
-        return _stack_bytes(denoiser, rule, target, shapes)
-    if isinstance(target, ModulesTarget):
-        dtype = getattr(rule.what, "dtype", None)
-        itemsize = dtype.itemsize if dtype is not None else shapes.itemsize
-        elements = sum(
-            _elements(node.module, shapes, _joined(denoiser.model, node.name))
-            for node in target.nodes
-        )
-        return rule.what.depth * elements * itemsize
-    assert isinstance(target, GuidanceTarget)
+    """Bytes that one rule holds for one context of an eager model.
+
+    Compiled graphs in two parts keep the first block's output too.
+    """
+    return HELD[rule.where.scope](denoiser, rule, target, shapes)
+
+
+def _modules_bytes(denoiser: Denoiser, rule: Rule, target: ModulesTarget, shapes: Shapes) -> int:
+    dtype = rule.what.dtype
+    itemsize = dtype.itemsize if dtype is not None else shapes.itemsize
+    elements = sum(
+        _elements(node.module, shapes, _joined(denoiser.model, node.name)) for node in target.nodes
+    )
+    return rule.what.depth * elements * itemsize
+
+
+def _guidance_bytes(denoiser: Denoiser, rule: Rule, target: GuidanceTarget, shapes: Shapes) -> int:
+    """Two bands of half the batch, kept in float32."""
     output = next((m for n, m in denoiser.model.named_children() if n == "proj_out"), None)
     channels = getattr(output, "out_features", 0) or shapes.width or 1
     return 2 * 4 * shapes.batch // 2 * shapes.tokens * channels
@@ -70,12 +82,21 @@ def _stack_bytes(denoiser: Denoiser, rule: Rule, target: StackTarget, shapes: Sh
     returned = last.returns is not None and ENCODER in last.returns
     texted = target.encoder_read is not False and last.encoder_at is not None and returned
     held = rule.what.depth * (image + texted * text)
-    if target.signal == "change":  # the first block's residual
+    if rule.when.needs_signal and rule.when.measures == "change":  # the first block's residual
         held += image
-    if isinstance(rule.what, Guided):  # its history, its weights, and the running step's guide
+    if rule.what.guide is not None:
+        # its history, and in float32 depth + 1 weights, one misfit and depth - 1 weights of the prior
         depth, thinned = rule.what.depth, -(-shapes.tokens // rule.what.tokens)
-        held += depth * row * thinned + 4 * (depth + 1 + 1 + rule.what.order)
+        held += depth * row * thinned + 4 * (depth + 1 + 1 + depth - 1)
     return held
+
+
+# Bytes by what a rule skips.
+HELD: dict[str, Callable[[Denoiser, Rule, Any, Shapes], int]] = {
+    "stack": _stack_bytes,
+    "modules": _modules_bytes,
+    "guidance": _guidance_bytes,
+}
 
 
 def _elements(module: nn.Module, shapes: Shapes, joined: bool) -> int:
