@@ -7,6 +7,7 @@ cache = fastcache.enable(pipe, fastcache.FirstBlockCacheConfig(threshold=0.12))
 from . import ops  # registers the ops; everything else uses them
 from .cache import Cache, enable
 from .calibration.calibration import Calibration
+from .calibration.errors import CalibrationError
 from .configs import (
     FLUX_MAG_RATIOS,
     FasterCacheConfig,
@@ -15,19 +16,32 @@ from .configs import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
-from .configs.presets import preset
+from .configs.presets import preset, presets
 from .graphs.compiled import compile
 from .graphs.export import export_variants
 from .models.adapter import Block, BlockAdapter
 from .models.registry import register_adapter
 from .ops.dispatch import backend, backends
 from .plan import Plan
-from .policies import Broadcast, FirstBlock, Interval, Magnitude, Mask, Misfit, TimestepRange
-from .predictors import Extrapolate, Guided, Reuse, Taylor, TaylorTable, Zeros
-from .recipe import Recipe
+from .policies import (
+    Broadcast,
+    Decision,
+    FirstBlock,
+    Interval,
+    Magnitude,
+    Mask,
+    Misfit,
+    Policy,
+    Step,
+    TimestepRange,
+)
+from .predictors import Extrapolate, Guided, Predictor, Reuse, Taylor, TaylorTable, Zeros
+from .recipe import Recipe, Rule
 from .reporting.progress import progress
+from .runtime.stats import Record, Stats
 from .targets.spec import Guidance, Modules, Stack
 from .tools.batching import split_batch
+from .tools.inspect import inspect_model as inspect
 from .tools.measure import calibrate
 
 __version__ = "0.1.0"
@@ -39,6 +53,8 @@ __all__ = [
     "Broadcast",
     "Cache",
     "Calibration",
+    "CalibrationError",
+    "Decision",
     "Extrapolate",
     "FasterCacheConfig",
     "FirstBlock",
@@ -52,10 +68,16 @@ __all__ = [
     "Misfit",
     "Modules",
     "Plan",
+    "Policy",
+    "Predictor",
     "PyramidAttentionBroadcastConfig",
     "Recipe",
+    "Record",
     "Reuse",
+    "Rule",
     "Stack",
+    "Stats",
+    "Step",
     "Taylor",
     "TaylorSeerCacheConfig",
     "TaylorTable",
@@ -67,8 +89,10 @@ __all__ = [
     "compile",
     "enable",
     "export_variants",
+    "inspect",
     "ops",
     "preset",
+    "presets",
     "progress",
     "register_adapter",
     "split_batch",

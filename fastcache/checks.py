@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ def whole(owner: str, name: str, value: object, low: int, high: int | None = Non
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{owner}: {name} is {value!r}, must be a whole number")
     try:
-        number = value.__index__()
+        number = operator.index(value)
     except (TypeError, RuntimeError) as error:  # arrays and tensors of another kind
         raise TypeError(f"{owner}: {name} is {value!r}, must be a whole number") from error
     if number < low or (high is not None and number > high):

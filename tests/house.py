@@ -136,7 +136,8 @@ def private_uses() -> list[str]:
 # Private names of torch and diffusers, which publish no other.
 OF_OTHERS = {
     "_backward_hooks", "_cache_config", "_dynamo", "_forward_hooks", "_foreach_copy_", "_inductor",
-    "_modules", "_orig_mod", "_reset_stateful_cache", "_version", "_C",
+    "_fn_refs", "_hook_order", "_module_ref", "_modules", "_orig_mod", "_reset_stateful_cache", "_version",
+    "_C",
 }  # fmt: skip
 
 

@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args and args[0] in PASSED_ON:  # they have arguments of their own
             return PASSED_ON[args[0]](args[1:])
         options = make_parser().parse_args(args)
-        return options.run(options)
+        status: int = options.run(options)
+        return status
     except (ValueError, ImportError, OSError) as error:
         if traceback:
             raise
@@ -75,11 +76,10 @@ PASSED_ON: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "bench": _ben
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ..configs import Config
+    from ..configs.resolve import resolve
     from .parse import config_from
 
-    config = config_from(options.config)
-    recipe = config.recipe() if isinstance(config, Config) else config
+    recipe, _ = resolve(config_from(options.config))
     plan = recipe.plan(options.steps, options.timesteps)
     if options.json:
         rows = dict(zip(plan.labels, plan.rows, strict=True))

@@ -100,7 +100,7 @@ def _part(key: str, value: Any) -> Any:
         raise ValueError(f"config: {key}: {error}") from error
 
 
-def _single(key: str, value: Any) -> tuple[str, dict]:
+def _single(key: str, value: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(value, dict) and len(value) == 1:
         ((name, given),) = value.items()
         if isinstance(given, dict):

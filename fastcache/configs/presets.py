@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from importlib import resources
-from typing import Any
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 
@@ -24,16 +24,51 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 PARTS = {"when": policies, "what": predictors}
 
 
-def presets() -> dict[str, dict[str, Any]]:
-    """All rows: what they set, the number of steps they were measured or published for, the source."""
-    return json.loads(resources.files(__package__).joinpath("presets.json").read_text("utf-8"))
+class Row(TypedDict, total=False):
+    """One preset. A budget has `when` and `what`, (class name, fields) each; any other `config` and `fields`."""
+
+    steps: int  # denoiser calls of the runs that it was measured or published for
+    source: str  # where it was measured or published
+    when: tuple[str, dict[str, Any]]
+    what: tuple[str, dict[str, Any]]
+    point: tuple[str, str]  # predictor and settings of the benchmark's row
+    config: str
+    fields: dict[str, Any]
+
+
+def presets() -> dict[str, Row]:
+    """All presets by name.
+
+    Returns:
+        Rows of their own, each with `steps` (denoiser calls of a run), `source`, and what it sets.
+    Source: the budgets are measured on the shipped model; other rows name their publication.
+    """
+    rows: dict[str, Row] = json.loads(
+        resources.files(__package__).joinpath("presets.json").read_text("utf-8")
+    )
+    return rows
+
+
+@overload
+def preset(name: Literal["quality", "balanced", "fast"], **changes: Any) -> Recipe: ...
+
+
+@overload
+def preset(name: str, **changes: Any) -> Config | Recipe: ...
 
 
 def preset(name: str, **changes: Any) -> Config | Recipe:
-    """The recipe of a budget, "quality", "balanced" or "fast", or a config such as "flux" or "wan/taylorseer".
+    """Settings by name, for `fastcache.enable`.
 
-    changes replace fields: of the config, or of the recipe's policy and predictor.
-    Raises ValueError that lists the names for an unknown one, TypeError for an unknown field.
+    Args:
+        name: a budget, "quality", "balanced" or "fast", or a model such as "flux" or "wan/taylorseer".
+        changes: fields to replace: of the config, or of the recipe's policy and predictor.
+    Returns:
+        A recipe for a budget, a config for a model.
+    Raises:
+        ValueError: the name is unknown; the message lists the names.
+        TypeError: a field is unknown.
+    Source: `fastcache.presets()[name]["source"]`.
     """
     rows = presets()
     if name not in rows:
@@ -45,11 +80,11 @@ def preset(name: str, **changes: Any) -> Config | Recipe:
     return CONFIGS[row["config"]](**{**given, **changes})
 
 
-def _recipe(name: str, row: dict[str, Any], changes: dict[str, Any]) -> Recipe:
+def _recipe(name: str, row: Row, changes: dict[str, Any]) -> Recipe:
     """A row's policy and predictor, each with the changes that name a field of it."""
-    parts, known = {}, set()
+    parts, known = dict[str, Any](), set[str]()
     for part, module in PARTS.items():
-        kind, given = row[part]
+        kind, given = row[part]  # type: ignore[literal-required]
         made = getattr(module, kind)
         own = {f.name for f in fields(made)}
         parts[part] = made(**{**given, **{k: v for k, v in changes.items() if k in own}})
@@ -63,7 +98,7 @@ def _recipe(name: str, row: dict[str, Any], changes: dict[str, Any]) -> Recipe:
 
 
 def _value(key: str, value: Any) -> Any:
-    """A field as the config wants it: JSON has no tuples, dtypes or functions."""
+    """A field as the config takes it, since JSON has no tuples, dtypes or functions."""
     if key == "taylor_factors_dtype":
         return DTYPES[value]
     if key.endswith("_callback"):

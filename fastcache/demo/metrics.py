@@ -19,13 +19,13 @@ def psnr(images: Tensor, reference: Tensor) -> float:
     if not error.any():
         return math.inf
     # the floor, 146 dB, keeps a single exact image from making the mean infinite
-    return (10 * torch.log10(DATA_RANGE**2 / error.clamp(min=1e-14))).mean().item()
+    return float((10 * torch.log10(DATA_RANGE**2 / error.clamp(min=1e-14))).mean())
 
 
 def relative_l2(images: Tensor, reference: Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
     reference = reference.double()
-    return ((images.double() - reference).norm() / reference.norm()).item()
+    return float((images.double() - reference).norm() / reference.norm())
 
 
 def ssim(images: Tensor, reference: Tensor, window: int = 7, sigma: float = 1.5) -> float:
@@ -40,13 +40,13 @@ def ssim(images: Tensor, reference: Tensor, window: int = 7, sigma: float = 1.5)
     cov = functional.conv2d(x * y, kernel) - mx * my
     c1, c2 = (0.01 * DATA_RANGE) ** 2, (0.03 * DATA_RANGE) ** 2
     similarity = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    return similarity.mean().item()
+    return float(similarity.mean())
 
 
 @torch.no_grad()
 def accuracy(judge: Judge, images: Tensor, labels: Tensor) -> float:
     """Share of images that the judge reads as their label."""
-    return (judge(images).argmax(-1) == labels).double().mean().item()
+    return float((judge(images).argmax(-1) == labels).double().mean())
 
 
 @torch.no_grad()
@@ -59,4 +59,4 @@ def frechet(judge: Judge, images: Tensor, reference: Tensor) -> float:
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross
-    return max(distance.item(), 0.0)
+    return max(float(distance), 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,12 @@ class Judge(nn.Module):
         """The last hidden layer, [B, 64]."""
         x = functional.max_pool2d(functional.relu(self.conv1(images)), 2)
         x = functional.max_pool2d(functional.relu(self.conv2(x)), 2)
-        return functional.relu(self.hidden(x.flatten(1)))
+        hidden: Tensor = functional.relu(self.hidden(x.flatten(1)))
+        return hidden
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(functional.dropout(self.features(images), 0.3, self.training))
+        logits: Tensor = self.head(functional.dropout(self.features(images), 0.3, self.training))
+        return logits
 
 
 def build_model(seed: int = 0) -> nn.Module:
@@ -58,8 +60,8 @@ def build_model(seed: int = 0) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # typed as Any: diffusers ships no complete types
-        model: Any = FluxTransformer2DModel(**ARCHITECTURE)
+        # diffusers ships no complete types
+        model = cast(nn.Module, FluxTransformer2DModel(**ARCHITECTURE))
     zero_modulation(model)
     return model
 
@@ -111,7 +113,7 @@ def denoise(model: nn.Module, tokens: Tensor, sigma: Tensor, labels: Tensor) -> 
     """Predicted velocity (noise - image): tokens [B, 64, 4], sigma [B] in [0, 1], labels [B]."""
     text, pooled = (t.to(tokens.dtype) for t in encode_labels(labels))
     image_ids, text_ids = position_ids()
-    return model(
+    velocity: Tensor = model(
         hidden_states=tokens,
         encoder_hidden_states=text,
         pooled_projections=pooled,
@@ -120,3 +122,4 @@ def denoise(model: nn.Module, tokens: Tensor, sigma: Tensor, labels: Tensor) -> 
         txt_ids=text_ids,
         return_dict=False,
     )[0]
+    return velocity

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +166,9 @@ def train_judge(recipe: Recipe, train: Digits) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
-def sample_quality(model: nn.Module, judge: Judge, held_out: Digits, count: int) -> dict[str, dict]:
+def sample_quality(
+    model: nn.Module, judge: Judge, held_out: Digits, count: int
+) -> dict[str, dict[str, Any]]:
     """Judge accuracy and Fréchet distance of `count` samples, without and with guidance."""
     labels = torch.arange(count) % 10
     quality = {}
@@ -259,9 +262,8 @@ def _batch_loss(
 
 @torch.no_grad()
 def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    pairs = zip(average.parameters(), model.parameters(), strict=True)
-    old, new = map(list, zip(*pairs, strict=True))
-    torch._foreach_lerp_(old, new, 1 - decay)
+    for old, new in zip(average.parameters(), model.parameters(), strict=True):
+        old.lerp_(new, 1 - decay)
 
 
 def _shift(images: Tensor) -> Tensor:

@@ -65,11 +65,20 @@ def installed() -> bool:
 
 
 def cache_of(model: nn.Module) -> Cache:
-    """The cache attached to a model, for its `summary()` and `stats`. Raises ValueError without one."""
+    """The cache attached to a model, for its `summary()` and `stats`.
+
+    Args:
+        model: a model on which diffusers' calls have enabled a cache.
+    Returns:
+        The cache.
+    Raises:
+        ValueError: there is none.
+    """
     denoiser = model.__dict__.get(MARK)
     if denoiser is None:
         raise ValueError(f"model: no cache is enabled on this {type(model).__name__}")
-    return denoiser.cache
+    cache: Cache = denoiser.cache
+    return cache
 
 
 def _homes(name: str, function: Any) -> Iterator[Any]:
@@ -80,7 +89,7 @@ def _homes(name: str, function: Any) -> Iterator[Any]:
             yield module
 
 
-def _apply(original: Callable, hooks: tuple[str, ...]) -> Callable:
+def _apply(original: Callable[..., Any], hooks: tuple[str, ...]) -> Callable[..., None]:
     @functools.wraps(original)
     def apply(module: nn.Module, config: Any) -> None:
         cache = enable(module, config)
@@ -103,9 +112,8 @@ def _mark(registry: HookRegistry, name: str, marker: Marker) -> None:
     """Enter a hook without rewriting the module's forward, which `register_hook` would."""
     reference: Any = HookFunctionReference()
     reference.pre_forward, reference.post_forward = marker.pre_forward, marker.post_forward
-    below = (
-        marker.denoiser.shell.place == "forward"
-    )  # otherwise a hook of accelerate lies above the cache
+    # where the cache is not on the instance's forward, a hook of accelerate lies above it
+    below = marker.denoiser.shell.place == "forward"
     reference.forward = marker.below if below else registry._module_ref.forward
     marker.fn_ref = reference
     registry.hooks[name] = marker
@@ -124,7 +132,7 @@ class Marker(ModelHook):
     _is_stateful = True
 
     def __init__(self, cache: Cache, denoiser: Any, tells: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cache, self.denoiser = cache, denoiser
         if tells and not hasattr(type(denoiser.model), "cache_context"):
             self.state_manager = Contexts(cache)
