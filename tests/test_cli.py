@@ -104,6 +104,8 @@ def test_a_calibration_file_is_a_config(tmp_path):
         ('{"config": "taylorseer", "taylor_factors_dtype": "float99"}', "float99"),
         ('{"when": {"NoPolicy": {}}}', "when.*FirstBlock"),
         ('{"when": "Reuse"}', "when.*FirstBlock"),
+        ('{"when": "Policy"}', "when.*FirstBlock"),
+        ('{"when": "FirstBlock", "what": "Predictor"}', "what.*Taylor"),
         ('{"when": {"FirstBlock": {"foo": 1}}}', "when.*foo"),
         ('{"when": {"FirstBlock": 3}}', "when"),
         ('{"when": "FirstBlock", "who": 1}', "who"),

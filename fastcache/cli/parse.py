@@ -86,16 +86,17 @@ def _part(key: str, value: Any) -> Any:
     import fastcache
 
     name, given = (value, {}) if isinstance(value, str) else _single(key, value)
-    kind = getattr(fastcache, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, PARTS[key])):
-        names = [
-            n
-            for n in fastcache.__all__
-            if isinstance(c := getattr(fastcache, n), type) and issubclass(c, PARTS[key])
-        ]
-        raise ValueError(f"config: {key} is {name!r}, must be one of {names}")
+    known = {
+        n: kind
+        for n in fastcache.__all__
+        if isinstance(kind := getattr(fastcache, n), type)
+        and issubclass(kind, PARTS[key])
+        and kind is not PARTS[key]  # a base class decides and predicts nothing
+    }
+    if name not in known:
+        raise ValueError(f"config: {key} is {name!r}, must be one of {list(known)}")
     try:
-        return kind(**{field: _field(field, v) for field, v in given.items()})
+        return known[name](**{field: _field(field, v) for field, v in given.items()})
     except TypeError as error:
         raise ValueError(f"config: {key}: {error}") from error
 
