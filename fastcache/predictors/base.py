@@ -29,6 +29,11 @@ class Predictor:
     tokens = 1
 
     @property
+    def per_module(self) -> bool:
+        """Whether the weights differ by module: `weights` then takes the module as a third argument."""
+        return False
+
+    @property
     def dtype(self) -> Any:
         """The torch dtype that a table is kept in; None: that of the values."""
         return None

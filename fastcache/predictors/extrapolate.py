@@ -38,6 +38,11 @@ class Extrapolate(Predictor):
         if self.ramp is not None:
             interval_of("Extrapolate", "ramp", self.ramp)
 
+    @property
+    def per_module(self) -> bool:
+        """Whether `weight` is a callable of the module."""
+        return callable(self.weight)
+
     def weights(self, steps: tuple[int, ...], step: int, module: Any = None) -> tuple[float, ...]:
         """Weights of the newest and the older value.
 
