@@ -6,21 +6,18 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import sync
+from ..cache import Cache
 from ..models.adapter import BlockAdapter
 from ..models.attention import block_lists
 from ..models.block_io import BlockIO
 from ..models.registry import adapter_for
-
-if TYPE_CHECKING:
-    from ..cache import Cache
-    from ..runtime.denoiser import Denoiser
-
+from ..runtime.denoiser import Denoiser
 
 GAP = 32  # first-block changes are kept against this many earlier steps
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ..cache import Cache, enable
 from ..calibration.calibration import Calibration
 from ..calibration.collect import collect
 from ..calibration.fields import MAX_STEPS
 from ..checks import whole
 from ..configs import MagCacheConfig
 from ..models.adapter import BlockAdapter
+from ..runtime.compiling import eagerly
 from .first_block import watch_first_blocks
-
-if TYPE_CHECKING:
-    from ..cache import Cache
 
 
 def calibrate(
@@ -57,9 +56,6 @@ def calibrate(
         CalibrationError: nothing usable was measured; the message says why.
     Source: MagCache (arXiv 2506.09045), calibration of diffusers 0.42.1.
     """
-    from ..cache import enable
-    from ..runtime.compiling import eagerly
-
     jobs = [run] if callable(run) else list(run) if isinstance(run, Sequence) else []
     if not jobs or not all(map(callable, jobs)):
         raise TypeError(
