@@ -14,7 +14,7 @@ def whole(owner: str, name: str, value: object, low: int, high: int | None = Non
         raise TypeError(f"{owner}: {name} is {value!r}, must be a whole number")
     try:
         number = operator.index(value)
-    except (TypeError, RuntimeError) as error:  # arrays and tensors of another kind
+    except (TypeError, RuntimeError) as error:  # arrays and tensors of another dtype or size
         raise TypeError(f"{owner}: {name} is {value!r}, must be a whole number") from error
     if number < low or (high is not None and number > high):
         bound = f">= {low}" if high is None else f"in {low}..{high}"

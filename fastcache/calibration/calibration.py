@@ -1,4 +1,4 @@
-"""Measure a model once, keep the result as an object: magnitude ratios and first-block changes.
+"""What a calibration run has measured, as an object: magnitude ratios and first-block changes.
 
 A calibration run computes every step. From it follow MagCache's ratios and, for any threshold, the
 schedule that FirstBlockCache would have chosen along the same trajectory. It is saved as JSON only;

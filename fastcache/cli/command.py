@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback = args[:1] == ["--traceback"]
     args = args[traceback:]
     try:
-        if args and args[0] in PASSED_ON:  # they have arguments of their own
+        if args and args[0] in PASSED_ON:  # these commands parse their own arguments
             return PASSED_ON[args[0]](args[1:])
         options = make_parser().parse_args(args)
         status: int = options.run(options)
@@ -64,7 +64,7 @@ def _bench(args: list[str]) -> int:
             f"bench: {ROOT / 'bench'} does not exist; benchmarks are part of the repository, not "
             "of the installed package: clone it and run `make bench` there"
         )
-    # not `-m bench`: that would take a package of this name in the current directory
+    # `python -m bench` would run a package of this name in the current directory
     code = (
         f"import runpy, sys; sys.path[0] = {str(ROOT)!r}; "
         "runpy.run_module('bench', run_name='__main__', alter_sys=True)"

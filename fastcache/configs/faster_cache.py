@@ -84,7 +84,7 @@ class FasterCacheConfig(Config):
     tensor_format: TensorFormat = "BCFHW"
     is_guidance_distilled: bool = False
     current_timestep_callback: Callable[[], Any] | None = None
-    # a tuple at run time, as upstream's
+    # diffusers annotates a list and defaults to a tuple
     _unconditional_conditional_input_kwargs_identifiers: Sequence[str] = _GUIDANCE_INPUTS
     wants_timestep = True
 

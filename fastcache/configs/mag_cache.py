@@ -67,9 +67,11 @@ class MagCacheConfig(Config):
         else:
             ratios = checked_ratios(name, values)
             try:
-                values = torch.tensor(values)  # dtype as upstream's
+                values = torch.tensor(values)  # the dtype that diffusers would give them
             except (TypeError, ValueError, RuntimeError):
-                values = torch.tensor(ratios)  # of numbers that torch does not know, as fractions
+                values = torch.tensor(
+                    ratios
+                )  # torch does not know this kind of number, such as a fraction
         if not values.dtype.is_floating_point:
             values = values.float()
         if len(ratios) != self.num_inference_steps and not self.calibrate:

@@ -36,7 +36,7 @@ def print_table(rows: list[Row], settings: Settings) -> None:
             family = row.family
         table.add_row(*_cells(row))
     console = Console()
-    # rather wrapped by a narrow terminal than cut off
+    # the table is as wide as it needs to be: a narrow terminal wraps its lines, and nothing is cut off
     wanted = Measurement.get(console, console.options.update(width=10_000), table).maximum
     console.width = max(console.width, wanted)
     console.print(table)

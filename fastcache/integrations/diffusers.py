@@ -148,7 +148,7 @@ class Marker(ModelHook):
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
         denoiser = module.__dict__.get(MARK, self.denoiser)
         if getattr(module.__dict__.get("forward"), "__func__", None) is Marker.below:
-            # the registry has just put that where the cache's forward was
+            # the registry has just replaced the cache's forward by `below`
             module.__dict__["forward"] = denoiser.shell.forward
         self.cache.disable()
         denoiser.shell.restore_forward()

@@ -44,9 +44,8 @@ class BlockIO:
         self.encoder_at = names.index(self.encoder) if self.encoder in names else None
         self.returns = known.returns
         self.declared = declared(known.returns or ())
-        self.found: tuple[int, int | None] | None = (
-            None  # places, as seen in the first computed call
-        )
+        # places of the streams, as seen in the first computed call
+        self.found: tuple[int, int | None] | None = None
         self.modulation = known.modulation or next(
             (MODULATIONS[b.__name__] for b in type(block).__mro__ if b.__name__ in MODULATIONS),
             None,
