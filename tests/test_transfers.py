@@ -30,11 +30,15 @@ from fastcache import (
     sync,
 )
 from fastcache.runtime.signature import call_signature
-from fastcache.storage import state
+from fastcache.storage import history
+from fastcache.storage import pool as pools
 from fastcache.storage.allocate import device_of
 from fastcache.storage.history import KNOWN, Staged, Timeline, stage
 from fastcache.storage.pool import Slots
+from fastcache.storage.ring import Ring
 from fastcache.storage.state import State
+from fastcache.storage.unit import Unit
+from fastcache.targets import modules
 
 PACKAGE = Path(fastcache.__file__).parent
 STEPS = 12
@@ -116,7 +120,7 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return values.to(device)
 
     with monkeypatch.context() as patch:
-        for module in (state, sys.modules["fastcache.targets.modules"]):
+        for module in (history, modules):
             patch.setattr(module, "upload", noted)
         yield found
 
@@ -234,11 +238,11 @@ def test_numbers_written_into_a_state_are_written_again_after_a_restart() -> Non
 
 
 # Functions of the runtime that make tensors of host numbers: `upload` takes what they make.
-MAKERS = {("state.py", "_packed"), ("targets/modules.py", "_stage_weights")}
+MAKERS = {("storage/history.py", "_packed"), ("targets/modules.py", "_stage_weights")}
 ELSEWHERE = (
-    "signal.py",  # what ranks tell each other
-    "configs.py",  # ratios, when a config is made
-    "calibrate.py",
+    "sync.py",  # what ranks tell each other
+    "configs/",  # ratios, when a config is made
+    "calibration/",
     "demo/",
 )
 
@@ -286,14 +290,14 @@ def test_storage_that_changes_streams_is_waited_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Tensor, "record_stream", lambda t, s: handed.append((t, s)), raising=False)
     device = torch.device("meta")
     signature = ((torch.Size([2, 4]), torch.float32, device),)
-    pool = Slots(Recipe(Interval(2), Reuse()), lambda ended: None)
+    pool = Slots([Reuse().depth], lambda ended: None)
     pool.streams = True
 
     one = pool.add((0, "a"))
     pool.adopt(one, signature)
-    unit = one.units[0]["block"] = state.Unit()
-    unit.streams = [state.Ring(torch.empty(2, 4, device=device), one.timelines[0])]
-    pool.follow(one)
+    unit = one.units[0]["block"] = Unit()
+    unit.streams = [Ring(torch.empty(2, 4, device=device), one.timelines[0])]
+    pools.follow(one)
     assert one.stream is first and not first.waits and not handed
     pool.forget((0, "a"))  # whoever does this, no kernel is launched for it
     now[0] = second
@@ -301,10 +305,10 @@ def test_storage_that_changes_streams_is_waited_for(monkeypatch: pytest.MonkeyPa
     pool.adopt(other, signature)
     assert other.units[0] is not one.units[0] and other.tensors()
     assert second.waits == [first] and [s for _, s in handed] == [second]
-    pool.follow(other)
+    pools.follow(other)
     assert second.waits == [first]  # the stream that used it last is this one now
     now[0] = first
-    monkeypatch.setattr(pool, "_to_host", lambda t: t)
+    monkeypatch.setattr(pools, "_to_host", lambda t: t)
     pool.send_away(other)  # by another request, on its stream
     assert first.waits == [second] and other.stream is first
     now[0] = second

@@ -317,14 +317,14 @@ def _check_out(op: str, out: Tensor, **inputs: Tensor) -> None:
     if torch.compiler.is_compiling():  # where tensors lie is not known there
         return
     for name, t in inputs.items():
-        if _overlap(out, t):
+        if overlap(out, t):
             raise ValueError(
                 f"{op}: out partly overlaps {name}, which would be read after it was overwritten; pass {name} "
                 "itself, or a tensor of its own"
             )
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
+def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors share some elements but are not one and the same view.
 
     Views of different strides count as sharing where the ranges that they span do.
