@@ -23,7 +23,7 @@ from .runtime.context import IMPLICIT, Context, innermost
 from .runtime.denoiser import Denoiser
 from .runtime.patch import MARK
 from .runtime.runs import ALL
-from .runtime.stats import Stats
+from .runtime.stats import Stats, known
 from .storage.allocate import FP8
 from .storage.budget import Budget
 from .storage.pool import SPARE
@@ -291,7 +291,7 @@ class Cache:
             return
         from .runtime.verdict import verdict
 
-        kind, message = verdict(self.stats.last_run(denoiser.name, *state.key), denoiser.recipe)
+        kind, message = verdict(known(state.records), denoiser.recipe)
         if message:
             self._tell(kind, message)
 

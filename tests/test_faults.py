@@ -398,9 +398,32 @@ def test_accumulated_ratios_have_the_bits_of_float32(ratios):
             assert np.array_equal(np.float32(account.ratio), ratio, equal_nan=True)
 
 
+def runs_go_on(monkeypatch: Any) -> None:
+    """A run that begins counts on from the one before."""
+    begin = State.begin_run
+
+    def mutant(self: State) -> None:
+        index = getattr(self, "index", 0)
+        begin(self)
+        self.index = index
+
+    monkeypatch.setattr(State, "begin_run", mutant)
+
+
+def histories_go_on(monkeypatch: Any) -> None:
+    """What a run has stored counts as the next one's."""
+    empty = State.empty
+
+    def mutant(self: State) -> None:
+        kept = [(t.steps, t.rows, t.pushes) for t in self.timelines]
+        empty(self)
+        for timeline, facts in zip(self.timelines, kept, strict=True):
+            timeline.steps, timeline.rows, timeline.pushes = facts
+
+    monkeypatch.setattr(State, "empty", mutant)
+
+
 STATE_MUTANTS = [
-    (State, "restart", "self.index = 0", "self.index = getattr(self, 'index', 0)"),
-    (State, "restart", "timeline.clear()", "pass"),
     (Unit, "ready", "self.last != timeline.pushes - 1", "False"),
     (Ring, "intact", "self.buffer._version == self.version", "True"),
     (Timeline, "push", "self.pushes += 1", "self.pushes += 2"),
@@ -483,6 +506,13 @@ def test_whole_runs_behave():
 @pytest.mark.parametrize("owner, name, old, new", STATE_MUTANTS)
 def test_a_mutant_of_the_state_is_caught(owner, name, old, new, monkeypatch):
     monkeypatch.setattr(owner, name, swap(owner, name, old, new))
+    with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError, ZeroDivisionError)):
+        behaviour()
+
+
+@pytest.mark.parametrize("mutate", [runs_go_on, histories_go_on])
+def test_a_mutant_of_the_run_is_caught(mutate, monkeypatch):
+    mutate(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError, ZeroDivisionError)):
         behaviour()
 

@@ -63,6 +63,11 @@ class Context:
         """Raises TypeError or ValueError that names the argument."""
         if not isinstance(name, str) or not name:
             raise TypeError(f"context: name is {name!r}, must be a non-empty string such as 'cond'")
+        if request is None:
+            raise ValueError(
+                "context: request is None, which stands for all requests in cache.reset; name one, or leave "
+                "it out"
+            )
         try:
             hash(request)
         except TypeError as error:
@@ -88,8 +93,14 @@ class Context:
         self.step_index, self.num_inference_steps = step_index, total
         self.timestep: float | None = timestep
         self.sigma: float | None = sigma
+        self._token: Any = None  # of contextvars, while this context is open
 
     def __enter__(self) -> None:
+        if self._token is not None:
+            raise ValueError(
+                f"context: {self.name!r} of request {self.request!r} is open already; a context is around one "
+                "call, so make another with cache.context(...)"
+            )
         self.outer = _open.get()
         self._token = _open.set(self)
         self._eager = self._locked = False
@@ -105,6 +116,7 @@ class Context:
 
     def __exit__(self, kind: Any, *_: object) -> None:
         _open.reset(self._token)
+        self._token = None
         try:
             if self._eager:
                 eager.__exit__()

@@ -647,21 +647,20 @@ class Denoiser:
                 late = state.head["misfit"].clone()
             elif "seen" in state.head:  # the device has decided
                 late = state.head["seen"].clone()
-        self.cache.stats.add(
-            Record(
-                state.key[0],
-                state.key[1],
-                step.index,
-                decision.action,
-                decision.signal,
-                decision.threshold,
-                decision.reason,
-                step.timestep,
-                tuple(self.control.actions),
-                self.name,
-            ),
-            late,
+        record = Record(
+            state.key[0],
+            state.key[1],
+            step.index,
+            decision.action,
+            decision.signal if late is None else late,
+            decision.threshold,
+            decision.reason,
+            step.timestep,
+            tuple(self.control.actions),
+            self.name,
         )
+        state.records.append(record)
+        self.cache.stats.add(record)
         self.slots.retire(state)
         if self.cache.budget is not None:
             self.cache.budget.keep(self.slots, state, self.name)

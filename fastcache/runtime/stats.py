@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from .. import sync
 from ..policies import COMPUTE, REUSE
@@ -37,10 +39,11 @@ class Stats:
         self.fallbacks: Counter[str] = Counter()
         self.watch: Callable[[Record], object] | None = None  # told of every record, while set
 
-    def add(self, record: Record, late: Any = None) -> None:
-        """Append a record. late: [signal] or [signal, whether it reused], on the device until somebody looks."""
-        if late is not None:
-            record, self._pending = record._replace(signal=late), True
+    def add(self, record: Record) -> None:
+        """Append a record. Its signal may be a tensor of [signal] or [signal, whether it reused], which stays
+        on the device until somebody looks."""
+        if isinstance(record.signal, Tensor):
+            self._pending = True
         self._all.append(record)
         if self.watch is not None:
             self.watch(record)
@@ -49,15 +52,7 @@ class Stats:
     def _records(self) -> deque[Record]:
         """The records, late signals read."""
         if self._pending:
-            late: dict[Any, list[int]] = {}  # one read for each device
-            for i, record in enumerate(self._all):
-                if record.signal is not None and not isinstance(record.signal, float):
-                    late.setdefault(record.signal.device, []).append(i)
-            for places in late.values():
-                signals: list[Any] = [self._all[i].signal for i in places]
-                numbers = iter(sync.numbers(signals))
-                for i, one in zip(places, signals, strict=True):
-                    self._all[i] = _known(self._all[i], *(next(numbers) for _ in range(len(one))))
+            self._all = deque(known(self._all), maxlen=KEEP)
             self._pending = False
         return self._all
 
@@ -121,8 +116,23 @@ class Stats:
         return lines
 
 
-def _known(record: Record, number: float, *reused: float) -> Record:
-    """The record with what was still on the device."""
+def known(records: Iterable[Record]) -> list[Record]:
+    """The records, with signals that were still on a device: one read for each device."""
+    found = list(records)
+    late: dict[Any, list[int]] = {}
+    for i, record in enumerate(found):
+        if isinstance(record.signal, Tensor):
+            late.setdefault(record.signal.device, []).append(i)
+    for places in late.values():
+        signals: list[Any] = [found[i].signal for i in places]
+        numbers = iter(sync.numbers(signals))
+        for i, one in zip(places, signals, strict=True):
+            found[i] = _with(found[i], *(next(numbers) for _ in range(len(one))))
+    return found
+
+
+def _with(record: Record, number: float, *reused: float) -> Record:
+    """The record with what was read: its signal, and whether the device has reused."""
     if not reused:
         return record._replace(signal=number)
     action = REUSE if reused[0] else COMPUTE

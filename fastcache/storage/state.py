@@ -6,6 +6,7 @@ code may hold its addresses. Whether it holds anything valid is a host fact kept
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from .history import Timeline
 from .ring import Ring
 from .table import Table
 from .unit import Unit
+
+JUDGED = 1000  # records of a run that its end is judged by, the latest ones
 
 
 class State:
@@ -34,6 +37,7 @@ class State:
         "index",
         "key",
         "measured",
+        "records",
         "runs",
         "signature",
         "step_timestep",
@@ -52,14 +56,20 @@ class State:
         self.units: list[dict[Any, Unit]] = [{} for _ in range(rules)]
         self.timelines: list[Timeline] = []
         self.head: dict[str, Any] = {}
+        self.told: dict[str, tuple[float, ...]] = {}  # what `put` has written
         self.away = 0  # bytes that lie in host memory for the time being
         self.held = 0  # bytes after the last call, and
         self.used = 0  # number of that call: both kept where there is a budget
         self.stream: Any = None  # the CUDA stream that used the storage last
-        self.restart()
+        self.begin_run()
 
     def restart(self) -> None:
         """Begin a run: nothing of an earlier one can be read any more, buffers included."""
+        self.begin_run()
+        self.empty()
+
+    def begin_run(self) -> None:
+        """The facts of a run that has not begun. Storage must be empty."""
         self.index = 0  # of the next step
         self.bare = False  # the running step does without a cache
         self.evicted = False  # its storage went to other runs
@@ -73,7 +83,11 @@ class State:
         )
         self.runs: list[Run] = []  # what each policy remembers
         self.measured: list[Tensor] = []  # magnitude ratios of a calibration, on the device
-        self.told: dict[str, tuple[float, ...]] = {}  # what `put` has written
+        self.records: deque[Any] = deque(maxlen=JUDGED)  # of its steps, oldest first
+
+    def empty(self) -> None:
+        """Forget what storage holds, and overwrite it with zeros."""
+        self.told = {}
         self.head.pop("kept", None)
         self.head.pop("guided", None)
         for timeline in self.timelines:
