@@ -38,6 +38,7 @@ from .policies import (
 from .predictors import Extrapolate, Guided, Predictor, Reuse, Taylor, TaylorTable, Zeros
 from .recipe import Recipe, Rule
 from .reporting.progress import progress
+from .runtime.notices import FastcacheWarning
 from .runtime.stats import Record, Stats
 from .targets.spec import Guidance, Modules, Stack
 from .tools.batching import split_batch
@@ -56,6 +57,7 @@ __all__ = [
     "CalibrationError",
     "Decision",
     "Extrapolate",
+    "FastcacheWarning",
     "FasterCacheConfig",
     "FirstBlock",
     "FirstBlockCacheConfig",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .checks import flag, whole
 from .configs import Config
@@ -18,16 +17,16 @@ from .models.adapter import BlockAdapter
 from .models.pipeline import denoisers_of
 from .models.registry import adapter_for
 from .ops import dispatch
-from .runtime.compiling import NOTHING, watch_compiling
-from .runtime.context import IMPLICIT, Context, innermost
+from .reporting.summary import summarise
+from .runtime.compiling import watch_compiling
+from .runtime.context import Context
 from .runtime.denoiser import Denoiser
+from .runtime.notices import LOG, warn
 from .runtime.patch import MARK
-from .runtime.runs import ALL
-from .runtime.stats import Stats, known
-from .storage.allocate import FP8
+from .runtime.runs import ALL, abandon
+from .runtime.settings import Settings
 from .storage.budget import Budget
-from .storage.pool import SPARE
-from .storage.state import State
+from .storage.pool import SPARE, Slots
 
 if TYPE_CHECKING:
     from .calibration.calibration import Calibration
@@ -48,7 +47,6 @@ class Cache:
         cache_dtype: torch.dtype | None,
         offload: bool,
     ) -> None:
-        dispatch.check_backend(backend)
         if adapter is not None and not isinstance(adapter, BlockAdapter):
             raise TypeError(
                 f"adapter is {type(adapter).__name__}, must be a fastcache.BlockAdapter or None"
@@ -64,36 +62,33 @@ class Cache:
                 raise ValueError(
                     f"target: {name} is already enabled with diffusers' own hooks; call its disable_cache() first"
                 )
-        if process_group is not None and not isinstance(process_group, _process_groups()):
-            raise TypeError(
-                f"process_group is {process_group!r}, must be a torch.distributed.ProcessGroup or None"
-            )
-        self.target, self.backend, self.process_group = target, backend, process_group
-        self.adapter, self.cache_dtype = adapter, checked_dtype(cache_dtype)
-        self.lock = threading.RLock()  # one call at a time, whichever thread it comes from
-        self.budget: Budget | None = None
+        pools: list[Slots] = []
+        budget: Budget | None = None
         if max_bytes is not None:
             limit = whole("enable", "max_bytes", max_bytes, 0)
-            self.budget = Budget(limit, flag("enable", "offload", offload), self._warn_once)
+            budget = Budget(limit, flag("enable", "offload", offload), pools)
         elif offload:
             raise ValueError("enable: offload is True, needs max_bytes, beyond which to offload")
-        self.evented = not isinstance(target, nn.Module)  # a pipeline announces the end of its runs
-        self.stats = Stats()
+        self.target, self.adapter, self.models = target, adapter, models
+        self.settings = Settings(
+            backend=backend,
+            process_group=process_group,
+            cache_dtype=cache_dtype,
+            budget=budget,
+            pipeline_ends_runs=not isinstance(target, nn.Module),
+            pools=pools,
+        )
+        self.lock, self.stats = self.settings.lock, self.settings.stats
         self.denoisers: list[Denoiser] = []
-        self._warned: set[str] = set()
-        self._unsaid: list[str] = []
-        # calibrated runs that ended: ratios, one per part of the stack and step, and the steps
-        self._measured: dict[tuple[str, str], list[tuple[list[Tensor], int]]] = {}
-        self._models = models
         self._attach(config)
 
     def _attach(self, config: Any) -> None:
         recipe, own = resolve(config)
-        callback = self._callback(own)
+        settings = replace(self.settings, timestep_callback=self._callback(own))
         warning = getattr(own, "warning", None)
         denoisers = [
-            Denoiser(self, name, model, recipe, self.adapter or adapter_for(model))
-            for name, model in self._models
+            Denoiser(self, settings, name, model, recipe, self.adapter or adapter_for(model))
+            for name, model in self.models
         ]
         try:
             for denoiser in denoisers:
@@ -102,12 +97,12 @@ class Cache:
             for denoiser in denoisers:
                 denoiser.remove()
             raise
+        self.recipe, self.config = recipe, own
+        self.settings, self.denoisers = settings, denoisers
+        settings.pools[:] = [denoiser.pool for denoiser in denoisers]
+        LOG.debug("%s attached to %s", recipe.name, [denoiser.name for denoiser in denoisers])
         if warning:
-            warnings.warn(warning, stacklevel=4)
-        self.recipe, self.config, self.timestep_callback = recipe, own, callback
-        self.denoisers = denoisers
-        if self.budget is not None:
-            self.budget.members = [denoiser.slots for denoiser in denoisers]
+            warn(warning)
 
     def _callback(self, own: Config | None) -> Callable[[], Any] | None:
         callback = own.timestep_callback if own is not None else None
@@ -142,34 +137,28 @@ class Cache:
         """
         return Context(self, name, request, step_index, num_inference_steps, timestep, sigma)
 
-    def expect(self, frame: Context) -> bool:
+    def prepare(self, frame: Context) -> bool:
         """Get every denoiser ready for a compiled call; False where it must run eagerly."""
         watch_compiling()
         ready = True
         for denoiser in self.denoisers:
-            ready &= denoiser.expect(frame)
+            ready &= denoiser.ahead.prepare(frame)
         return ready
 
-    def settle(self, frame: Context, failed: bool) -> None:
+    def commit_prepared(self, frame: Context, failed: bool) -> None:
         """Account for a context that closes."""
         for denoiser in self.denoisers:
-            prepared = denoiser.prepared
-            if prepared is not None and prepared.frame is frame:
-                denoiser.settle(prepared, failed)
-            if failed:
-                denoiser.abandon(frame.request)
-
-    def _request(self) -> Any:
-        return (innermost(self) or IMPLICIT).request
-
-    def _backend(self) -> contextlib.AbstractContextManager:
-        return NOTHING if self.backend == dispatch.AUTO else dispatch.backend(self.backend)
+            if denoiser.ahead.prepared is not None:
+                denoiser.ahead.commit_prepared(frame, failed)
+        if failed:
+            with self.lock:
+                abandon(self.settings.pools, frame.request)
 
     def reset(self, request: Any = ALL) -> None:
         """Forget the run of one request, or all runs (also with None). Storage is kept for the next."""
         for denoiser in self.denoisers:
-            denoiser.reset(ALL if request is None else request)
-        self._speak()
+            denoiser.forget(ALL if request is None else request)
+        self.settings.notices.emit()
 
     def update(self, config: Any) -> Cache:
         """Change the settings. Runs begin anew; where the new ones do not fit, the old ones stay."""
@@ -184,7 +173,7 @@ class Cache:
             for denoiser in before:
                 denoiser.install()
             raise
-        self._speak()
+        self.settings.notices.emit()
         return self
 
     def disable(self) -> None:
@@ -192,7 +181,9 @@ class Cache:
         denoisers, self.denoisers = self.denoisers, []
         for denoiser in reversed(denoisers):
             denoiser.remove()
-        self._speak()
+        self.settings.pools.clear()
+        LOG.debug("disabled")
+        self.settings.notices.emit()
 
     @property
     def enabled(self) -> bool:
@@ -212,27 +203,16 @@ class Cache:
 
     def nbytes(self) -> int:
         """Bytes of cached tensors."""
-        return sum(d.slots.nbytes() for d in self.denoisers)
+        return sum(d.pool.nbytes() for d in self.denoisers)
 
     def summary(self) -> str:
         """In words: what is hooked, steps computed and reused and why, bytes held, kernel backend."""
-        lines = [
-            f"fastcache: {self.recipe.name} on {', '.join(d.name for d in self.denoisers) or 'nothing (disabled)'}"
-        ]
-        for rule in self.recipe.rules:
-            lines.append(f"  when {rule.when}, what {rule.what}, where {type(rule.where).__name__}")
-        for name, hooked in self.hooked().items():
-            shown = ", ".join(hooked[:4]) + (
-                f" and {len(hooked) - 4} more" if len(hooked) > 4 else ""
-            )
-            lines.append(f"  hooked in {name}: {shown}")
-        lines += self.stats.lines()
         device = next(
             (str(p.device.type) for d in self.denoisers for p in d.model.parameters()), "cpu"
         )
-        backend = self.backend if self.backend != dispatch.AUTO else dispatch.active(device)
-        lines.append(f"cache holds {self.nbytes() / 2**20:.2f} MiB; kernels: {backend}")
-        return "\n".join(lines)
+        backend = self.settings.backend
+        kernels = backend if backend != dispatch.AUTO else dispatch.active(device)
+        return summarise(self.recipe, self.stats, self.hooked(), self.nbytes(), kernels)
 
     def __repr__(self) -> str:
         return f"<fastcache.Cache {self.recipe.name} on {[d.name for d in self.denoisers]}, {self.stats!r}>"
@@ -243,7 +223,7 @@ class Cache:
 
         held: dict[str, int] = {}
         for denoiser in self.denoisers:
-            for name, size in denoiser.slots.held().items():
+            for name, size in denoiser.pool.held().items():
                 if len(self.denoisers) > 1 and name != SPARE:
                     name = f"{denoiser.name} {name}"
                 held[name] = held.get(name, 0) + size
@@ -261,17 +241,17 @@ class Cache:
 
     def measured(self) -> Iterator[Measured]:
         """What calibrating runs have measured, those that are over and those that still go on."""
-        for key, finished in self._measured.items():
+        for key, finished in self.settings.calibrated.items():
             yield from ((key, measured, count) for measured, count in finished)
         for denoiser in self.denoisers:
-            for state in denoiser.slots.states.values():
+            for state in denoiser.pool.states.values():
                 if state.index and state.measured:
                     yield (denoiser.name, state.key[1]), state.measured, state.timelines[0].pushes
 
     @property
     def model_names(self) -> str:
         """The classes of the denoisers."""
-        return ", ".join(dict.fromkeys(type(model).__name__ for _, model in self._models))
+        return ", ".join(dict.fromkeys(type(model).__name__ for _, model in self.models))
 
     def progress(
         self, total: int | None = None, **options: Any
@@ -280,36 +260,6 @@ class Cache:
         from .reporting.progress import progress
 
         return progress(self, total, **options)
-
-    def _run_ended(self, denoiser: Denoiser, state: State) -> None:
-        """Once per finished run and context: keep what was calibrated, or say that the cache did nothing."""
-        if not state.index:
-            return
-        if state.measured:
-            key = (denoiser.name, state.key[1])
-            self._measured.setdefault(key, []).append((state.measured, state.timelines[0].pushes))
-            return
-        from .runtime.verdict import verdict
-
-        kind, message = verdict(known(state.records), denoiser.recipe)
-        if message:
-            self._tell(kind, message)
-
-    def _tell(self, kind: str, message: str) -> None:
-        """Have a warning of this kind given once, at the next time that nothing is under way."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            self._unsaid.append(f"fastcache: {message}")
-
-    def _speak(self) -> None:
-        """Give the warnings that wait, now that an error made of one would break nothing."""
-        while self._unsaid:
-            warnings.warn(self._unsaid.pop(), stacklevel=3)
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=2)
 
 
 def enable(
@@ -337,22 +287,3 @@ def enable(
     Raises TypeError or ValueError that names the argument and says what was looked for.
     """
     return Cache(target, config, adapter, backend, process_group, max_bytes, cache_dtype, offload)
-
-
-KEPT_IN = (torch.float32, torch.float16, torch.bfloat16, FP8)
-
-
-def checked_dtype(value: Any) -> torch.dtype | None:
-    """`cache_dtype`, checked."""
-    if value is not None and value not in KEPT_IN:
-        kind = ValueError if isinstance(value, torch.dtype) else TypeError
-        raise kind(
-            f"cache_dtype is {value!r}, must be None or one of {', '.join(map(str, KEPT_IN))}"
-        )
-    return value
-
-
-def _process_groups() -> tuple[type, ...]:
-    """The class of process groups, where this torch has one."""
-    group = getattr(torch.distributed, "ProcessGroup", None)
-    return () if group is None else (group,)

@@ -133,11 +133,11 @@ def private_uses() -> list[str]:
     return found
 
 
-# Private names of torch and diffusers, which publish no other.
+# Names of torch, diffusers and Python that only look private: they publish no other.
 OF_OTHERS = {
     "_backward_hooks", "_cache_config", "_dynamo", "_forward_hooks", "_foreach_copy_", "_inductor",
-    "_fn_refs", "_hook_order", "_module_ref", "_modules", "_orig_mod", "_reset_stateful_cache", "_version",
-    "_C",
+    "_fn_refs", "_getframe", "_hook_order", "_module_ref", "_modules", "_orig_mod", "_replace",
+    "_reset_stateful_cache", "_version", "_C",
 }  # fmt: skip
 
 

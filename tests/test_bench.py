@@ -173,7 +173,7 @@ def test_the_passes_alone_do_the_arithmetic_of_a_reused_step(method):
             with ours.attached.context("cond", i, 10, contenders.timestep(i, 10)):
                 output = ours.call(**inputs)[0]
         assert plan[3:5] == [True, False]
-        (state,) = ours.attached.cache.denoisers[0].slots.states.values()
+        (state,) = ours.attached.cache.denoisers[0].pool.states.values()
         (unit,) = state.units[0].values()
         least.force(False)
         least.call(**inputs)

@@ -323,7 +323,7 @@ def test_grad_modes_give_the_same_run(method, mode):
         with mode(), cache.context():
             outputs.append(target(**call).detach())
     assert equal(outputs, expected)
-    held = [t for d in cache.denoisers for s in d.slots.states.values() for t in tensors_of(s)]
+    held = [t for d in cache.denoisers for s in d.pool.states.values() for t in tensors_of(s)]
     assert held and not any(t.requires_grad or t.grad_fn is not None for t in held)
 
 
@@ -840,13 +840,16 @@ def test_an_exception_makes_all_denoisers_fresh():
 
 
 def test_an_error_while_a_call_is_prepared_makes_the_request_fresh_too():
-    cache, target, clock = enabled("pyramid")
+    broken: list[int] = []
+    clock, target = toys.Clock(), toys.build("pyramid")
+    config = toys.config("pyramid", current_timestep_callback=lambda: fail() if broken else clock())
+    cache = fastcache.enable(target, config)
     calls = toys.inputs()
     toys.run(cache, target, calls[:4], clock)
-    cache.timestep_callback, good = fail, cache.timestep_callback
+    broken.append(1)
     with pytest.raises(KeyError, match="mine"):
         toys.step(target, calls[4])
-    cache.timestep_callback = good
+    broken.clear()
     toys.step(target, calls[5], clock)
     assert [r.step for r in cache.stats][-1] == 0
 
@@ -857,10 +860,10 @@ def test_nothing_survives_a_reset_not_even_nan(method):
     cache, target, clock = enabled(method)
     poisoned = [{**c, "hidden_states": c["hidden_states"] * math.nan} for c in calls]
     toys.run(cache, target, poisoned, clock)
-    held = [t for d in cache.denoisers for s in d.slots.states.values() for t in tensors_of(s)]
+    held = [t for d in cache.denoisers for s in d.pool.states.values() for t in tensors_of(s)]
     assert any(torch.isnan(t).any() for t in held)
     cache.reset()
-    states = [s for d in cache.denoisers for s in (*d.slots.states.values(), *d.slots.spares)]
+    states = [s for d in cache.denoisers for s in (*d.pool.states.values(), *d.pool.spares)]
     assert not any(t.any() for s in states for t in tensors_of(s)), "a buffer kept its values"
     outputs = toys.run(cache, target, calls, clock)
     assert equal(outputs, toys.alone(lambda: toys.build(method), method, calls))
@@ -1028,7 +1031,7 @@ def test_disable_frees_what_was_cached():
     held = [
         weakref.ref(t)
         for d in cache.denoisers
-        for s in d.slots.states.values()
+        for s in d.pool.states.values()
         for t in tensors_of(s)
     ]
     assert held and cache.nbytes() > 0

@@ -183,7 +183,7 @@ def test_comparisons_of_tensors_go_through_sync():
         assert not names & {"torch.equal", "torch.allclose"}, named(path)
 
 
-FORWARD = ("targets/", "runtime/patch.py", "runtime/denoiser.py", "graphs/compiled.py", "models/")
+FORWARD = ("targets/", "runtime/patch.py", "runtime/runs.py", "graphs/compiled.py", "models/")
 
 
 def test_only_targets_and_the_runtime_touch_forward():

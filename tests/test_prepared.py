@@ -168,7 +168,7 @@ def test_contexts_of_an_eager_model_prepare_nothing(model):
     with fastcache.enable(model, config()) as cache, torch.no_grad():
         for i in range(STEPS):
             with cache.context("cond", step_index=i):
-                assert cache.denoisers[0].prepared is None
+                assert cache.denoisers[0].ahead.prepared is None
                 model(x)
 
 

@@ -226,7 +226,7 @@ def test_finished_requests_that_are_never_reset_leave_nothing(method):
     for request in range(40):
         calls = toys.inputs_for(method, seed=request % 3)
         toys.run(cache, target, calls, clock, request=request, num_inference_steps=toys.STEPS)
-        sizes.append((len(cache.denoisers[0].slots.states), cache.nbytes()))
+        sizes.append((len(cache.denoisers[0].pool.states), cache.nbytes()))
     assert sizes[-1] == sizes[20] and sizes[-1][0] <= 16
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections import deque
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -12,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcache
+from fastcache.runtime.denoiser import Denoiser
 
 
 def enabled(method: str = "mag_cache", **changes: Any) -> tuple[fastcache.Cache, Any, toys.Clock]:
@@ -81,7 +88,7 @@ def test_storage_is_emptied_once_between_two_runs(method):
     cache, target, clock = enabled(method)
     calls = toys.inputs_for(method)
     toys.run(cache, target, calls, clock)
-    (state,) = cache.denoisers[0].slots.states.values()
+    (state,) = cache.denoisers[0].pool.states.values()
     held = sum(len(s.tensors()) for units in state.units for u in units.values() for s in u.streams)
     held += sum(isinstance(value, Tensor) for value in state.head.values())
     with Zeroed() as zeroed:
@@ -89,3 +96,121 @@ def test_storage_is_emptied_once_between_two_runs(method):
         assert zeroed.count == held > 0
         toys.run(cache, target, calls[:1], clock)
     assert zeroed.count == held
+
+
+# --- the way of a call ----------------------------------------------------------------------------
+
+
+PACKAGE = str(Path(fastcache.__file__).parent)
+
+
+def short(name: str) -> str:
+    """A file by its place in the package; "-" for a foreign one."""
+    return name[len(PACKAGE) + 1 :] if name.startswith(PACKAGE) else "-"
+
+
+def paths_of(run: Callable[[], object]) -> set[tuple[str, ...]]:
+    """The files that are entered below each `Denoiser.call`, from there on down."""
+    found: set[tuple[str, ...]] = set()
+
+    def entered(frame: FrameType, event: str, _: Any) -> None:
+        if event != "call" or not frame.f_code.co_filename.startswith(PACKAGE):
+            return
+        path, at = [], frame
+        while at is not None and at.f_code is not Denoiser.call.__code__:
+            path.append(at.f_code.co_filename)
+            at = at.f_back
+        if at is not None:
+            files = [Denoiser.call.__code__.co_filename, *reversed(path)]
+            found.add(tuple(name for name, _ in groupby(files)))
+
+    before = sys.getprofile()
+    sys.setprofile(entered)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+def returns_to(path: tuple[str, ...]) -> list[str]:
+    """The files of the package that a path enters again after it has left them."""
+    own = [short(name) for name in path if name.startswith(PACKAGE)]
+    return sorted({name for name in own if own.count(name) > 1})
+
+
+@pytest.mark.parametrize("method", toys.METHODS)
+def test_a_call_goes_down_and_never_comes_back_up(method):
+    """Nothing calls back: along any stack no file is entered twice, whatever runs in between."""
+    clock, target = toys.Clock(), toys.build(method)
+    calls = toys.inputs_for(method)
+    with fastcache.enable(target, toys.config(method, clock), max_bytes=10**9) as cache:
+
+        def run() -> None:
+            toys.run(cache, target, calls, clock, num_inference_steps=toys.STEPS)
+            toys.run(cache, target, calls[:6], clock)  # another run begins, none is announced
+            for call in toys.inputs_for(method, seed=1)[:3]:  # without a context
+                toys.step(target, call, clock)
+
+        found = paths_of(run)
+        assert {"reuse", "compute"} == {r.action for r in cache.stats}
+    circles = {" > ".join(map(short, path)) for path in found if returns_to(path)}
+    assert not circles, "\n".join(sorted(circles))
+    seen = {short(name) for path in found for name in path}
+    assert {f"runtime/{room}.py" for room in ("runs", "decision", "execution", "commit")} <= seen
+    assert {"targets/decide.py", "storage/pool.py", "storage/ring.py", "policies/base.py"} <= seen
+
+
+def test_a_path_that_comes_back_is_noticed():
+    assert returns_to((f"{PACKAGE}/a.py", "elsewhere.py", f"{PACKAGE}/b.py")) == []
+    assert returns_to((f"{PACKAGE}/a.py", "elsewhere.py", f"{PACKAGE}/a.py")) == ["a.py"]
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def test_every_warning_is_one_of_ours_and_names_the_callers_line():
+    cache, target, _ = enabled(mag_ratios=[1.5] * toys.STEPS)
+    toys.run(cache, target, toys.inputs())
+    with pytest.warns(fastcache.FastcacheWarning, match="no step of 10") as warned:
+        cache.reset()
+    assert [w.filename for w in warned] == [__file__]
+    assert issubclass(fastcache.FastcacheWarning, UserWarning)
+
+
+def test_the_package_warns_through_one_door():
+    for path in Path(PACKAGE).rglob("*.py"):
+        uses = "warnings.warn(" in path.read_text()
+        assert uses == (path.name == "notices.py"), path
+
+
+def test_the_log_gets_warnings_and_what_happens_to_runs(caplog):
+    with caplog.at_level(logging.DEBUG, "fastcache"):
+        cache, target, _ = enabled(mag_ratios=[1.5] * toys.STEPS)
+        toys.run(cache, target, toys.inputs(), name="cond")
+        with pytest.warns(fastcache.FastcacheWarning):
+            cache.reset()
+        cache.disable()
+    said = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "fastcache"]
+    (warning,) = (text for level, text in said if level == "WARNING")
+    assert "no step of 10 was reused" in warning
+    events = " | ".join(text for level, text in said if level == "DEBUG")
+    for word in ("attached", "'cond' begins", "recording", "'cond' ends", "disabled"):
+        assert word in events, word
+
+
+def test_a_skipped_step_logs_nothing(caplog):
+    cache, target, _ = enabled(threshold=1e9, retention_ratio=0.0)
+    calls = toys.inputs()
+    toys.run(cache, target, calls[:2])
+    with caplog.at_level(logging.DEBUG, "fastcache"):
+        toys.run(cache, target, calls[2:3])
+    assert cache.stats[-1].action == "reuse" and not caplog.records
+
+
+def test_without_a_log_of_the_application_nothing_is_printed(capfd):
+    cache, target, _ = enabled(mag_ratios=[1.5] * toys.STEPS)
+    toys.run(cache, target, toys.inputs())
+    with pytest.warns(fastcache.FastcacheWarning):
+        cache.reset()
+    assert capfd.readouterr().err == ""

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 import fastcache
-from fastcache.runtime import denoiser
+from fastcache.runtime import denoiser, runs
 
 REQUESTS, NAMES = (0, "r1", ("r", 2)), ("a", "b")
 KEYS = st.tuples(st.sampled_from(REQUESTS), st.sampled_from(NAMES))
@@ -256,7 +256,7 @@ def test_any_sequence_of_events_agrees_with_the_oracle(method):
 
 def survive_faults(monkeypatch) -> None:
     """Exceptions no longer forget the request's runs."""
-    monkeypatch.setattr(denoiser.Denoiser, "abandon", lambda self, request: None)
+    monkeypatch.setattr(denoiser, "abandon", lambda pools, request: None)
 
 
 def told_otherwise(monkeypatch, **fields) -> None:
@@ -281,11 +281,11 @@ def share_requests(monkeypatch) -> None:
 
 
 def survive_resets(monkeypatch) -> None:
-    monkeypatch.setattr(denoiser.Denoiser, "reset", lambda self, request=None: None)
+    monkeypatch.setattr(runs.Runs, "reset", lambda self, request=None: None)
 
 
 def survive_shapes(monkeypatch) -> None:
-    monkeypatch.setattr(denoiser, "call_signature", lambda args, kwargs: ())
+    monkeypatch.setattr(runs, "call_signature", lambda args, kwargs: ())
 
 
 @pytest.mark.parametrize(

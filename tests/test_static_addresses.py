@@ -56,7 +56,7 @@ def run(cache: fastcache.Cache, call: Callable, inputs: dict, request: Any = 0) 
         for context in ("cond", "uncond"):
             with cache.context(context, request=request), torch.no_grad():
                 call(**step, return_dict=False)
-    states = cache.denoisers[0].slots.states
+    states = cache.denoisers[0].pool.states
     return {t.data_ptr() for name in ("cond", "uncond") for t in held(states[request, name])}
 
 
@@ -73,7 +73,7 @@ def test_addresses_stay_over_runs_resets_and_requests(method: str, compiled: boo
         for request in (0, 0, "other", "third"):
             assert run(cache, call, inputs, request) == first
             cache.reset(request)  # its storage serves the next request
-        assert len(cache.denoisers[0].slots.spares) == 2
+        assert len(cache.denoisers[0].pool.spares) == 2
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -89,7 +89,7 @@ def test_storage_is_marked_static_even_where_it_was_there_before(
         with monkeypatch.context() as patch:  # as if nothing had loaded Dynamo yet
             patch.delitem(sys.modules, "torch._dynamo")
             run(cache, model, inputs)
-        states = list(denoiser.slots.states.values())
+        states = list(denoiser.pool.states.values())
         assert not any(hasattr(t, "_dynamo_static_input_type") for s in states for t in held(s))
         cache.reset()
         call: nn.Module | Callable = (
@@ -98,6 +98,6 @@ def test_storage_is_marked_static_even_where_it_was_there_before(
             else torch.compile(model, backend=Graphs())
         )
         run(cache, call, inputs)
-        tensors = [t for s in denoiser.slots.states.values() for t in held(s)]
+        tensors = [t for s in denoiser.pool.states.values() for t in held(s)]
         assert tensors
         assert all(t._dynamo_static_input_type == "unguarded" for t in tensors)

@@ -120,8 +120,8 @@ class Compiled:
         self._probed = next(
             (i for i, rule in enumerate(denoiser.recipe.rules) if rule.when.needs_signal), None
         )
-        denoiser.owns_graphs = True
-        denoiser.expect_graphs()
+        denoiser.ahead.owns_graphs = True
+        denoiser.ahead.expect_graphs()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         denoiser = self._model.__dict__.get(MARK)
@@ -140,17 +140,16 @@ class Compiled:
         if probed is None or control.actions[probed] != PENDING:
             return self._step(WHOLE, args, kwargs)
         state = control.state
-        rule, target = self._denoiser.recipe.rules[probed], self._denoiser.targets[probed]
-        misfit = rule.when.measures == "misfit"
-        if not (target.ready(state) if misfit else self._enter_head(state, rule.when)):
+        decider = self._denoiser.targets[probed].decider
+        misfit = decider.measures == "misfit"
+        if not (decider.ready(state) if misfit else self._enter_head(state, decider.when)):
             return self._denoiser.original(*args, **kwargs)
         if self._decider is not None:
             return self._replayed(self._decider.run, state, args, kwargs)
         if misfit:
-            self._denoiser.stage_prior(probed)
+            decider.upload_prior(state)
         self._step(HEAD, args, kwargs)
-        measured = state.head["misfit" if misfit else "sums"]
-        self._denoiser.judged(probed, rule, target, measured)
+        decider.decide_with(state.head["misfit" if misfit else "sums"])
         return self._step(REST, args, kwargs)
 
     def _enter_head(self, state: State, when: Any) -> bool:
@@ -181,7 +180,7 @@ class Compiled:
 
     def _program(self, *mode: Any) -> Callable:
         if self._frozen:  # no guard looks at storage, and its layout follows from these
-            mode = (*mode, self._denoiser.control.state.signature, self._denoiser.cuts)
+            mode = (*mode, self._denoiser.control.state.signature, self._denoiser.executor.cuts)
         if mode not in self._programs:
             original = self._denoiser.original
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..models.pipeline import denoisers_of
 from ..policies import COMPUTE, REUSE
 from ..recipe import Recipe, Rule
-from ..runtime.compiling import eagerly
 from ..runtime.context import IMPLICIT
 from ..runtime.denoiser import Denoiser
 from ..runtime.patch import MARK
@@ -90,13 +89,14 @@ class Variant(nn.Module):
         control = denoiser.control
         with Borrowed(state, cache):
             control.actions[:] = [action] * len(control.actions)
-            control.armed, control.phase = True, phase
+            control.phase = phase
+            control.begin_step(denoiser.targets)
             try:
                 return denoiser.original(*args, **kwargs)
             except Stop:
                 return state.head["sums"].clone()
             finally:
-                control.armed = False
+                control.end_step()
 
 
 class Borrowed:
@@ -165,11 +165,11 @@ def export_variants(
         or getattr(rules[0].what, "guide", None)
         or callable(getattr(rules[0].what, "weight", None))
     )
-    if denoiser.cache.cache_dtype is not None:
+    if denoiser.settings.cache_dtype is not None:
         raise ValueError(
             "export_variants: an exported cache keeps values as they are; leave cache_dtype out"
         )
-    if decided_inside or denoiser.guidance is not None or len(rules) > 1:
+    if decided_inside or denoiser.executor.guidance is not None or len(rules) > 1:
         raise ValueError(
             f"export_variants: {denoiser.recipe.name} has {len(rules)} rules or decides from values inside the "
             "step, so a host schedule of two variants cannot drive it; use one rule that decides beforehand, "
@@ -177,35 +177,28 @@ def export_variants(
         )
     args, kwargs = tuple(args), dict(kwargs or {})
     control = denoiser.control
-    with denoiser.lock, torch.no_grad():
-        before = (control.state, control.compiled)
+    with denoiser.lock, torch.no_grad(), control.set_aside():
         control.compiled = True
-        try:
-            state = recorded_state(denoiser, args, kwargs)
-            buffers = {label: held(owner, name).clone() for label, owner, name in slots_of(state)}
-            variants = {
-                action: exported_part(denoiser, state, action, WHOLE, args, kwargs, **options)
-                for action in (COMPUTE, REUSE)
-            }
-        finally:
-            control.state, control.compiled = before
-            control.armed = denoiser.inside = False
+        state = recorded_state(denoiser, args, kwargs)
+        buffers = {label: held(owner, name).clone() for label, owner, name in slots_of(state)}
+        variants = {
+            action: exported_part(denoiser, state, action, WHOLE, args, kwargs, **options)
+            for action in (COMPUTE, REUSE)
+        }
     return Exported(rules[0], variants, buffers)
 
 
 def recorded_state(denoiser: Denoiser, args: tuple, kwargs: dict) -> State:
     """A state of its own, whose storage one computed step has allocated."""
-    state = denoiser.slots.new((object(), "export"))
+    control = denoiser.control
+    state = denoiser.pool.new((object(), "export"))
     state.signature = call_signature(args, kwargs)
-    denoiser._decide_all(state, IMPLICIT, 0, None)
-    for target in denoiser.targets:
-        target.begin()
-    denoiser.inside = denoiser.control.armed = True
-    with denoiser.cache._backend(), eagerly(True):
-        denoiser.original(*args, **kwargs)
-    for target in denoiser.targets:
-        target.finish()
-    denoiser.inside = denoiser.control.armed = False
+    denoiser.decider.decide(state, denoiser.runs.step(state, IMPLICIT, None))
+    denoiser.decider.upload(state)
+    control.inside = True
+    control.begin_step(denoiser.targets)
+    denoiser.executor.record(args, kwargs)
+    control.end_step()
     return state
 
 
@@ -220,8 +213,6 @@ def exported_part(
 ) -> torch.export.ExportedProgram:
     """One variant of a step, traced with a copy of the state's storage."""
     denoiser.control.state, denoiser.control.batch = state, "full"
-    for target in denoiser.targets:
-        target.begin()
     cache = {label: held(owner, name).clone() for label, owner, name in slots_of(state)}
     return torch.export.export(
         Variant(denoiser, state, action, phase),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ..policies import COMPUTE, REUSE, Decision, FirstBlock, Run, Step
+from ..policies import COMPUTE, REUSE, Decision, FirstBlock, Run
 from ..predictors import Reuse
 from ..storage.allocate import allocate
 from ..storage.state import State
@@ -100,20 +100,20 @@ class OnDevice:
         for name, (shape, dtype) in KEPT.items():
             if name not in head:
                 head[name] = allocate(shape, dtype, head["hidden"].device)
-        step = Step(state.armed_step, state.total, state.step_timestep)
-        head["must"].fill_(bool(rule.must_compute(Run(), step)))
+        control = denoiser.control
+        head["must"].fill_(bool(rule.must_compute(Run(), control.step)))
         program = self._program(state, args, kwargs)
         cache = {label: held(owner, name) for label, owner, name in slots_of(state)}
         with torch.no_grad():
             output = program(cache, args, kwargs)
-        denoiser.decisions[0] = Decision(REUSE, None, rule.threshold, REASON)
-        denoiser.control.actions[0] = REUSE
+        control.decisions[0] = Decision(REUSE, None, rule.threshold, REASON)
+        control.actions[0] = REUSE
         return output
 
     def _program(self, state: State, args: tuple, kwargs: dict) -> Callable:
         leaves, spec = tree_flatten((args, kwargs))
         constants = tuple(None if isinstance(v, Tensor) else repr(v) for v in leaves)
-        key = (state.signature, self.denoiser.cuts, constants, str(spec))
+        key = (state.signature, self.denoiser.executor.cuts, constants, str(spec))
         if key not in self.programs:
             module = OneStep(self._parts(args, kwargs), self.rule)
             self.programs[key] = self.compile(module)
@@ -121,37 +121,36 @@ class OnDevice:
 
     def _parts(self, args: tuple, kwargs: dict) -> dict[str, nn.Module]:
         """The parts of a step, exported from a state of their own."""
-        denoiser, control = self.denoiser, self.denoiser.control
-        before = (control.state, control.phase, list(control.actions), control.armed)
+        denoiser = self.denoiser
         try:
-            state = recorded_state(denoiser, args, kwargs)
-            device = state.head["hidden"].device
-            state.head["kept"] = True
-            state.head["sums"] = allocate(
-                self.rule.sums(state.head["residual"]), torch.float32, device
-            )
-            for name, (shape, dtype) in KEPT.items():
-                state.head[name] = allocate(shape, dtype, device)
-            places = {HEAD: (COMPUTE, HEAD), COMPUTE: (COMPUTE, REST), REUSE: (REUSE, REST)}
-            return {
-                name: exported_part(denoiser, state, action, phase, args, kwargs).module(
-                    check_guards=False
-                )
-                for name, (action, phase) in places.items()
-            }
+            with denoiser.control.set_aside():
+                return self._exported(args, kwargs)
         except Exception as error:
             raise RuntimeError(
                 f"compile: on_device=True exports the model with torch.export, which cannot take "
                 f"{denoiser.name} apart; leave on_device out. It said: {error}"
             ) from error
-        finally:
-            control.state, control.phase, control.actions[:], control.armed = before
-            denoiser.inside = True
+
+    def _exported(self, args: tuple, kwargs: dict) -> dict[str, nn.Module]:
+        denoiser = self.denoiser
+        state = recorded_state(denoiser, args, kwargs)
+        device = state.head["hidden"].device
+        state.head["kept"] = True
+        state.head["sums"] = allocate(self.rule.sums(state.head["residual"]), torch.float32, device)
+        for name, (shape, dtype) in KEPT.items():
+            state.head[name] = allocate(shape, dtype, device)
+        places = {HEAD: (COMPUTE, HEAD), COMPUTE: (COMPUTE, REST), REUSE: (REUSE, REST)}
+        return {
+            name: exported_part(denoiser, state, action, phase, args, kwargs).module(
+                check_guards=False
+            )
+            for name, (action, phase) in places.items()
+        }
 
 
 def rule_of(denoiser: Denoiser) -> FirstBlock:
     """The rule to decide by. Raises ValueError where a decision on the device cannot drive the recipe."""
-    rules, cache = denoiser.recipe.rules, denoiser.cache
+    rules, settings = denoiser.recipe.rules, denoiser.settings
     when = rules[0].when
     if (
         len(rules) > 1
@@ -164,9 +163,9 @@ def rule_of(denoiser: Denoiser) -> FirstBlock:
             "other methods need no decision there, leave on_device out"
         )
     for name, value in (
-        ("process_group", cache.process_group),
-        ("cache_dtype", cache.cache_dtype),
-        ("max_bytes", cache.budget),
+        ("process_group", settings.process_group),
+        ("cache_dtype", settings.cache_dtype),
+        ("max_bytes", settings.budget),
     ):
         if value is not None:
             raise ValueError(

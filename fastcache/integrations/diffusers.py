@@ -77,7 +77,7 @@ def cache_of(model: nn.Module) -> Cache:
     denoiser = model.__dict__.get(MARK)
     if denoiser is None:
         raise ValueError(f"model: no cache is enabled on this {type(model).__name__}")
-    cache: Cache = denoiser.cache
+    cache: Cache = denoiser.owner
     return cache
 
 

@@ -1,12 +1,23 @@
-"""Steps that are decided before their call, which may run inside a graph."""
+"""Steps that are decided before their call, which may run inside a graph of torch.compile(model)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from ..policies import Run, Step
+from ..models.registry import keeps
+from ..policies import REUSE, Run, Step
+from ..recipe import Recipe
+from ..storage.allocate import NoRoom
 from ..storage.state import State
-from .context import Context
+from ..targets.control import Control
+from .commit import Committer
+from .context import Context, Owner, innermost
+from .decision import Decider
+from .execution import Executor
+from .runs import UNASKED, Runs, abandon
+from .settings import Settings
+from .signature import call_signature
 
 
 class Prepared(NamedTuple):
@@ -16,3 +27,206 @@ class Prepared(NamedTuple):
     step: Step
     runs: list[Run]  # what the policies remembered before
     frame: Context
+
+
+class Ahead:
+    """What one denoiser does before calls that may run inside a graph, and inside them."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        settings: Settings,
+        name: str,
+        recipe: Recipe,
+        original: Callable,
+        control: Control,
+        rooms: tuple[Runs, Decider, Executor, Committer],
+    ) -> None:
+        self.owner, self.settings, self.name = owner, settings, name
+        self.original, self.control = original, control
+        self.runs, self.decider, self.executor, self.committer = rooms
+        self.pool, self.targets = self.runs.pool, self.executor.targets
+        self.timed = any(rule.when.needs_timestep for rule in recipe.rules)
+        self.decides_inside = recipe.needs_signal  # asked for in every context
+        self.owns_graphs = False  # fastcache.compile drives this model
+        self.untraceable = False  # torch.compile(model) has given up on the forward
+        self.prepared: Prepared | None = None
+
+    # --- inside a graph -----------------------------------------------------------------------------------
+
+    def traced(self, args: tuple, kwargs: dict) -> Any:
+        """The model's forward inside a graph: a context outside it has prepared everything."""
+        control = self.control
+        if self.decides_inside:
+            raise RuntimeError(
+                "fastcache: FirstBlockCache decides inside the forward, which torch.compile(model) cannot "
+                "trace; use fastcache.compile(model)"
+            )
+        if not control.armed:
+            raise RuntimeError(
+                "fastcache: a compiled model was called without a context of its own, so no step was decided; "
+                "open `with cache.context(name):` around each call, one at a time in a thread, or use "
+                "fastcache.compile(model)"
+            )
+        control.seen = self.runs.clock.argument(args, kwargs)
+        if keeps(kwargs) or call_signature(args, kwargs) != control.state.signature:
+            control.end_step()  # this call runs uncached
+            output = self.original(*args, **kwargs)
+            control.missed = True
+            return output
+        output = self.executor.around(self.original, args, kwargs)
+        control.end_step()
+        return output
+
+    def note_untraced(self) -> None:
+        """torch.compile(model) could not trace the forward: all of it runs uncompiled."""
+        self.untraceable = self.decides_inside  # further contexts do not try again
+        self.settings.notices.once(
+            f"fastcache: {self.name} runs uncompiled inside torch.compile(model), because "
+            + (
+                "FirstBlockCache decides inside the forward"
+                if self.untraceable
+                else "no context is open around the call"
+            )
+            + "; use fastcache.compile(model)"
+        )
+
+    # --- before it ----------------------------------------------------------------------------------------
+
+    def expect_graphs(self) -> None:
+        """Some of the model may be compiled from now on: storage that exists is marked as staying in place."""
+        if not self.control.compiled:
+            self.control.compiled = self.pool.fixed = True
+            for state in (*self.pool.states.values(), *self.pool.spares):
+                state.make_static()
+
+    def prepare(self, frame: Context) -> bool:
+        """Get ready for a call that may run inside a graph; False where it must run eagerly.
+
+        Where nothing was ever traced there is nothing to do: `graph_begins` says when that changes.
+        """
+        if self.owns_graphs or self.decides_inside:
+            return self.owns_graphs or not self.untraceable
+        compiled = self.control.compiled
+        if compiled:
+            frame.lock()
+        state = self.pool.states.get((frame.request, frame.name))
+        if state is None or state.bare or state.away or not self._recorded(state):
+            self.withdraw()
+            return False
+        if compiled:  # the step is decided here, before the call
+            self._decide(frame, state)
+        return True
+
+    def _recorded(self, state: State) -> bool:
+        """Whether all storage exists, so that a call may run inside a graph."""
+        for target in self.targets:
+            if not target.recorded(state):
+                return False
+        return True
+
+    def graph_begins(self) -> None:
+        """Called when torch.compile is about to trace something, perhaps this model."""
+        if self.control.inside:
+            if not self.control.compiled:
+                self.expect_graphs()
+                self.upload(self.control.state)
+                for target in self.executor.modules:
+                    target.begin()
+        elif self.prepared is None and not self.control.compiled:
+            frame = innermost(self.owner)
+            # no waiting: torch holds a lock of its own here
+            if frame is not None and frame.lock(0):
+                self.expect_graphs()
+                self.prepare(frame)
+
+    def upload(self, state: State) -> None:
+        """Give compiled code what it has to know of the running step."""
+        try:
+            self.decider.upload(state)
+        except NoRoom as error:
+            self.executor.give_up(state, error)
+
+    def _decide(self, frame: Context, state: State) -> None:
+        """Decide the step before its call. Two open contexts of one thread, none inside the other, could
+        each be meant by a compiled call: then neither is armed, and the call says so."""
+        crossed = self.prepared is not None and not frame.within(self.prepared.frame)
+        self.withdraw()
+        if crossed:
+            return
+        timestep = self.runs.clock.told(frame, self.runs.callback)
+        step = self.runs.step(state, frame, timestep)
+        before = [run.copy() for run in state.runs]  # none where a run begins
+        self.decider.decide(state, step)
+        self.upload(state)
+        if state.blocked:
+            return
+        self.control.begin_step(self.targets)
+        self.control.missed, self.control.seen = False, None
+        self.prepared = Prepared(state, step, before, frame)
+
+    # --- after it, or instead -----------------------------------------------------------------------------
+
+    def take(self, call: Context, args: tuple, kwargs: dict) -> tuple[State | None, Any]:
+        """The state and the step that a context has prepared, for a call that runs eagerly after all.
+
+        Where it would be decided otherwise now, the prepared step is taken back; what is returned then is None
+        and the timestep, where that was asked for already.
+        """
+        assert self.prepared is not None
+        state, step, _, _ = self.prepared
+        told = UNASKED
+        if state is self.pool.states.get((call.request, call.name)):
+            self.runs.refuse(call)
+            told = timestep = step.timestep
+            if timestep is None:
+                timestep = self.runs.clock.read(state, call, args, kwargs)
+            if state.signature == call_signature(args, kwargs):
+                if timestep == step.timestep:
+                    self.prepared = None
+                    return state, step
+                # the model's own argument tells the time
+                if not self.timed and not self.runs.clock.run_is_over(state, call, timestep):
+                    state.timestep = state.step_timestep = timestep
+                    self.prepared = None
+                    self.control.step = self.control.step._replace(timestep=timestep)
+                    return state, self.control.step
+        self.withdraw()
+        return None, told
+
+    def withdraw(self) -> None:
+        """Take back decisions that were prepared for a graph and not used."""
+        prepared, self.prepared = self.prepared, None
+        if prepared is not None:
+            self.control.end_step()
+            prepared.state.runs = prepared.runs
+
+    def commit_prepared(self, frame: Context, failed: bool) -> None:
+        """Account for what happened inside a context, if a call was prepared for it."""
+        if self.prepared is None or self.prepared.frame is not frame:
+            return
+        if failed or self.control.armed:  # or it held no call
+            self.withdraw()
+            return
+        (state, step, _, _), self.prepared = self.prepared, None
+        if self.control.missed:  # another shape: the next call allocates
+            self.pool.forget(state.key)
+        else:
+            self.committer.commit(state, step)
+            self._check_clock(state, step)
+
+    def _check_clock(self, state: State, step: Step) -> None:
+        """Notice a new run that began inside a graph, where no timestep could be looked at beforehand."""
+        steps = self.runs.clock
+        now = None if step.timestep is not None else steps.number(self.control.seen, state.total)
+        before, state.timestep = state.timestep, now if now is not None else state.timestep
+        if now is None or before is None or not step.index or not steps.backwards(before, now):
+            return
+        reused = any(d.action == REUSE for d in self.control.decisions)
+        abandon([self.pool], state.key[0])
+        if reused:
+            raise RuntimeError(
+                f"fastcache: a new run began in context {state.key[1]!r} inside a compiled model, unseen from "
+                "outside, and its first step has reused the old one's; call cache.reset() between runs, "
+                "or give cache.context(step_index=...) or num_inference_steps"
+            )

@@ -6,15 +6,19 @@ import contextlib
 import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from .denoiser import Denoiser
 
-# Denoisers with a cache attached, to be told when something is traced.
-attached: weakref.WeakSet[Denoiser] = weakref.WeakSet()
+class Listener(Protocol):
+    """Who wants to be told when something is traced."""
+
+    def graph_begins(self) -> None:
+        """Called when torch.compile is about to trace something."""
+
+
+listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
 
 
 def watch_compiling() -> None:
@@ -28,8 +32,8 @@ def watch_compiling() -> None:
 
 
 def _tell(*_: Any) -> None:
-    for denoiser in tuple(attached):
-        denoiser.graph_begins()
+    for listener in tuple(listeners):
+        listener.graph_begins()
 
 
 class Eager:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import sync
 from ..checks import real, whole
-from .branches import MOST
 from .compiling import eager
 
 LONGEST = 600.0  # seconds that a thread waits for another one's compiled call
@@ -22,10 +21,10 @@ class Owner(Protocol):
 
     lock: Any  # a re-entrant lock
 
-    def expect(self, frame: Context) -> bool:
+    def prepare(self, frame: Context) -> bool:
         """Get ready for the call inside; False where it must run eagerly."""
 
-    def settle(self, frame: Context, failed: bool) -> None:
+    def commit_prepared(self, frame: Context, failed: bool) -> None:
         """Account for what happened inside."""
 
 
@@ -107,7 +106,7 @@ class Context:
         if "torch._dynamo" not in sys.modules:
             return
         try:
-            if not self.cache.expect(self):
+            if not self.cache.prepare(self):
                 eager.__enter__()
                 self._eager = True
         except BaseException as error:
@@ -120,7 +119,7 @@ class Context:
         try:
             if self._eager:
                 eager.__exit__()
-            self.cache.settle(self, kind is not None)
+            self.cache.commit_prepared(self, kind is not None)
         finally:
             if self._locked:
                 self.cache.lock.release()
@@ -155,13 +154,15 @@ def innermost(cache: Owner) -> Context | None:
     return context
 
 
+def request_of(cache: Owner) -> Any:
+    """The request that calls belong to which name none."""
+    return (innermost(cache) or IMPLICIT).request
+
+
 def _time(label: str, value: Any) -> float:
     """`value` as a finite float."""
     return real("context", label, sync.scalar(value) if isinstance(value, Tensor) else value)
 
 
-# What calls without a context have in its place: the first branch of guidance, and those after it.
+# What calls without a context have in its place.
 IMPLICIT = Context(None)
-
-
-IMPLICIT_BRANCHES = tuple(Context(None, f"default#{i + 1}") for i in range(MOST + 1))

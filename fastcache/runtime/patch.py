@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-if TYPE_CHECKING:
-    from .denoiser import Denoiser
-
+from .context import Context, Owner, request_of
 
 MARK = "_fastcache"
 
@@ -24,13 +23,23 @@ _UNSET = object()
 
 
 class Shell:
-    """The attributes of one model that stand in for its own while a cache is attached."""
+    """The attributes of one model that stand in for its own while a cache is attached.
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser, self.model = denoiser, denoiser.model
-        # a hook of accelerate keeps the forward below it there: under it, ours survives its removal
-        self.place = "_old_forward" if "_old_forward" in self.model.__dict__ else "forward"
-        self.original: Callable[..., Any] = getattr(self.model, self.place)
+    attached: what the model is marked with. owner: whose contexts the model's own ones open. entrances: what
+    the model's forward becomes, in that order: called; called where torch.compile traces; called where that has
+    given up; and what its reset event calls, with a request.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attached: object,
+        owner: Owner,
+        entrances: tuple[Callable, Callable, Callable, Callable[[Any], None]],
+    ) -> None:
+        self.model, self.attached, self.owner = model, attached, owner
+        self.call, self.traced, self.untraced, self.reset = entrances
+        self.place, self.original = place_of(model)
         self.forward: Callable[..., Any] | None = None
         self._saved: list[tuple[str, Any]] = []
 
@@ -38,7 +47,7 @@ class Shell:
         """What was done is undone by `take_off`, also after a failure half way."""
         model, kind = self.model, type(self.model)
         self.forward = self._forward()
-        self._put(MARK, self.denoiser)
+        self._put(MARK, self.attached)
         self._put(self.place, self.forward)
         if callable(getattr(kind, "enable_cache", None)):
             self._put("enable_cache", _enabled_already)
@@ -72,47 +81,57 @@ class Shell:
         self.model.__dict__[name] = value
 
     def _forward(self) -> Callable[..., Any]:
-        original, denoiser = self.original, self.denoiser
+        original, model, attached = self.original, self.model, self.attached
+        call, traced, untraced = self.call, self.traced, self.untraced
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if denoiser.model.__dict__.get(MARK) is not denoiser:  # disabled, a hook still calls us
+            if model.__dict__.get(MARK) is not attached:  # disabled, a hook still calls us
                 return original(*args, **kwargs)
             if torch.compiler.is_compiling():
-                return denoiser.traced(args, kwargs)
+                return traced(args, kwargs)
             if get_eval_frame_callback() in (None, False):
-                return denoiser.call(args, kwargs)
+                return call(args, kwargs)
             # torch.compile gave up on this frame: it would go on to compile our host code and the model's
             # frames one by one, so what follows runs as it is
-            return torch._dynamo.run(denoiser.untraced)(args, kwargs)
+            return torch._dynamo.run(untraced)(args, kwargs)
 
         return forward
 
     def _cache_context(self, original: Any) -> Callable:
         """The model's own cache_context, which also opens ours: pipelines drive the cache through it."""
-        cache = self.denoiser.cache
+        owner = self.owner
 
         @functools.wraps(original)
         @contextlib.contextmanager
         def cache_context(name: str, **fields: Any) -> Iterator[None]:
             known = {k: fields[k] for k in FIELDS if k in fields}
-            with cache.context(name, request=cache._request(), **known), original(name, **fields):
+            with Context(owner, name, request_of(owner), **known), original(name, **fields):
                 yield
 
         return cache_context
 
     def _reset_event(self, original: Any) -> Callable:
         """The model's own reset, which pipelines call at the end of a run."""
-        denoiser = self.denoiser
+        owner, forget = self.owner, self.reset
 
         @functools.wraps(original)
         def reset(*args: Any, **kwargs: Any) -> Any:
-            denoiser.reset(denoiser.cache._request())
-            result = original(*args, **kwargs)
-            denoiser.cache._speak()
-            return result
+            try:
+                return original(*args, **kwargs)
+            finally:  # last, since it may warn
+                forget(request_of(owner))
 
         return reset
+
+
+def place_of(model: nn.Module) -> tuple[str, Callable[..., Any]]:
+    """Where the forward of a model lies that is to be replaced, and that forward.
+
+    A hook of accelerate keeps the forward below it: under it, ours survives its removal.
+    """
+    place = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
+    return place, getattr(model, place)
 
 
 def _enabled_already(*args: Any, **kwargs: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from .. import sync
@@ -18,9 +17,8 @@ class Budget:
     that run's storage goes to host memory (pinned, where there is CUDA) and comes back for its next call.
     """
 
-    def __init__(self, limit: int, offload: bool, warn: Callable[[str], None]) -> None:
-        self.limit, self.offload, self.warn = limit, offload, warn
-        self.members: list[Slots] = []
+    def __init__(self, limit: int, offload: bool, members: list[Slots]) -> None:
+        self.limit, self.offload, self.members = limit, offload, members
         self.calls = 0
 
     def refuses(self, slots: Slots, state: State, group: Any, device: Any) -> bool:
@@ -45,18 +43,20 @@ class Budget:
             slots.bring_back(state, device)
         return False
 
-    def keep(self, slots: Slots, state: State, name: str) -> None:
-        """After a call: note what the state holds, and free what is too much."""
+    def keep(self, slots: Slots, state: State) -> int:
+        """After a call: note what the state holds, and free what is too much.
+
+        Returns the bytes of the state where they alone are too many; it is left without, then. 0 otherwise.
+        """
         self.calls += 1
         state.held, state.used = state.nbytes(), self.calls
         if state.held:
             slots.sizes[state.signature] = max(state.held, slots.sizes.get(state.signature, 0))
-        if self._make_room(0, state) > 0:
-            self.warn(
-                f"fastcache: max_bytes is {self.limit}, one context of {name} alone takes {state.held}; it "
-                "is computed without a cache"
-            )
-            slots.drop(state)
+        if self._make_room(0, state) <= 0:
+            return 0
+        alone = state.held
+        slots.drop(state)
+        return alone
 
     def _make_room(self, more: int, keep: State) -> int:
         """Free the least useful storage until `more` bytes fit; what is still too much is returned."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .allocate import allocate, device_of
 from .history import Timeline
-from .state import State
+from .state import EndedRun, State
 
 SPARES = 8  # storages of forgotten runs kept for the next ones, and complete runs kept, per model
 
@@ -18,10 +18,11 @@ SPARE = "for the next run"  # what a picture calls storage that no run uses
 
 
 class Slots:
-    """The states of one denoiser. depths: values per history, one per rule. ended: told of every run that is over."""
+    """The states of one denoiser. depths: values per history, one per rule."""
 
-    def __init__(self, depths: Sequence[int], ended: Callable[[State], None]) -> None:
-        self.depths, self.ended = tuple(depths), ended
+    def __init__(self, depths: Sequence[int]) -> None:
+        self.depths = tuple(depths)
+        self.ended: list[EndedRun] = []  # runs that are over, for whoever accounts for them
         self.states: dict[tuple[Any, str], State] = {}
         self.spares: list[State] = []
         self.finished: dict[tuple[Any, str], None] = {}  # complete runs, oldest first
@@ -42,7 +43,7 @@ class Slots:
     def adopt(self, state: State, signature: tuple) -> None:
         """Begin a run with storage for calls of this signature, taken from a spare where there is one."""
         if state.signature is not None:
-            self.ended(state)
+            self.end_run(state)
             self.release(state)
         self.finished.pop(state.key, None)
         spare = self._spare(signature)
@@ -55,6 +56,17 @@ class Slots:
         state.signature = signature
         if self.streams:
             follow(state)
+        state.restart()
+
+    def end_run(self, state: State) -> None:
+        """Note that the run of a state is over, if it had a step."""
+        if state.index:
+            pushes = state.timelines[0].pushes
+            self.ended.append(EndedRun(state.key, state.records, state.measured, pushes))
+
+    def begin_anew(self, state: State) -> None:
+        """Begin another run in the storage that a state has."""
+        self.end_run(state)
         state.restart()
 
     def release(self, state: State) -> None:
@@ -95,7 +107,7 @@ class Slots:
         """Remove a state; its storage serves another."""
         state = self.states.pop(key)
         self.finished.pop(key, None)
-        self.ended(state)
+        self.end_run(state)
         self.release(state)
 
     def retire(self, state: State) -> None:

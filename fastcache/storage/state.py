@@ -7,19 +7,29 @@ code may hold its addresses. Whether it holds anything valid is a host fact kept
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..policies import Run
-from .allocate import static
+from .allocate import device_of, static
 from .history import Timeline
 from .ring import Ring
 from .table import Table
 from .unit import Unit
 
 JUDGED = 1000  # records of a run that its end is judged by, the latest ones
+
+
+class EndedRun(NamedTuple):
+    """A run that is over."""
+
+    key: tuple[Any, str]  # request, context
+    records: Sequence[Any]  # of its latest steps
+    measured: list[Tensor]  # of a calibration
+    computed: int  # values that the first rule has stored
 
 
 class State:
@@ -120,6 +130,11 @@ class State:
                     static(t)
             elif isinstance(held, Tensor):
                 static(held)
+
+    @property
+    def device(self) -> torch.device:
+        """That of its calls: an accelerator, where any of their tensors lies on one."""
+        return device_of(self.signature or ())
 
     @property
     def complete(self) -> bool:

@@ -1,10 +1,12 @@
-"""What traced code reads, and nothing else."""
+"""The running step as it was decided, and the only object that traced code reads."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
-from ..policies import COMPUTE, Decision
+from ..policies import COMPUTE, Decision, Step
 
 PENDING = "pending"  # the action of a rule that decides after the first block has run
 
@@ -12,26 +14,88 @@ PENDING = "pending"  # the action of a rule that decides after the first block h
 AFTER_FIRST_BLOCK = Decision(PENDING)  # type: ignore[arg-type]  # a placeholder until then
 
 
-class Control:
-    """The only object that traced code reads: whether a call is armed, its state and the actions.
+# Phases of a step: all of it in one pass, or (compiled) its first block and then what follows.
+WHOLE, HEAD, REST = "whole", "head", "rest"
 
-    armed: a call is prepared and its step not yet taken. missed: traced code met a shape it has no storage
-    for. compiled: some of the model may be compiled, so actions hold for all modules of a rule alike.
+
+class Prepares(Protocol):
+    """A target, as far as a step begins with it."""
+
+    def begin(self) -> None:
+        """Get ready for the model's forward."""
+
+    def recorded(self, state: Any) -> bool:
+        """Whether storage exists."""
+
+
+class Control:
+    """What a step is: its state, its decisions and their weights, one of each per rule.
+
+    armed: targets take part in the model's forward. missed: traced code met a shape it has no storage for.
+    compiled: some of the model may be compiled, so actions hold for all modules of a rule alike.
+    inside: the model's forward is running in a call of ours.
     """
 
-    __slots__ = ("actions", "armed", "batch", "compiled", "missed", "phase", "seen", "state")
+    __slots__ = (
+        "actions",
+        "armed",
+        "batch",
+        "compiled",
+        "decisions",
+        "inside",
+        "missed",
+        "phase",
+        "seen",
+        "state",
+        "step",
+        "weights",
+    )
 
-    def __init__(self, rules: int) -> None:
-        self.armed = self.missed = self.compiled = False
+    def __init__(self) -> None:
+        self.armed = self.missed = self.compiled = self.inside = False
         self.phase = WHOLE
         self.seen: Any = None  # the timestep that the model was called with, inside a graph
         self.state: Any = None  # the State of the running call
-        self.actions: list[str] = [COMPUTE] * rules
+        self.step = Step(0)
         self.batch = "full"  # "half" while the unconditional half is skipped
+        self.decisions: list[Decision] = []
+        self.actions: list[str] = []  # those of the decisions, for traced code
+        self.weights: list[Sequence[float]] = []  # of a reused value's history
 
+    def hold(self, rules: int) -> None:
+        """Have room for the decisions of so many rules."""
+        self.decisions = [Decision(COMPUTE)] * rules
+        self.actions = [COMPUTE] * rules
+        self.weights = [()] * rules
 
-# Phases of a step: all of it in one pass, or (compiled) its first block and then what follows.
-WHOLE, HEAD, REST = "whole", "head", "rest"
+    def begin_step(self, targets: Sequence[Prepares]) -> bool:
+        """Put the targets in charge of the model's forward, for the step that these fields describe.
+
+        Returns whether all storage exists: compiled code may run then, and nothing is recorded.
+        """
+        state, recorded = self.state, True
+        for target in targets:
+            target.begin()
+            recorded = recorded and target.recorded(state)
+        self.armed = True
+        return recorded
+
+    def end_step(self) -> None:
+        """Let the model's own forward run again."""
+        self.armed = False
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """A step of another kind runs inside: afterwards all is as it was."""
+        before = {name: getattr(self, name) for name in self.__slots__}
+        lists = {name: list(value) for name, value in before.items() if isinstance(value, list)}
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+            for name, items in lists.items():
+                before[name][:] = items
 
 
 class Stop(Exception):

@@ -21,6 +21,7 @@ from ..ops import direct
 from ..policies import REUSE
 from ..storage.allocate import allocate
 from ..storage.state import State
+from .decide import Part, RuleDecider
 from .frequency import low_pass
 from .outputs import first_tensor, replace_first
 from .spec import Guidance
@@ -42,9 +43,9 @@ LAYERS_FIRST = ("encoder_hidden_states_llama3",)  # inputs of shape [layers, bat
 class GuidanceTarget:
     """The guidance batch of one model, bound to one rule of a recipe."""
 
-    def __init__(self, rule: int, model: nn.Module, where: Guidance, control: Any) -> None:
-        self.rule, self.model, self.where, self.control = rule, model, where, control
-        self.weights: tuple[float, ...] = ()
+    def __init__(self, part: Part, model: nn.Module, where: Guidance) -> None:
+        self.rule, self.control, self.model, self.where = part.index, part.control, model, where
+        self.decider = RuleDecider(part, self.ready, weighted=False, halves=True)
         self.bands = (1.0, 1.0)  # weights of the low and the high part in the running step
         self.names = parameter_names(type(model).forward)
         self.split: list[str] = []  # inputs cut in half at the last skipped call

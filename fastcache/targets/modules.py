@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..policies import COMPUTE, REUSE
-from ..predictors import Extrapolate, Predictor
+from ..predictors import Extrapolate
 from ..storage.allocate import allocate, static, upload
 from ..storage.history import padded
 from ..storage.ring import Ring
 from ..storage.state import State
 from ..storage.unit import Unit
+from .decide import Part, RuleDecider
 from .install import hooked_class, refuse_copy
 from .outputs import rebuilt, template_of, tensors
 
@@ -58,22 +59,18 @@ class ModulesTarget:
 
     def __init__(
         self,
-        rule: int,
+        part: Part,
         modules: list[tuple[str, nn.Module]],
-        predictor: Predictor,
-        control: Any,
         make_store: Callable[[Tensor, Any], Any],
+        conditional_half: bool = False,
     ) -> None:
-        self.rule, self.predictor, self.control, self.make_store = (
-            rule,
-            predictor,
-            control,
-            make_store,
-        )
+        self.rule, self.control, self.make_store = part.index, part.control, make_store
+        self.predictor = predictor = part.what
         self.nodes = [Node(self, key, name, module) for key, (name, module) in enumerate(modules)]
-        self.weights: tuple[float, ...] = ()
         self.per_module = isinstance(predictor, Extrapolate) and callable(predictor.weight)
-        self.conditional_half = False  # keep only the second half of a full guidance batch
+        # keep only the second half of a full guidance batch
+        self.conditional_half = conditional_half
+        self.decider = RuleDecider(part, self.ready, weighted=not self.per_module)
         # the modules' own weights on the device, a row each, and as numbers: for compiled code
         self.table: Tensor | None = None
         self.told: list[list[float]] = []
@@ -132,6 +129,9 @@ class ModulesTarget:
     def finish(self) -> None:
         """Called by the runtime after the model's forward."""
 
+    def commit(self, state: State, action: str) -> None:
+        """Called by the runtime after a step that went well."""
+
     def recorded(self, state: State) -> bool:
         """Whether storage exists."""
         return bool(state.units[self.rule])
@@ -169,10 +169,12 @@ class ModulesTarget:
 
     def _reused(self, node: Node, unit: Unit, state: State, traced: bool) -> Any:
         """What a module would return, predicted; where the predictor feeds back, it enters the history."""
-        weights: Any = self.weights
+        weights: Any = ()
         if traced:  # they are on the device
             weights = node.weights if self.per_module else ()
-        elif self.per_module:
+        elif not self.per_module:
+            weights = self.control.weights[self.rule]
+        else:
             steps = state.timelines[self.rule].steps
             assert isinstance(self.predictor, Extrapolate)
             weights = self.predictor.weights(steps, state.armed_step, node.module)
@@ -240,4 +242,5 @@ class ModulesTarget:
             ring.copies = True
             return leaf.clone()
 
-        return tree_map(own, output)
+        leaves, spec = tree_flatten(output)
+        return tree_unflatten([own(leaf) for leaf in leaves], spec)

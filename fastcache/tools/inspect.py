@@ -16,7 +16,6 @@ from ..graphs.compiled import COMPILED
 from ..graphs.reentry import happens_twice
 from ..models.adapter import BlockAdapter
 from ..models.attention import attention_modules
-from ..models.registry import adapter_for
 from ..models.table import LIST_NAMES
 from ..plan import Plan
 from ..policies import COMPUTE, REUSE
@@ -175,9 +174,9 @@ def _graphs(plan: Plan | None) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 def _reentry(denoiser: Denoiser) -> str | None:
     """Whether graphs may enter the model's code twice in a step, as those of FirstBlock do."""
-    for rule, target in zip(denoiser.recipe.rules, denoiser.targets, strict=True):
-        if rule.when.needs_signal:
-            found = happens_twice(denoiser.original, [gate.name for gate in target.gates])
+    for stack in denoiser.executor.stacks:
+        if stack.decider.measures:
+            found = happens_twice(denoiser.original, [gate.name for gate in stack.gates])
             if found is None:
                 return "not known from its source whether graphs may enter its code twice in a step"
             if found:
@@ -193,7 +192,7 @@ def _close_by(denoiser: Denoiser) -> tuple[str, ...]:
     found: list[str] = []
     for rule in rules:
         if rule.where.scope == "modules":
-            row = denoiser.cache.adapter or adapter_for(model)
+            row = denoiser.adapter
             found += [name for name, _ in attention_modules(model, row, everywhere=True)]
         else:
             found += [

@@ -139,7 +139,9 @@ class Gate:
         at, _ = io.positions(output, hidden, encoder)
         value = output if at is None else output[at]
         # a hook of the user's may keep it too
-        if isinstance(value, Tensor) and not any(block._forward_hooks for block in self.modules):
+        if isinstance(value, Tensor) and not any(
+            block._forward_hooks for block in self.modules._modules.values()
+        ):
             self.owner.returned.append(weakref.ref(value))
 
     def note_arrival(self, hidden: Any, encoder: Any) -> None:
@@ -174,7 +176,7 @@ class Gate:
             return
         self.note_form(io, output, *given)
         if self.probed is not None:  # it was measured, and its exit noted, by the wrong order
-            self.owner.judge(hidden, self.probed)
+            self.owner.decider.measure(hidden, self.probed)
             self.owner.keep_residual(hidden, self.probed)
             if self.opens:
                 self.clone, self.entry = hidden.clone(), (hidden, encoder)
@@ -238,7 +240,7 @@ class Gate:
             self.probed = kept
         if owner.copies:
             x = kept
-        owner.judge(hidden, x)
+        owner.decider.measure(hidden, x)
         if owner.control.phase == HEAD:
             owner.keep_head(hidden, encoder)
             if owner.guide is not None:
@@ -293,7 +295,7 @@ class Gate:
         unit: Unit = state.units[owner.rule][self.segment]
         # where nothing is compiled, nothing asks whether this is traced
         traced = owner.control.compiled and torch.compiler.is_compiling()
-        weights: Any = () if traced else owner.weights
+        weights: Any = () if traced else owner.control.weights[owner.rule]
         if owner.guide is not None:  # they lie on the device
             weights = state.head["weights"]
         based, texted, extras = unit.template

@@ -21,11 +21,14 @@ from ... import sync
 from ...models.adapter import Block
 from ...ops import direct
 from ...policies import COMPUTE, REUSE
+from ...policies.magnitude import Calibrate
+from ...predictors import Guided
 from ...storage.allocate import allocate, strides_of
 from ...storage.ring import tail
 from ...storage.state import State
 from ...storage.unit import Unit
 from ..control import REST, WHOLE
+from ..decide import Part, RuleDecider
 from ..guide import Guide
 from ..install import hooked_class
 from .gate import Gate, Port
@@ -33,7 +36,7 @@ from .residual import turned, turns
 from .routing import GATE, Routing
 from .segments import chained
 
-residual_change, _magnitude = direct("residual_l1"), direct("residual_magnitude")
+_magnitude = direct("residual_magnitude")
 
 
 _store = direct("residual_store_")
@@ -44,33 +47,31 @@ class StackTarget:
 
     def __init__(
         self,
-        rule: int,
+        part: Part,
         lists: list[tuple[str, nn.ModuleList]],
         start: int,
-        control: Any,
         row: Block | None,
         encoder_read: bool | None,
         make_store: Callable[[Tensor, Any], Any],
     ) -> None:
-        self.rule, self.start, self.control = rule, start, control
+        self.rule, self.start, self.control = part.index, start, part.control
+        # a predictor whose weights come from this step's own blocks
+        self.guide = Guide(part.what) if isinstance(part.what, Guided) else None
+        self.decider = RuleDecider(part, self.ready, self.guide)
+        self.signal = self.decider.measures  # "change", "misfit" or nothing
+        # calibration: also measure the magnitude ratio of every residual
+        self.measure = isinstance(part.when, Calibrate)
         self.encoder_read, self.make_store = encoder_read, make_store
         self.gates = [Gate(self, name, modules, row) for name, modules in lists]
         if start:
             self.gates[0].replay_io = self.gates[0].next_io
         self.segments: list[list[Gate]] = []
         self.numbers: set[int] = set()  # of the segments that lists belong to
-        self.measure = False  # calibration: also measure the magnitude ratio of every residual
         self.copies = False  # some block writes into its input: keep a copy of what went in
         self.threaded = False  # the model's loop does more than call one block after the other
         self.order: list[tuple[Gate, str]] = []
         self.returned: list[weakref.ref] = []  # what each block of a recording call has returned
-        self.guide: Guide | None = (
-            None  # a predictor whose weights come from this step's own blocks
-        )
         self.recording = False
-        self.judge: Callable[[Tensor, Tensor], None] = lambda hidden, x: None
-        self.signal = ""  # what `judge` measures: "change", "misfit" or nothing
-        self.weights: tuple[float, ...] = ()
 
     # --- installing -------------------------------------------------------------------------------------
 
@@ -135,6 +136,15 @@ class StackTarget:
             if not unit.ready(timeline):
                 return False
         return bool(units)
+
+    def commit(self, state: State, action: str) -> None:
+        """Called by the runtime after a step that went well."""
+        if action != COMPUTE:
+            return
+        half = self.control.batch == "half"
+        state.halved = state.timelines[self.rule].depth if half else max(state.halved - 1, 0)
+        if self.signal == "change":
+            state.head["kept"] = True
 
     def route(self, gate: Gate) -> Iterator:
         """What the model's loop gets. Traced by torch.compile: reads `control` and nothing that counts."""

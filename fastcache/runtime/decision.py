@@ -1,0 +1,76 @@
+"""What a step does: asks every rule that can answer before the call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .. import sync
+from ..policies import REUSE, Step
+from ..recipe import Recipe
+from ..storage.state import State
+from ..targets.bind import BoundTarget
+from ..targets.control import AFTER_FIRST_BLOCK, PENDING, WHOLE, Control
+from .settings import Settings
+
+
+class Decider:
+    """The rules of one denoiser."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        recipe: Recipe,
+        control: Control,
+        targets: Sequence[BoundTarget],
+    ) -> None:
+        self.recipe, self.control, self.settings = recipe, control, settings
+        self.policies = [rule.when for rule in recipe.rules]
+        self.deciders = tuple(target.decider for target in targets)
+        # place, whether it decides inside the call, its decider
+        self.rows = tuple((i, d.measures != "", d) for i, d in enumerate(self.deciders))
+
+    def decide(self, state: State, step: Step) -> None:
+        """Decide for every rule, and write the running step into `control`."""
+        if not state.runs:
+            self._begin(state, step)
+        control = self.control
+        control.state, control.batch, control.phase = state, "full", WHOLE
+        decisions, actions = control.decisions, control.actions
+        for i, inside, decider in self.rows:
+            if inside:
+                decisions[i], actions[i] = AFTER_FIRST_BLOCK, PENDING
+                continue
+            decision = decisions[i] = decider.decide(state, step)
+            actions[i] = decision.action
+            if decision.action != REUSE:
+                continue
+            if decider.weighted:
+                decider.weigh(state, step.index)
+            elif decider.halves:
+                step = step._replace(guidance_skipped=True)
+                control.batch = "half"
+        control.step = step
+
+    def upload(self, state: State) -> None:
+        """Give compiled code what it has to know of the running step."""
+        for decider in self.deciders:
+            decider.upload(state)
+
+    def _begin(self, state: State, step: Step) -> None:
+        """A run begins: every policy remembers nothing."""
+        if self.settings.process_group is not None:
+            self._agree(state, step, self.settings.process_group)
+        state.runs = [policy.begin(state.total) for policy in self.policies]
+
+    def _agree(self, state: State, step: Step, group: Any) -> None:
+        """Where ranks share samples: raise on all of them if they are about to run different plans."""
+        budget, context = self.settings.budget, state.key[1]
+        limit = None if budget is None else budget.limit
+        digest = self.recipe.digest(state.total, step.index, context, limit)
+        if not sync.unanimous(digest, group, state.device):
+            raise RuntimeError(
+                "fastcache: config: the ranks of process_group begin different runs, and would part; here it is "
+                f"{self.recipe.rules} with num_inference_steps={state.total}, context {context!r}, step "
+                f"{step.index}. Give every rank the same config, steps, contexts and max_bytes"
+            )

@@ -1,0 +1,115 @@
+"""Running the model's forward as decided, or without a cache where there is no room for one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from ..ops import dispatch
+from ..storage.allocate import NoRoom
+from ..storage.pool import Slots
+from ..storage.state import State
+from ..targets.bind import BoundModel
+from .compiling import NOTHING, eagerly
+from .notices import LOG
+from .settings import Settings
+
+
+class Executor:
+    """Runs the forward of one denoiser."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        original: Callable,
+        bound: BoundModel,
+        pool: Slots,
+    ) -> None:
+        self.original, self.pool = original, pool
+        self.control, self.targets, self.guidance = bound.control, bound.targets, bound.guidance
+        self.stacks, self.modules = bound.stacks, bound.modules
+        self.budget, self.group = settings.budget, settings.process_group
+        self.notices, self.kernels = settings.notices, settings.backend
+        self.lock, self.stats = settings.lock, settings.stats
+        # nothing stands around the forward of a step whose storage exists
+        self.plain = self.guidance is None and self.kernels == dispatch.AUTO
+        self.cuts: tuple = ()  # how stacks were cut by the last recording call
+
+    def execute(self, state: State, args: tuple, kwargs: dict, run: Callable | None) -> Any:
+        """The model's output for the step that `control` holds. run: stands in for the forward, once storage exists."""
+        control = self.control
+        control.inside = True
+        try:
+            if self.budget is not None:
+                state.bare = self.budget.refuses(self.pool, state, self.group, state.device)
+            if not (state.blocked or state.bare):
+                try:
+                    recorded = control.begin_step(self.targets)
+                    if not recorded:
+                        return self.record(args, kwargs)
+                    if self.plain:
+                        return (run or self.original)(*args, **kwargs)
+                    with self.backend():
+                        return self.around(run or self.original, args, kwargs)
+                except NoRoom as error:
+                    self.give_up(state, error)
+            return self._without(state, args, kwargs)
+        finally:
+            control.inside = False
+            control.end_step()
+
+    def record(self, args: tuple, kwargs: dict) -> Any:
+        """A call that allocates storage, and that shows how the model drives what is hooked."""
+        LOG.debug("recording: storage is allocated for %s", self.control.state.key)
+        with self.backend(), eagerly(True):
+            output = self.around(self.original, args, kwargs)
+            for target in self.targets:
+                target.finish()  # which may store what it has seen
+        for target in self.modules:
+            output = target.kept_apart(output)
+        self.cuts = tuple(target.cut for target in self.stacks)
+        return output
+
+    def around(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if self.guidance is None:
+            return forward(*args, **kwargs)
+        return self.guidance.around(forward, args, kwargs)
+
+    def backend(self) -> contextlib.AbstractContextManager:
+        """The kernels that the cache was enabled with, in force."""
+        return NOTHING if self.kernels == dispatch.AUTO else dispatch.backend(self.kernels)
+
+    def fell_back(self, op: str, why: str) -> None:
+        """Count that the reference ran in place of a kernel on a large tensor, if in a call of this model."""
+        if not self.lock.acquire(blocking=False):
+            return  # another thread is in a call, so the op is not this model's
+        try:
+            if self.control.inside:
+                self.stats.fallbacks[op] += 1
+                self.notices.later(
+                    f"fallback {op}",
+                    f"fastcache: {op} runs on the reference, in several passes over memory: {why}",
+                )
+        finally:
+            self.lock.release()
+
+    def give_up(self, state: State, error: NoRoom) -> None:
+        """Out of memory for storage: the rest of the run goes without; the step is computed anew."""
+        if self.group is not None:  # the other ranks would go on reusing
+            raise error
+        self.pool.drop(state)
+        state.blocked = True
+        self.control.end_step()
+        self.notices.once(
+            "fastcache: out of memory for a cache; runs that find none are computed without"
+        )
+
+    def _without(self, state: State, args: tuple, kwargs: dict) -> Any:
+        """A step that has no storage: all that was to be reused is computed."""
+        state.bare = True
+        for timeline, target in zip(state.timelines, self.targets, strict=True):
+            timeline.clear()
+            target.decider.compute_instead("no room for a cache")
+        with eagerly(True):
+            return self.original(*args, **kwargs)
