@@ -41,8 +41,8 @@ class Branches:
             self._used = []
         self._step = step
         if number is None:
-            number = next(i for i in range(MOST + 1) if i not in self._used) if again else 0
-            number = min(number, MOST)
+            free = (i for i in range(MOST) if i not in self._used)
+            number = next(free, MOST) if again else 0
             self._known[number : number + 1] = [facts]
         if number not in self._used:
             self._used.append(number)
