@@ -22,7 +22,7 @@ from .runtime.compiling import watch_compiling
 from .runtime.context import Context
 from .runtime.denoiser import Denoiser
 from .runtime.notices import LOG, warn
-from .runtime.patch import MARK
+from .runtime.patch import ATTACHED
 from .runtime.runs import ALL, abandon
 from .runtime.settings import Settings
 from .storage.budget import Budget
@@ -53,7 +53,7 @@ class Cache:
             )
         models = denoisers_of(target)
         for name, model in models:
-            if MARK in model.__dict__:
+            if ATTACHED in model.__dict__:
                 raise ValueError(
                     f"target: {name} is already enabled; call cache.update(config) to change its settings or "
                     "cache.disable() first"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcache.runtime.branches import MOST, Branches
+from fastcache.runtime.branches import MOST, BranchDetector
 
 
 def step(number: int) -> tuple[Tensor, Tensor]:
@@ -18,19 +18,19 @@ COND, UNCOND, THIRD = torch.ones(4), torch.zeros(4), torch.full((4,), 0.5)
 
 
 def test_one_call_per_step_is_one_branch():
-    branches = Branches()
+    branches = BranchDetector()
     assert [branches.of(*step(i), [COND]) for i in range(4)] == [0] * 4
 
 
 def test_the_same_latents_under_other_conditions_are_another_branch():
-    branches = Branches()
+    branches = BranchDetector()
     for i in range(3):
         latents, timestep = step(i)
         assert [branches.of(latents, timestep, [c]) for c in (COND, UNCOND)] == [0, 1]
 
 
 def test_a_branch_keeps_its_number_in_whatever_order_it_comes():
-    branches = Branches()
+    branches = BranchDetector()
     latents, timestep = step(0)
     assert [branches.of(latents, timestep, [c]) for c in (COND, UNCOND, THIRD)] == [0, 1, 2]
     latents, timestep = step(1)
@@ -39,7 +39,7 @@ def test_a_branch_keeps_its_number_in_whatever_order_it_comes():
 
 
 def test_equal_copies_are_the_same_conditions_on_the_cpu():
-    branches = Branches()
+    branches = BranchDetector()
     latents, timestep = step(0)
     assert branches.of(latents, timestep, [COND]) == 0
     assert branches.of(latents.clone(), timestep.clone(), [UNCOND.clone()]) == 1
@@ -47,7 +47,7 @@ def test_equal_copies_are_the_same_conditions_on_the_cpu():
 
 
 def test_conditions_that_are_written_into_are_new_ones():
-    branches, mine = Branches(), torch.ones(4)
+    branches, mine = BranchDetector(), torch.ones(4)
     latents, timestep = step(0)
     assert branches.of(latents, timestep, [mine]) == 0
     mine.add_(1)
@@ -55,28 +55,28 @@ def test_conditions_that_are_written_into_are_new_ones():
 
 
 def test_conditions_may_lie_in_lists_and_dicts():
-    branches = Branches()
+    branches = BranchDetector()
     latents, timestep = step(0)
     for conditions, number in (([{"a": [COND]}], 0), ([{"a": [UNCOND]}], 1), ([{"a": [COND]}], 0)):
         assert branches.of(latents, timestep, conditions) == number
 
 
 def test_numbers_and_words_are_conditions_too():
-    branches = Branches()
+    branches = BranchDetector()
     latents, timestep = step(0)
     assert [branches.of(latents, timestep, [scale, None, "x"]) for scale in (1.0, 7.5)] == [0, 1]
 
 
 def test_other_latents_at_one_timestep_are_another_step():
     """Two requests of a server that names neither: not two branches of one."""
-    branches = Branches()
+    branches = BranchDetector()
     _, timestep = step(0)
     assert branches.of(torch.zeros(2), timestep, [COND]) == 0
     assert branches.of(torch.ones(2), timestep, [UNCOND]) == 0
 
 
 def test_conditions_that_change_with_every_step_stay_one_branch():
-    branches = Branches()
+    branches = BranchDetector()
     assert [branches.of(*step(i), [torch.full((4,), float(i))]) for i in range(5)] == [0] * 5
 
 
@@ -87,20 +87,20 @@ def test_an_argument_that_cannot_be_compared_is_another_argument():
 
         __hash__ = None  # type: ignore[assignment]
 
-    branches = Branches()
+    branches = BranchDetector()
     latents, timestep = step(0)
     assert [branches.of(latents, timestep, [Awkward()]) for _ in range(2)] == [0, 1]
 
 
 def test_more_branches_than_are_told_apart_share_the_last_one():
-    branches = Branches()
+    branches = BranchDetector()
     latents, timestep = step(0)
     numbers = [branches.of(latents, timestep, [i]) for i in range(MOST + 3)]
     assert numbers == [*range(MOST + 1), MOST, MOST]
 
 
 def test_forgetting_begins_with_the_first_branch():
-    branches = Branches()
+    branches = BranchDetector()
     latents, timestep = step(0)
     assert [branches.of(latents, timestep, [c]) for c in (COND, UNCOND)] == [0, 1]
     branches.clear()
@@ -112,5 +112,5 @@ def test_tensors_of_inference_mode_are_compared_by_value(guided):
     with torch.inference_mode():
         latents, timestep = step(0)
         conditions = [COND.clone(), (UNCOND if guided else COND).clone()]
-        branches = Branches()
+        branches = BranchDetector()
         assert [branches.of(latents, timestep, [c]) for c in conditions] == [0, int(guided)]

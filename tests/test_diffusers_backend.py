@@ -603,12 +603,12 @@ def test_a_batch_of_two_prompts_is_not_taken_for_two_halves(branches):
 
 def test_copied_latents_that_cannot_be_compared_are_told_apart_by_their_timestep():
     """On an accelerator no values are read; tensors without values stand for that here."""
-    from fastcache.runtime.branches import Branches
+    from fastcache.runtime.branches import BranchDetector
 
     def fresh():
         return torch.zeros(2, device="meta")
 
-    branches = Branches()
+    branches = BranchDetector()
     for step in range(3):
         timestep = torch.tensor([500.0 - step])
         assert [branches.of(fresh(), timestep, [fresh()]) for _ in range(2)] == [0, 1]

@@ -127,7 +127,9 @@ def complete(pool: Slots, request: int, signature: tuple = SMALL) -> State:
 
 
 def test_few_complete_runs_are_kept(pool):
-    for request in range(SPARES + 3):  # of other signatures, or the next would take over the storage
+    for request in range(
+        SPARES + 3
+    ):  # of other signatures, or the next would take over the storage
         complete(pool, request, ((request,),))
     assert [request for request, _ in pool.states] == [*range(3, SPARES + 3)]
     assert [run.key[0] for run in pool.ended] == [0, 1, 2]

@@ -13,7 +13,7 @@ from test_compile import Graphs, fresh
 from torch import Tensor, nn
 
 import fastcache
-from fastcache.runtime.patch import MARK
+from fastcache.runtime.patch import ATTACHED
 from fastcache.storage.ring import Ring
 from fastcache.storage.state import State
 from fastcache.storage.table import Table
@@ -85,7 +85,7 @@ def test_storage_is_marked_static_even_where_it_was_there_before(
     fresh()
     model, inputs = tiny.build("Wan3D")
     with fastcache.enable(model, METHODS[method]()) as cache:
-        denoiser = model.__dict__[MARK]
+        denoiser = model.__dict__[ATTACHED]
         with monkeypatch.context() as patch:  # as if nothing had loaded Dynamo yet
             patch.delitem(sys.modules, "torch._dynamo")
             run(cache, model, inputs)

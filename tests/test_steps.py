@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcache.runtime.context import Context
-from fastcache.runtime.steps import RISES, Clock
+from fastcache.runtime.steps import RISES, StepTracker
 from fastcache.storage.state import State
 
 
@@ -17,8 +17,8 @@ def forward(self: Any, hidden_states: Tensor, timestep: Any = None, guidance: An
     """The signature of a model."""
 
 
-def tracker(ends: bool = False, of: Any = forward) -> Clock:
-    return Clock(of, ends)
+def tracker(ends: bool = False, of: Any = forward) -> StepTracker:
+    return StepTracker(of, ends)
 
 
 def state(index: int = 0, timestep: float | None = None, total: int | None = None) -> State:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 from ..models.pipeline import denoisers_of
 from ..policies import REUSE
 from ..runtime.denoiser import Denoiser
-from ..runtime.patch import MARK
+from ..runtime.patch import ATTACHED
 from ..storage.allocate import allocate
 from ..storage.state import State
 from ..targets.control import HEAD, PENDING, REST, WHOLE, Stop
@@ -124,7 +124,7 @@ class Compiled:
         denoiser.ahead.expect_graphs()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        denoiser = self._model.__dict__.get(MARK)
+        denoiser = self._model.__dict__.get(ATTACHED)
         if denoiser is None:  # disabled since
             return self._model(*args, **kwargs)
         if denoiser is not self._denoiser:
@@ -244,7 +244,7 @@ def compile(
             'compile: cudagraphs="reuse" leaves computed steps out of graphs, and the one graph of '
             "on_device=True holds them; leave one of the two out"
         )
-    denoiser = denoisers_of(model)[0][1].__dict__.get(MARK)
+    denoiser = denoisers_of(model)[0][1].__dict__.get(ATTACHED)
     if denoiser is None:
         raise ValueError(
             "compile: model is not enabled; call fastcache.enable(model, config) first, then fastcache.compile"

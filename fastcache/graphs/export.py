@@ -19,7 +19,7 @@ from ..policies import COMPUTE, REUSE
 from ..recipe import Recipe, Rule
 from ..runtime.context import IMPLICIT
 from ..runtime.denoiser import Denoiser
-from ..runtime.patch import MARK
+from ..runtime.patch import ATTACHED
 from ..runtime.signature import call_signature
 from ..storage.history import Timeline, stage
 from ..storage.ring import Ring
@@ -154,7 +154,7 @@ def export_variants(
     strict is False unless given. The model keeps its cache; a run in it is not disturbed.
     Raises ValueError where the model is not enabled or decides inside its forward.
     """
-    denoiser = denoisers_of(model)[0][1].__dict__.get(MARK)
+    denoiser = denoisers_of(model)[0][1].__dict__.get(ATTACHED)
     if denoiser is None:
         raise ValueError(
             "export_variants: model is not enabled; call fastcache.enable(model, config) first"

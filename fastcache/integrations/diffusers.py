@@ -21,7 +21,7 @@ from diffusers.hooks.hooks import HookFunctionReference, HookRegistry, ModelHook
 from torch import nn
 
 from ..cache import Cache, enable
-from ..runtime.patch import MARK
+from ..runtime.patch import ATTACHED
 
 # diffusers' function -> the hook names that it registers and that `disable_cache` removes (0.36 to 0.42)
 HOOKS: dict[str, tuple[str, ...]] = {
@@ -74,7 +74,7 @@ def cache_of(model: nn.Module) -> Cache:
     Raises:
         ValueError: there is none.
     """
-    denoiser = model.__dict__.get(MARK)
+    denoiser = model.__dict__.get(ATTACHED)
     if denoiser is None:
         raise ValueError(f"model: no cache is enabled on this {type(model).__name__}")
     cache: Cache = denoiser.owner
@@ -93,7 +93,7 @@ def _apply(original: Callable[..., Any], hooks: tuple[str, ...]) -> Callable[...
     @functools.wraps(original)
     def apply(module: nn.Module, config: Any) -> None:
         cache = enable(module, config)
-        denoiser = module.__dict__[MARK]
+        denoiser = module.__dict__[ATTACHED]
         registry = HookRegistry.check_if_exists_or_initialize(module)
         taken = [name for name in hooks if registry.get_hook(name) is not None]
         if taken:
@@ -113,7 +113,7 @@ def _mark(registry: HookRegistry, name: str, marker: Marker) -> None:
     reference: Any = HookFunctionReference()
     reference.pre_forward, reference.post_forward = marker.pre_forward, marker.post_forward
     # where the cache is not on the instance's forward, a hook of accelerate lies above it
-    below = marker.denoiser.shell.place == "forward"
+    below = marker.denoiser.patch.place == "forward"
     reference.forward = marker.below if below else registry._module_ref.forward
     marker.fn_ref = reference
     registry.hooks[name] = marker
@@ -146,12 +146,12 @@ class Marker(ModelHook):
         return module
 
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
-        denoiser = module.__dict__.get(MARK, self.denoiser)
+        denoiser = module.__dict__.get(ATTACHED, self.denoiser)
         if getattr(module.__dict__.get("forward"), "__func__", None) is Marker.below:
             # the registry has just replaced the cache's forward by `below`
-            module.__dict__["forward"] = denoiser.shell.forward
+            module.__dict__["forward"] = denoiser.patch.forward
         self.cache.disable()
-        denoiser.shell.restore_forward()
+        denoiser.patch.restore_forward()
         return module
 
 

@@ -68,7 +68,7 @@ class Ahead:
                 "open `with cache.context(name):` around each call, one at a time in a thread, or use "
                 "fastcache.compile(model)"
             )
-        control.seen = self.runs.clock.argument(args, kwargs)
+        control.seen = self.runs.steps.argument(args, kwargs)
         if keeps(kwargs) or call_signature(args, kwargs) != control.state.signature:
             control.end_step()  # this call runs uncached
             output = self.original(*args, **kwargs)
@@ -154,7 +154,7 @@ class Ahead:
         self.withdraw()
         if crossed:
             return
-        timestep = self.runs.clock.told(frame, self.runs.callback)
+        timestep = self.runs.steps.told(frame, self.runs.callback)
         step = self.runs.step(state, frame, timestep)
         before = [run.copy() for run in state.runs]  # none where a run begins
         self.decider.decide(state, step)
@@ -180,13 +180,13 @@ class Ahead:
             self.runs.refuse(call)
             told = timestep = step.timestep
             if timestep is None:
-                timestep = self.runs.clock.read(state, call, args, kwargs)
+                timestep = self.runs.steps.read(state, call, args, kwargs)
             if state.signature == call_signature(args, kwargs):
                 if timestep == step.timestep:
                     self.prepared = None
                     return state, step
                 # the model's own argument tells the time
-                if not self.timed and not self.runs.clock.run_is_over(state, call, timestep):
+                if not self.timed and not self.runs.steps.run_is_over(state, call, timestep):
                     state.timestep = state.step_timestep = timestep
                     self.prepared = None
                     self.control.step = self.control.step._replace(timestep=timestep)
@@ -213,11 +213,11 @@ class Ahead:
             self.pool.forget(state.key)
         else:
             self.committer.commit(state, step)
-            self._check_clock(state, step)
+            self._notice_new_run(state, step)
 
-    def _check_clock(self, state: State, step: Step) -> None:
+    def _notice_new_run(self, state: State, step: Step) -> None:
         """Notice a new run that began inside a graph, where no timestep could be looked at beforehand."""
-        steps = self.runs.clock
+        steps = self.runs.steps
         now = None if step.timestep is not None else steps.number(self.control.seen, state.total)
         before, state.timestep = state.timestep, now if now is not None else state.timestep
         if now is None or before is None or not step.index or not steps.backwards(before, now):

@@ -16,7 +16,7 @@ from .. import sync
 MOST = 8  # branches told apart
 
 
-class Branches:
+class BranchDetector:
     """Which branch each call without a context belongs to."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from ..policies import REUSE, Step
 from ..recipe import Recipe
 from ..storage.state import State
 from ..targets.bind import BoundTarget
-from ..targets.control import AFTER_FIRST_BLOCK, PENDING, WHOLE, Control
+from ..targets.control import PENDING, PENDING_DECISION, WHOLE, Control
 from .settings import Settings
 
 
@@ -39,7 +39,7 @@ class Decider:
         decisions, actions = control.decisions, control.actions
         for i, inside, decider in self.rows:
             if inside:
-                decisions[i], actions[i] = AFTER_FIRST_BLOCK, PENDING
+                decisions[i], actions[i] = PENDING_DECISION, PENDING
                 continue
             decision = decisions[i] = decider.decide(state, step)
             actions[i] = decision.action

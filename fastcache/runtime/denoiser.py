@@ -21,7 +21,7 @@ from .context import Context, Owner, innermost
 from .decision import Decider
 from .execution import Executor
 from .notices import LOG, warn
-from .patch import Shell, place_of
+from .patch import ForwardPatch, place_of
 from .runs import ALL, Runs, abandon
 from .settings import Settings
 from .stats import known
@@ -71,7 +71,7 @@ class Denoiser:
         self.committer = Committer(settings, name, self.recipe, control, targets, pool)
         rooms = self.runs, self.decider, self.executor, self.committer
         self.ahead = Ahead(owner, settings, name, self.recipe, self.original, control, rooms)
-        self.shell = Shell(
+        self.patch = ForwardPatch(
             model, self, owner, (self.call, self.ahead.traced, self.untraced, self.reset)
         )
         # bound once: each call goes through all of them
@@ -158,7 +158,7 @@ class Denoiser:
 
     def install(self) -> None:
         """Hook the model. What was done is undone by `remove`, also after a failure half way."""
-        self.shell.put_on()
+        self.patch.put_on()
         for target in self.targets:
             target.install()
         listeners.add(self.ahead)
@@ -172,6 +172,6 @@ class Denoiser:
         self.account()
         for target in reversed(self.targets):
             target.remove()
-        self.shell.take_off()
+        self.patch.take_off()
         self.pool.clear()
         self.control.state = None

@@ -13,7 +13,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from .context import Context, Owner, request_of
 
-MARK = "_fastcache"
+ATTACHED = "_fastcache"
 
 
 FIELDS = ("step_index", "num_inference_steps", "timestep", "sigma")  # of a diffusers context
@@ -22,7 +22,7 @@ FIELDS = ("step_index", "num_inference_steps", "timestep", "sigma")  # of a diff
 _UNSET = object()
 
 
-class Shell:
+class ForwardPatch:
     """The attributes of one model that stand in for its own while a cache is attached.
 
     attached: what the model is marked with. owner: whose contexts the model's own ones open. entrances: what
@@ -47,7 +47,7 @@ class Shell:
         """What was done is undone by `take_off`, also after a failure half way."""
         model, kind = self.model, type(self.model)
         self.forward = self._forward()
-        self._put(MARK, self.attached)
+        self._put(ATTACHED, self.attached)
         self._put(self.place, self.forward)
         if callable(getattr(kind, "enable_cache", None)):
             self._put("enable_cache", _enabled_already)
@@ -86,7 +86,7 @@ class Shell:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if model.__dict__.get(MARK) is not attached:  # disabled, a hook still calls us
+            if model.__dict__.get(ATTACHED) is not attached:  # disabled, a hook still calls us
                 return original(*args, **kwargs)
             if torch.compiler.is_compiling():
                 return traced(args, kwargs)

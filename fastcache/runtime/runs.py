@@ -13,12 +13,12 @@ from ..recipe import Recipe
 from ..storage.pool import Slots, follow
 from ..storage.state import State
 from ..targets.guidance import GuidanceTarget
-from .branches import MOST, Branches
+from .branches import MOST, BranchDetector
 from .context import IMPLICIT, Context
 from .notices import LOG
 from .settings import Settings
 from .signature import call_signature
-from .steps import Clock
+from .steps import StepTracker
 
 # What calls without a context have in its place: the first branch of guidance, and those after it.
 UNNAMED = (IMPLICIT, *(Context(None, f"default#{i + 1}") for i in range(1, MOST + 1)))
@@ -43,15 +43,15 @@ class Runs:
     ) -> None:
         self.model, self.pool, self.guidance = model, pool, guidance
         self.callback = settings.timestep_callback
-        self.clock = Clock(type(model).forward, settings.pipeline_ends_runs)
-        self.branches = Branches()
+        self.steps = StepTracker(type(model).forward, settings.pipeline_ends_runs)
+        self.branches = BranchDetector()
         totals = (getattr(rule.when, "num_inference_steps", None) for rule in recipe.rules)
         self.planned = next((n for n in totals if n), None)  # steps, as the recipe has it
 
     def unnamed(self, args: tuple, kwargs: dict) -> Context:
         """What stands for the context of a call without one: the first branch of guidance, or another one."""
-        timestep = self.clock.argument(args, kwargs)
-        named = {k: v for k, v in kwargs.items() if k != self.clock.name}
+        timestep = self.steps.argument(args, kwargs)
+        named = {k: v for k, v in kwargs.items() if k != self.steps.name}
         latents = named.pop("hidden_states", args[0] if args else None)
         rest = [v for v in (*args, *named.values()) if v is not latents and v is not timestep]
         number = self.branches.of(latents, timestep, rest)
@@ -74,10 +74,10 @@ class Runs:
             self.refuse(call)
         key = (call.request, call.name)
         state = self.pool.states.get(key) or self.pool.add(key)
-        signature, clock = call_signature(args, kwargs), self.clock
+        signature, steps = call_signature(args, kwargs), self.steps
         if told is UNASKED:
-            told = clock.told(call, self.callback)
-        timestep = told if told is not None else clock.read(state, call, args, kwargs)
+            told = steps.told(call, self.callback)
+        timestep = told if told is not None else steps.read(state, call, args, kwargs)
         if state.signature != signature:
             self.pool.adopt(state, signature)
         if self.pool.streams:
@@ -86,7 +86,7 @@ class Runs:
 
     def step(self, state: State, call: Context, timestep: float | None) -> Step:
         """The step that comes now in a state; another run begins there where this is its first."""
-        index, anew = self.clock.index(state, call, timestep)
+        index, anew = self.steps.index(state, call, timestep)
         if anew:
             self.pool.begin_anew(state)
         if not state.runs:
@@ -117,7 +117,7 @@ class Runs:
         for key in [k for k in self.pool.states if request is ALL or k[0] == request]:
             self.pool.forget(key)
         if request is ALL:
-            self.clock.clear()
+            self.steps.clear()
             self.branches.clear()
 
 

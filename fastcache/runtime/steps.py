@@ -19,17 +19,17 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time")
 RISES = 3  # runs of a single step in a row, each at a later timestep: time runs the other way
 
 
-class Clock:
+class StepTracker:
     """The sense of time of one denoiser.
 
-    evented: a pipeline announces the end of its runs, so a timestep on an accelerator is not read.
+    pipeline_ends_runs: a pipeline announces the end of its runs, so a timestep on an accelerator is not read.
     """
 
-    def __init__(self, forward: Callable, evented: bool) -> None:
+    def __init__(self, forward: Callable, pipeline_ends_runs: bool) -> None:
         names = parameter_names(forward)
         self.name = next((n for n in TIMESTEP_NAMES if n in names), None)
         self.place = names.index(self.name) if self.name else -1
-        self.evented = evented
+        self.pipeline_ends_runs = pipeline_ends_runs
         self.clear()
 
     def clear(self) -> None:
@@ -73,20 +73,20 @@ class Clock:
             return None
         if isinstance(value, Tensor) and (
             not value.numel()
-            or (value.device.type != "cpu" and (total is not None or self.evented))
+            or (value.device.type != "cpu" and (total is not None or self.pipeline_ends_runs))
         ):
             return None
         number = sync.scalar(value)
         return number if math.isfinite(number) else None
 
-    def index(self, state: State, call: Context, clock: float | None) -> tuple[int, bool]:
+    def index(self, state: State, call: Context, timestep: float | None) -> tuple[int, bool]:
         """The index of this step, and whether a new run begins with it.
 
         Raises ValueError where the same explicit step_index comes twice.
         """
         started = state.index > 0
         if call.step_index is None:
-            over = started and self.run_is_over(state, call, clock)
+            over = started and self.run_is_over(state, call, timestep)
             return (0 if over else state.index), over
         last = state.index - 1
         if started and call.step_index == last and last > 0:
@@ -97,12 +97,12 @@ class Clock:
             )
         return call.step_index, started and call.step_index <= last
 
-    def run_is_over(self, state: State, call: Context, clock: float | None) -> bool:
+    def run_is_over(self, state: State, call: Context, timestep: float | None) -> bool:
         """Whether this call belongs to the next run: all steps are done, or time has turned back."""
         total = call.num_inference_steps or state.total
-        if clock is None or state.timestep is None or clock == state.timestep:
+        if timestep is None or state.timestep is None or timestep == state.timestep:
             return total is not None and state.index >= total
-        if not self.backwards(state.timestep, clock):
+        if not self.backwards(state.timestep, timestep):
             self.rises.pop(state.key, None)
             return False
         rises = self.rises[state.key] = self.rises.get(state.key, 0) + 1 if state.index == 1 else 0

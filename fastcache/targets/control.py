@@ -11,7 +11,7 @@ from ..policies import COMPUTE, Decision, Step
 PENDING = "pending"  # the action of a rule that decides after the first block has run
 
 
-AFTER_FIRST_BLOCK = Decision(PENDING)  # type: ignore[arg-type]  # a placeholder until then
+PENDING_DECISION = Decision(PENDING)  # type: ignore[arg-type]  # a placeholder until then
 
 
 # Phases of a step: all of it in one pass, or (compiled) its first block and then what follows.
