@@ -10,7 +10,7 @@ from ..policies import REUSE, Run, Step
 from ..recipe import Recipe
 from ..storage.allocate import NoRoom
 from ..storage.state import State
-from ..targets.control import Control
+from ..targets.control import StepControl
 from .commit import Committer
 from .context import Context, Owner, innermost
 from .decision import Decider
@@ -39,7 +39,7 @@ class Ahead:
         name: str,
         recipe: Recipe,
         original: Callable,
-        control: Control,
+        control: StepControl,
         rooms: tuple[Runs, Decider, Executor, Committer],
     ) -> None:
         self.owner, self.settings, self.name = owner, settings, name
@@ -62,7 +62,7 @@ class Ahead:
                 "fastcache: FirstBlockCache decides inside the forward, which torch.compile(model) cannot "
                 "trace; use fastcache.compile(model)"
             )
-        if not control.armed:
+        if not control.active:
             raise RuntimeError(
                 "fastcache: a compiled model was called without a context of its own, so no step was decided; "
                 "open `with cache.context(name):` around each call, one at a time in a thread, or use "
@@ -72,7 +72,7 @@ class Ahead:
         if keeps(kwargs) or call_signature(args, kwargs) != control.state.signature:
             control.end_step()  # this call runs uncached
             output = self.original(*args, **kwargs)
-            control.missed = True
+            control.signature_missed = True
             return output
         output = self.executor.around(self.original, args, kwargs)
         control.end_step()
@@ -95,8 +95,8 @@ class Ahead:
 
     def expect_graphs(self) -> None:
         """Some of the model may be compiled from now on: storage that exists is marked as staying in place."""
-        if not self.control.compiled:
-            self.control.compiled = self.pool.fixed = True
+        if not self.control.may_be_compiled:
+            self.control.may_be_compiled = self.pool.fixed = True
             for state in (*self.pool.states.values(), *self.pool.spares):
                 state.make_static()
 
@@ -107,11 +107,11 @@ class Ahead:
         """
         if self.owns_graphs or self.decides_inside:
             return self.owns_graphs or not self.untraceable
-        compiled = self.control.compiled
+        compiled = self.control.may_be_compiled
         if compiled:
             frame.lock()
         state = self.pool.states.get((frame.request, frame.name))
-        if state is None or state.bare or state.away or not self._recorded(state):
+        if state is None or state.uncached_step or state.away or not self._recorded(state):
             self.withdraw()
             return False
         if compiled:  # the step is decided here, before the call
@@ -128,12 +128,12 @@ class Ahead:
     def graph_begins(self) -> None:
         """Called when torch.compile is about to trace something, perhaps this model."""
         if self.control.inside:
-            if not self.control.compiled:
+            if not self.control.may_be_compiled:
                 self.expect_graphs()
                 self.upload(self.control.state)
                 for target in self.executor.modules:
                     target.begin()
-        elif self.prepared is None and not self.control.compiled:
+        elif self.prepared is None and not self.control.may_be_compiled:
             frame = innermost(self.owner)
             # no waiting: torch holds a lock of its own here
             if frame is not None and frame.lock(0):
@@ -159,10 +159,10 @@ class Ahead:
         before = [run.copy() for run in state.runs]  # none where a run begins
         self.decider.decide(state, step)
         self.upload(state)
-        if state.blocked:
+        if state.out_of_memory:
             return
         self.control.begin_step(self.targets)
-        self.control.missed, self.control.seen = False, None
+        self.control.signature_missed, self.control.seen = False, None
         self.prepared = Prepared(state, step, before, frame)
 
     # --- after it, or instead -----------------------------------------------------------------------------
@@ -205,11 +205,11 @@ class Ahead:
         """Account for what happened inside a context, if a call was prepared for it."""
         if self.prepared is None or self.prepared.frame is not frame:
             return
-        if failed or self.control.armed:  # or it held no call
+        if failed or self.control.active:  # or it held no call
             self.withdraw()
             return
         (state, step, _, _), self.prepared = self.prepared, None
-        if self.control.missed:  # another shape: the next call allocates
+        if self.control.signature_missed:  # another shape: the next call allocates
             self.pool.forget(state.key)
         else:
             self.committer.commit(state, step)

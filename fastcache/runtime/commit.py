@@ -10,7 +10,7 @@ from ..recipe import Recipe
 from ..storage.pool import Slots
 from ..storage.state import State
 from ..targets.bind import BoundTarget
-from ..targets.control import Control
+from ..targets.control import StepControl
 from .settings import Settings
 from .stats import Record
 
@@ -23,7 +23,7 @@ class Committer:
         settings: Settings,
         name: str,
         recipe: Recipe,
-        control: Control,
+        control: StepControl,
         targets: Sequence[BoundTarget],
         pool: Slots,
     ) -> None:
@@ -40,14 +40,14 @@ class Committer:
         """Account for the step that `control` holds."""
         control = self.control
         decisions = control.decisions
-        for i, feeds_back, commit, always in () if state.bare else self.rows:
+        for i, feeds_back, commit, always in () if state.uncached_step else self.rows:
             action = decisions[i].action
             computed = action == COMPUTE
             if computed or feeds_back:
                 timeline = state.timelines[i]
                 for unit in state.units[i].values():
                     if unit.touched:
-                        unit.stored(timeline.pushes, control.compiled)
+                        unit.stored(timeline.pushes, control.may_be_compiled)
                 timeline.push(step.index)
             if computed or always:
                 commit(state, action)

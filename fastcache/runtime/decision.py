@@ -10,7 +10,7 @@ from ..policies import REUSE, Step
 from ..recipe import Recipe
 from ..storage.state import State
 from ..targets.bind import BoundTarget
-from ..targets.control import PENDING, PENDING_DECISION, WHOLE, Control
+from ..targets.control import PENDING, PENDING_DECISION, WHOLE, StepControl
 from .settings import Settings
 
 
@@ -21,7 +21,7 @@ class Decider:
         self,
         settings: Settings,
         recipe: Recipe,
-        control: Control,
+        control: StepControl,
         targets: Sequence[BoundTarget],
     ) -> None:
         self.recipe, self.control, self.settings = recipe, control, settings

@@ -94,7 +94,7 @@ class Denoiser:
                     self._decide(state, step)
                 else:
                     state, step = self._prepared(call, args, kwargs)
-                if self.control.compiled:
+                if self.control.may_be_compiled:
                     self.ahead.upload(state)
                 output = self._execute(state, args, kwargs, run)
             except BaseException:

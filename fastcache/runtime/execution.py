@@ -42,8 +42,10 @@ class Executor:
         control.inside = True
         try:
             if self.budget is not None:
-                state.bare = self.budget.refuses(self.pool, state, self.group, state.device)
-            if not (state.blocked or state.bare):
+                state.uncached_step = self.budget.refuses(
+                    self.pool, state, self.group, state.device
+                )
+            if not (state.out_of_memory or state.uncached_step):
                 try:
                     recorded = control.begin_step(self.targets)
                     if not recorded:
@@ -99,7 +101,7 @@ class Executor:
         if self.group is not None:  # the other ranks would go on reusing
             raise error
         self.pool.drop(state)
-        state.blocked = True
+        state.out_of_memory = True
         self.control.end_step()
         self.notices.once(
             "fastcache: out of memory for a cache; runs that find none are computed without"
@@ -107,7 +109,7 @@ class Executor:
 
     def _without(self, state: State, args: tuple, kwargs: dict) -> Any:
         """A step that has no storage: all that was to be reused is computed."""
-        state.bare = True
+        state.uncached_step = True
         for timeline, target in zip(state.timelines, self.targets, strict=True):
             timeline.clear()
             target.decider.compute_instead("no room for a cache")

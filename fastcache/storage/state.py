@@ -38,8 +38,6 @@ class State:
     __slots__ = (
         "armed_step",
         "away",
-        "bare",
-        "blocked",
         "evicted",
         "halved",
         "head",
@@ -47,6 +45,7 @@ class State:
         "index",
         "key",
         "measured",
+        "out_of_memory",
         "records",
         "runs",
         "signature",
@@ -56,6 +55,7 @@ class State:
         "timestep",
         "told",
         "total",
+        "uncached_step",
         "units",
         "used",
     )
@@ -81,9 +81,9 @@ class State:
     def begin_run(self) -> None:
         """The facts of a run that has not begun. Storage must be empty."""
         self.index = 0  # of the next step
-        self.bare = False  # the running step does without a cache
+        self.uncached_step = False  # the running step does without a cache
         self.evicted = False  # its storage went to other runs
-        self.blocked = False  # memory ran out: the rest of the run does without
+        self.out_of_memory = False  # memory ran out: the rest of the run does without
         self.total: int | None = None  # steps in the run, where known
         self.timestep: float | None = None  # of the last step, as the run's clock reads it
         self.step_timestep: float | None = None  # of the running step, as the rules read it

@@ -18,7 +18,7 @@ from ..policies.magnitude import Calibrate
 from ..predictors import Guided, Predictor
 from ..storage.allocate import FP8
 from ..storage.unit import make_store
-from .control import Control
+from .control import StepControl
 from .decide import Part
 from .find import find_modules, nothing_to_hook
 from .guidance import GuidanceTarget
@@ -41,7 +41,7 @@ class BoundModel:
     same by kind. missing: by number, why a rule was left out.
     """
 
-    control: Control = field(default_factory=Control)
+    control: StepControl = field(default_factory=StepControl)
     targets: list[BoundTarget] = field(default_factory=list)
     stacks: list[StackTarget] = field(default_factory=list)
     modules: list[ModulesTarget] = field(default_factory=list)

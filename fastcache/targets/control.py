@@ -28,31 +28,31 @@ class Prepares(Protocol):
         """Whether storage exists."""
 
 
-class Control:
+class StepControl:
     """What a step is: its state, its decisions and their weights, one of each per rule.
 
-    armed: targets take part in the model's forward. missed: traced code met a shape it has no storage for.
-    compiled: some of the model may be compiled, so actions hold for all modules of a rule alike.
+    active: targets take part in the model's forward. signature_missed: traced code met a shape it has no storage for.
+    may_be_compiled: some of the model may be compiled, so actions hold for all modules of a rule alike.
     inside: the model's forward is running in a call of ours.
     """
 
     __slots__ = (
         "actions",
-        "armed",
+        "active",
         "batch",
-        "compiled",
         "decisions",
         "inside",
-        "missed",
+        "may_be_compiled",
         "phase",
         "seen",
+        "signature_missed",
         "state",
         "step",
         "weights",
     )
 
     def __init__(self) -> None:
-        self.armed = self.missed = self.compiled = self.inside = False
+        self.active = self.signature_missed = self.may_be_compiled = self.inside = False
         self.phase = WHOLE
         self.seen: Any = None  # the timestep that the model was called with, inside a graph
         self.state: Any = None  # the State of the running call
@@ -77,12 +77,12 @@ class Control:
         for target in targets:
             target.begin()
             recorded = recorded and target.recorded(state)
-        self.armed = True
+        self.active = True
         return recorded
 
     def end_step(self) -> None:
         """Let the model's own forward run again."""
-        self.armed = False
+        self.active = False
 
     @contextlib.contextmanager
     def set_aside(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from ..predictors import Predictor
 from ..storage.history import stage
 from ..storage.ring import tail
 from ..storage.state import State
-from .control import HEAD, PENDING, Control
+from .control import HEAD, PENDING, StepControl
 from .guide import Guide
 
 residual_change = direct("residual_l1")
@@ -32,7 +32,7 @@ class Part(NamedTuple):
     index: int  # type: ignore[assignment]
     when: Policy
     what: Predictor
-    control: Control
+    control: StepControl
     group: Any = None  # ranks that share a sample
 
 

@@ -76,7 +76,7 @@ class GuidanceTarget:
         if self.where.compounding:
             before = state.head["products"]
             self.bands = (before[0] * self.bands[0], before[1] * self.bands[1])
-        if control.compiled:
+        if control.may_be_compiled:
             state.put("bands", self.bands)
 
     def finish(self) -> None:

@@ -37,7 +37,7 @@ class Caching:
         if node is None:  # a copy of the module without its cache
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         run = node.forward if node.forward is not None else super().forward  # type: ignore[misc]
-        if not node.target.control.armed:
+        if not node.target.control.active:
             return run(*args, **kwargs)
         return node.target.call(node, run, args, kwargs)
 
@@ -104,7 +104,7 @@ class ModulesTarget:
         for node in self.nodes:
             node.unit = units.get(node.key)
         control = self.control
-        if self.per_module and control.compiled and control.actions[self.rule] == REUSE:
+        if self.per_module and control.may_be_compiled and control.actions[self.rule] == REUSE:
             self._stage_weights()
 
     def _stage_weights(self) -> None:
@@ -142,7 +142,7 @@ class ModulesTarget:
         timeline = state.timelines[self.rule]
         if not timeline.pushes or not units:
             return False
-        if not self.control.compiled:
+        if not self.control.may_be_compiled:
             return True
         # all of them are asked, so that each one notices a consumer that has written into its value
         usable = [u.shared or u.ready(timeline) for u in units]
@@ -163,7 +163,7 @@ class ModulesTarget:
         if unit is None:
             unit = node.unit = state.units[self.rule][node.key] = self._unit(output, state)
         stored = self._store(unit, output, state, traced)
-        if traced or control.compiled or not stored or node.module._forward_hooks:
+        if traced or control.may_be_compiled or not stored or node.module._forward_hooks:
             return output
         return self._exchanged(unit, output)
 
@@ -180,7 +180,7 @@ class ModulesTarget:
             weights = self.predictor.weights(steps, state.armed_step, node.module)
         streams: Any = unit.streams
         feeds_back = self.predictor.feeds_back
-        if feeds_back and not (traced or self.control.compiled or unit.touched):
+        if feeds_back and not (traced or self.control.may_be_compiled or unit.touched):
             unit.touched, feeds_back = True, False
             values = [stream.advance(weights) for stream in streams]
         else:

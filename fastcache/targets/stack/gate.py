@@ -294,7 +294,7 @@ class Gate:
         state = owner.control.state
         unit: Unit = state.units[owner.rule][self.segment]
         # where nothing is compiled, nothing asks whether this is traced
-        traced = owner.control.compiled and torch.compiler.is_compiling()
+        traced = owner.control.may_be_compiled and torch.compiler.is_compiling()
         weights: Any = () if traced else owner.control.weights[owner.rule]
         if owner.guide is not None:  # they lie on the device
             weights = state.head["weights"]

@@ -17,12 +17,12 @@ class Routing:
 
     def __iter__(self) -> Iterator:
         gate = self.__dict__.get(GATE)
-        if gate is not None and gate.owner.control.armed:
+        if gate is not None and gate.owner.control.active:
             return gate.owner.route(gate)
         return super().__iter__()  # type: ignore[misc]
 
     def __getitem__(self, index: Any) -> Any:
         gate = self.__dict__.get(GATE)
-        if gate is not None and gate.owner.control.armed:
+        if gate is not None and gate.owner.control.active:
             return gate.owner.pick(gate, index)
         return super().__getitem__(index)  # type: ignore[misc]

@@ -119,7 +119,7 @@ class StackTarget:
         """Whether storage exists, so that a graph may use it; measuring is done eagerly."""
         if not state.units[self.rule] or self.measure:
             return False
-        return not (self.control.compiled and self._lacks_head(state))
+        return not (self.control.may_be_compiled and self._lacks_head(state))
 
     def _lacks_head(self, state: State) -> bool:
         """Whether a step in two parts has nowhere to keep its first block."""
@@ -151,7 +151,7 @@ class StackTarget:
         action = self.control.actions[self.rule]
         if self.control.phase == WHOLE and action not in (COMPUTE, REUSE):
             return self._route_probed(gate)
-        if action == REUSE and not self.control.compiled:
+        if action == REUSE and not self.control.may_be_compiled:
             return iter(self._handed(gate) if gate.handed is None else gate.handed)
         return iter(self._ported(gate, self._listed(gate)))
 
@@ -271,7 +271,7 @@ class StackTarget:
         out, text, extra = exit
         if segment not in units:
             units[segment] = self._unit(hidden, encoder, exit)
-        if self.control.compiled and self._lacks_head(state):
+        if self.control.may_be_compiled and self._lacks_head(state):
             self._allocate_head(hidden, encoder)
         unit = units[segment]
         based, texted, extras = unit.template
