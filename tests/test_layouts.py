@@ -329,6 +329,22 @@ def test_models_with_transposed_hidden_states(name: str, recipe: str, dtype: Any
         assert ((a - b).norm() / b.norm()).item() < (1e-2 if dtype else 1e-5)
 
 
+@pytest.mark.skipif(interpreted.INTERPRETS, reason="no op runs in a graph")
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_graphs_read_and_write_transposed_storage(name: str) -> None:
+    recipe = RECIPES["taylor"]
+    want, _ = cached_run(name, recipe)
+    model, inputs = tiny.build(name)
+    torch._dynamo.reset()
+    with fastcache.enable(model, recipe) as cache:
+        compiled = fastcache.compile(model, backend="eager")
+        for i, step in enumerate(tiny.trajectory(name, inputs, 6)):
+            with cache.context("cond", step_index=i):
+                torch.testing.assert_close(tiny.output(compiled, step), want[i])
+        (buffer,) = buffers(cache.denoisers[0].slots.states[0, "cond"])
+        assert buffer.stride(2) == 1 < buffer.stride(3) and cache.stats.reused
+
+
 def test_offloaded_storage_comes_back_in_its_layout() -> None:
     model, inputs = tiny.build("SkyReelsV2")
     recipe, steps = Recipe(Interval(3), Taylor(1)), tiny.trajectory("SkyReelsV2", inputs, 6)

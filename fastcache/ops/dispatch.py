@@ -231,16 +231,17 @@ def resolve(
             dense = False
         if t.dtype != dtype:
             uniform = False
-    if dense and uniform and _implements(name, op):
-        return function(name, op), tensors
-    if not _implements(name, op):
+    run = _kernel(name, op)
+    if dense and uniform and run is not None:
+        return run, tensors
+    if run is None:
         lack = "has no kernel for it"
     elif not (uniform or _takes_dtypes(name, op, tensors)):
         lack = "has no kernel for this mix of dtypes"
     else:
         views = tensors if dense else _laid_out(op, tensors, outputs, per_sample)
         if views is not None:
-            return function(name, op), views
+            return run, views
         lack = "has no kernel that writes to this layout"
     if name in _ON_GPU:
         _report(op, tensors, f"backend {name!r} {lack}")
@@ -248,8 +249,10 @@ def resolve(
 
 
 @cache
-def _implements(name: str, op: str) -> bool:
-    return function(name, op) is not function(REFERENCE, op)
+def _kernel(name: str, op: str) -> Callable | None:
+    """The kernel that a backend has for an op, if it has one."""
+    run = function(name, op)
+    return None if run is function(REFERENCE, op) else run
 
 
 def _takes_dtypes(name: str, op: str, tensors: list[Tensor]) -> bool:

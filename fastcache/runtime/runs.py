@@ -10,7 +10,7 @@ from torch import nn
 
 from ..policies import Step
 from ..recipe import Recipe
-from ..storage.pool import Slots, follow
+from ..storage.pool import Slots
 from ..storage.state import State
 from ..targets.guidance import GuidanceTarget
 from .branches import MOST, BranchDetector
@@ -80,8 +80,6 @@ class Runs:
         timestep = told if told is not None else steps.read(state, call, args, kwargs)
         if state.signature != signature:
             self.pool.adopt(state, signature)
-        if self.pool.streams:
-            follow(state)
         return state, self.step(state, call, timestep)
 
     def step(self, state: State, call: Context, timestep: float | None) -> Step:

@@ -79,19 +79,18 @@ class Staged:
         if facts not in self.known:
             if len(self.known) == KNOWN:
                 self.known.clear()
-            self.known[facts] = upload(self._packed(facts), self.packed.device)
+            self.known[facts] = upload(_packed(facts), self.packed.device)
         self.packed.copy_(self.known[facts])
         self.now = facts
 
-    def _packed(self, facts: tuple[tuple[float, ...], ...]) -> Tensor:
-        """Facts as they lie in memory, on the host."""
-        parts = []
-        for values, dtype in zip(
-            facts, (torch.int64, torch.int64, *2 * [torch.float32]), strict=True
-        ):
-            part = torch.tensor(values, dtype=dtype).view(torch.int32)
-            parts.append(torch.nn.functional.pad(part, (0, padded(len(part)) - len(part))))
-        return torch.cat(parts)
+
+def _packed(facts: tuple[tuple[float, ...], ...]) -> Tensor:
+    """The order, row, weights and scale of a step as a `Staged` keeps them, on the host."""
+    parts = []
+    for values, dtype in zip(facts, 2 * [torch.int64] + 2 * [torch.float32], strict=True):
+        part = torch.tensor(values, dtype=dtype).view(torch.int32)
+        parts.append(torch.nn.functional.pad(part, (0, padded(len(part)) - len(part))))
+    return torch.cat(parts)
 
 
 def stage(timeline: Timeline, weights: Sequence[float], step: int, device: torch.device) -> None:

@@ -112,16 +112,18 @@ class ModulesTarget:
         state: State = self.control.state
         steps, width = state.timelines[self.rule].steps, 1 + self.predictor.depth
         assert isinstance(self.predictor, Extrapolate)
+        stored = [n for n in self.nodes if n.unit is not None and n.unit.streams]
+        if not stored:
+            return
         if self.table is None:
-            held = next(u.streams[0] for u in state.units[self.rule].values() if u.streams)
-            device = held.tensors()[0].device
+            device = stored[0].unit.streams[0].tensors()[0].device  # type: ignore[union-attr]
             self.table = allocate((len(self.nodes), padded(width)), torch.float32, device)
             for node, row in zip(self.nodes, self.table.unbind(0), strict=True):
                 node.weights = static(row[:width])
-        rows = []
-        for node in self.nodes:
+        rows = [[0.0] * self.table.shape[1] for _ in self.nodes]
+        for node in stored:
             weights = self.predictor.weights(steps, state.armed_step, node.module)
-            rows.append([0.0, *weights, *[0.0] * (self.table.shape[1] - 1 - len(weights))])
+            rows[node.key][1 : 1 + len(weights)] = weights
         if rows != self.told:
             self.table.copy_(upload(torch.tensor(rows), self.table.device))
             self.told = rows

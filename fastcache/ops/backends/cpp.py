@@ -3,7 +3,8 @@
 The shared object holds the operators `fastcache_C::*`. It is loaded on first use, never at import.
 Every tensor may be float32, float16 or bfloat16, independently of the others within the limits of
 `takes_dtypes`; each is contiguous or dense within its samples (a token range of [B, T, C]), guides
-also within their rows alone (every k-th token).
+also within their rows alone (every k-th token). What lies in another order of dimensions comes here
+as a view that is so: `dispatch.resolve` sees to it.
 """
 
 from __future__ import annotations
