@@ -27,9 +27,12 @@ def three(shape, dtype, offset=0, count=3):
 
 
 @pytest.mark.skipif(not HEADER.exists(), reason="needs the source tree")
-def test_the_workspace_has_the_size_that_the_kernels_expect():
-    pairs = int(re.search(r"MAX_PARTIALS = (\d+)", HEADER.read_text())[1])
-    assert 1 + 2 * pairs == cuda.WORKSPACE
+def test_scratch_memory_has_the_size_that_the_kernels_expect():
+    assert int(re.search(r"BLOCKS = (\d+)", HEADER.read_text())[1]) == cuda.BLOCKS
+    assert "return 1 + 2 * (samples > BLOCKS ? samples : BLOCKS);" in HEADER.read_text()
+    for shape, samples in (((3, 4), 3), ((4096, 2), 4096), ((), 1)):
+        size = cuda._scratch(torch.empty(shape, device="meta")).numel()
+        assert size == 1 + 2 * max(cuda.BLOCKS, samples)
 
 
 def test_without_a_gpu_the_reason_is_said_and_a_call_repeats_it():
@@ -87,15 +90,34 @@ def test_repeated_calls_and_overlapping_streams_give_the_same_bits():
 
 
 @gpu
-def test_a_captured_decision_follows_its_inputs():
-    y, x, prev = three((1, 300, 512), torch.bfloat16)
-    prev.copy_(y - x)
-    flag = torch.full((1,), -1, dtype=torch.int32, device="cuda")
-    cuda.decide(flag, cuda.residual_l1(y, x, prev), 0.1)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        cuda.decide(flag, cuda.residual_l1(y, x, prev), 0.1)
-    for scale, compute in ((1.0, 0), (3.0, 1), (1.0, 0)):
+def test_captured_metrics_replay_beside_others():
+    y, x, prev = three((2, 300, 512), torch.bfloat16)
+    graphs, results = [], []
+    for _ in range(3):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            results.append(cuda.residual_l1(y, x, prev))
+    for scale in (1.0, 3.0):
         y.copy_(x + scale * prev)
-        graph.replay()
-        assert flag.item() == compute
+        want = cuda.residual_l1(y, x, prev)
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in graphs]
+        for _ in range(20):
+            for graph, stream in zip(graphs, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            assert torch.equal(cuda.residual_l1(y, x, prev), want)
+        torch.cuda.synchronize()
+        assert all(torch.equal(r, want) for r in results)
+
+
+@gpu
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_results_go_where_they_are_wanted(per_sample):
+    y, x, prev = three((3, 129, 512), torch.float32)
+    for name, result in (("residual_l1", "sums"), ("residual_magnitude", "mean")):
+        kernel = getattr(cuda, name)
+        want = kernel(y, x, prev, per_sample=per_sample)
+        got = torch.full_like(want, torch.nan)
+        assert kernel(y, x, prev, per_sample=per_sample, **{result: got}) is got
+        assert torch.equal(got, want)

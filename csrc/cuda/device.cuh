@@ -9,9 +9,6 @@
 namespace fastcache::cuda {
 
 constexpr int THREADS = 256;
-// Blocks per launch of a reduction, fixed so that the bits do not depend on the GPU: with 256
-// threads and at most 64 registers four blocks fit on an SM, and 512 is one wave on 132 of them.
-constexpr int64_t BLOCKS = 512;
 
 __device__ inline float widen(float v) { return v; }
 __device__ inline float widen(__half v) { return __half2float(v); }
@@ -87,7 +84,7 @@ __device__ inline bool last_block(unsigned* counter) {
   return last;
 }
 
-// Adds up `count` partials in a fixed order; they were written by other blocks, hence not from L1.
+// Partials go between blocks, hence past L1: written with __stcg, and added up in a fixed order.
 __device__ inline double sum_partials(const double* partial, int64_t count, int stride) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += THREADS) sum += __ldcg(partial + i * stride);

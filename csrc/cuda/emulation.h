@@ -1,9 +1,12 @@
-// Enough of CUDA to run these kernels on the host, for tests: blocks one after the other, last
-// first, the threads of a block as fibres that switch at barriers and shuffles.
+// Enough of CUDA to run these kernels on the host, for tests. The threads of a block are fibres that
+// switch at barriers and shuffles. Blocks run one after the other in random order: those of the
+// launches at the head of all streams mixed, each stream in the order of its launches. What a block
+// writes with __stcg reaches memory with a fence, or, where none comes before the next atomic, with
+// the end of the launch: other blocks may all run in between.
 //
-// It checks indices, barriers, the reduction tree and the last-block logic. It says nothing about
-// memory ordering between blocks, alignment or speed. tests/test_cuda_build.py compiles it together
-// with the .cu files, their <<<launches>>> rewritten.
+// It checks indices, barriers, the reduction tree, the last-block logic, what is fenced and which
+// launches share memory. It says nothing about blocks that run at once, alignment or speed.
+// tests/test_cuda_emulation.py compiles it together with the .cu files, their <<<launches>>> rewritten.
 #pragma once
 
 #include <ucontext.h>
@@ -11,22 +14,25 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <map>
 #include <memory>
+#include <random>
 #include <stdexcept>
 #include <vector>
 
 #define __global__ static
 #define __device__
 #define __shared__ static  // one block at a time
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {}
 };
-struct uint4 {
+struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
@@ -65,9 +71,17 @@ struct Fibre {
   static constexpr size_t STACK = 65536;
 };
 
+// A write that other blocks do not see yet.
+struct Write {
+  double* to;
+  double value;
+  unsigned thread, generation;
+};
+
 struct Block {
   std::vector<Fibre> fibres;
   std::vector<Barrier> warps;
+  std::vector<Write> writes, late;
   Barrier all;
   double lanes[1024];
   std::function<void()> body;
@@ -77,6 +91,17 @@ struct Block {
 
 inline Block* block;
 inline dim3 grid, block_index;
+
+// The calling thread's writes become visible, and those that a barrier put before its fence.
+inline void fence() {
+  std::vector<Write> held;
+  for (const Write& write : block->writes) {
+    if (write.thread == block->current || write.generation < block->all.generation)
+      *write.to = write.value;
+    else held.push_back(write);
+  }
+  block->writes = held;
+}
 
 inline void yield() { swapcontext(&block->fibres[block->current].context, &block->scheduler); }
 
@@ -102,7 +127,8 @@ inline void entry() {
   yield();
 }
 
-inline void run(unsigned threads, const std::function<void()>& body) {
+// Runs one block; returns the writes that no fence made visible in time.
+inline std::vector<Write> run_block(unsigned threads, const std::function<void()>& body) {
   Block here;
   here.fibres = std::vector<Fibre>(threads);
   here.warps.resize(threads / 32);
@@ -129,6 +155,55 @@ inline void run(unsigned threads, const std::function<void()>& body) {
       running -= here.fibres[t].done;
     }
   }
+  here.late.insert(here.late.end(), here.writes.begin(), here.writes.end());
+  return here.late;
+}
+
+// What a stream has been given to do: a kernel, or one block that is no kernel's (a memset).
+struct Job {
+  dim3 blocks;
+  unsigned threads;
+  std::function<void()> body;
+  std::vector<int64_t> left;
+  std::vector<Write> writes;
+};
+
+inline std::map<void*, std::deque<Job>> streams;
+inline std::mt19937 dice;
+inline bool held = false;  // jobs wait until they are let go
+inline std::map<void*, bool> capturing;
+
+inline int64_t any(int64_t count) { return static_cast<int64_t>(dice() % count); }
+
+inline void run_all() {
+  while (!streams.empty()) {
+    const auto at = std::next(streams.begin(), any(streams.size()));
+    Job& job = at->second.front();
+    if (job.left.empty()) {
+      for (const Write& write : job.writes) *write.to = write.value;
+      at->second.pop_front();
+      if (at->second.empty()) streams.erase(at);
+      continue;
+    }
+    std::swap(job.left[any(job.left.size())], job.left.back());
+    const int64_t i = job.left.back();
+    job.left.pop_back();
+    grid = job.blocks;
+    block_index = dim3(i % grid.x, i / grid.x);
+    if (!job.threads) {
+      job.body();
+      continue;
+    }
+    const std::vector<Write> writes = run_block(job.threads, job.body);
+    job.writes.insert(job.writes.end(), writes.begin(), writes.end());
+  }
+}
+
+inline void enqueue(void* stream, dim3 blocks, unsigned threads, std::function<void()> body) {
+  std::vector<int64_t> left(int64_t(blocks.x) * blocks.y);
+  for (size_t i = 0; i < left.size(); ++i) left[i] = static_cast<int64_t>(i);
+  streams[stream].push_back({blocks, threads, std::move(body), std::move(left), {}});
+  if (!held) run_all();
 }
 
 template <class Kernel>
@@ -136,20 +211,17 @@ struct Launch {
   Kernel kernel;
   dim3 blocks;
   unsigned threads;
+  void* stream;
 
   template <class... Args>
   void operator()(Args... args) const {
-    grid = blocks;
-    for (int64_t i = int64_t(blocks.x) * blocks.y - 1; i >= 0; --i) {
-      block_index = dim3(i % blocks.x, i / blocks.x);
-      run(threads, [&] { kernel(args...); });
-    }
+    enqueue(stream, blocks, threads, [=, kernel = kernel] { kernel(args...); });
   }
 };
 
 template <class Kernel>
-Launch<Kernel> launch(Kernel kernel, dim3 blocks, unsigned threads) {
-  return {kernel, blocks, threads};
+Launch<Kernel> launch(Kernel kernel, dim3 blocks, unsigned threads, void* stream) {
+  return {kernel, blocks, threads, stream};
 }
 
 }  // namespace emulation
@@ -159,7 +231,7 @@ Launch<Kernel> launch(Kernel kernel, dim3 blocks, unsigned threads) {
 #define gridDim emulation::grid
 
 inline void __syncthreads() { emulation::wait(emulation::block->all); }
-inline void __threadfence() {}
+inline void __threadfence() { emulation::fence(); }
 inline double __shfl_down_sync(unsigned, double v, unsigned step) {
   return emulation::shuffle(v, emulation::block->current % 32 + step);
 }
@@ -170,22 +242,33 @@ template <class T>
 T __ldcg(const T* p) {
   return *p;
 }
+inline void __stcg(double* to, double value) {
+  const auto& block = *emulation::block;
+  emulation::block->writes.push_back({to, value, block.current, block.all.generation});
+}
 template <class T>
 T __ldg(const T* p) {
   return *p;
 }
 inline unsigned atomicInc(unsigned* counter, unsigned limit) {
+  auto &writes = emulation::block->writes, &late = emulation::block->late;
+  late.insert(late.end(), writes.begin(), writes.end());
+  writes.clear();
   const unsigned old = *counter;
   *counter = old >= limit ? 0 : old + 1;
   return old;
 }
 
 typedef void* cudaStream_t;
-typedef uint64_t cudaGraphConditionalHandle;
 enum cudaError_t { cudaSuccess };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
-inline uint64_t condition[2];
-inline void cudaGraphSetConditional(cudaGraphConditionalHandle handle, unsigned value) {
-  condition[0] = handle, condition[1] = value;
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = emulation::capturing[stream] ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  emulation::enqueue(stream, dim3(1), 0, [=] { memset(to, value, bytes); });
+  return cudaSuccess;
 }

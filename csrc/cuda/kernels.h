@@ -18,30 +18,23 @@ struct Terms {
   int count;
 };
 
-// Scratch memory of the reductions: one counter, zero before and after each launch, and the partial
-// sums. Launches that may overlap, that is those of different streams, need one each.
-struct Workspace {
-  unsigned* counter;
-  double* partial;  // MAX_PARTIALS pairs
-};
+// Blocks per launch of a reduction, fixed so that the bits do not depend on the GPU: with 256
+// threads and at most 64 registers four blocks fit on an SM, and 512 is one wave on 132 of them.
+constexpr int64_t BLOCKS = 512;
 
-constexpr int64_t MAX_PARTIALS = 65536;
+// Doubles that a reduction of `samples` samples wants as scratch memory of its own, unset: a counter
+// that it may need, and two partial sums per block.
+inline int64_t scratch_of(int64_t samples) { return 1 + 2 * (samples > BLOCKS ? samples : BLOCKS); }
 
 // sums: float [2], or [samples, 2] if per_sample; out <- r unless absent
 const char* residual_l1(Type type, Shape shape, Operand y, Operand x, Operand prev, Operand out,
-                        bool per_sample, float* sums, Workspace workspace, void* stream);
+                        bool per_sample, float* sums, double* scratch, void* stream);
 
 // mean: float [1], or [samples, 1] if per_sample; out may be prev
 const char* residual_magnitude(Type type, Shape shape, Operand y, Operand x, Operand prev,
                                Operand out, double eps, bool per_sample, float* mean,
-                               Workspace workspace, void* stream);
+                               double* scratch, void* stream);
 
 const char* linear_combine(Type type, Shape shape, Operand out, const Terms& terms, void* stream);
-
-// flag <- 0 if sums[0] / sums[1] <= threshold, else 1, also for NaN: 1 means compute.
-// `conditional`, unless 0, is the cudaGraphConditionalHandle of a node that runs while the flag is
-// set.
-const char* decide(const float* sums, double threshold, int32_t* flag, uint64_t conditional,
-                   void* stream);
 
 }  // namespace fastcache::cuda

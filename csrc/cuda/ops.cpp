@@ -1,5 +1,5 @@
 // The operators fastcache_cuda::* on torch's stable ABI. The only file here that knows torch, and
-// it knows no CUDA header; the workspace of the reductions comes from fastcache/ops/backends/cuda.py.
+// it knows no CUDA header; scratch memory of the reductions comes from fastcache/ops/backends/cuda.py.
 //
 // Compiled without a GPU; nothing here has run on one yet.
 #include <torch/csrc/stable/accelerator.h>
@@ -42,16 +42,14 @@ class UniformCall : public Call {
 
 void check(const char* op, const char* error) { STD_TORCH_CHECK(!error, op, ": ", error); }
 
-// One int64 for the counter, then the partial sums.
-Workspace workspace_of(const Tensor& memory) {
-  STD_TORCH_CHECK(memory.is_contiguous() && memory.element_size() == 8 &&
-                      memory.numel() == 1 + 2 * MAX_PARTIALS,
-                  "workspace must be 64-bit with ", 1 + 2 * MAX_PARTIALS, " elements");
-  auto* data = static_cast<double*>(memory.data_ptr());
-  return {reinterpret_cast<unsigned*>(data), data + 1};
+double* scratch_in(const Tensor& memory, const Shape& shape) {
+  const int64_t wanted = scratch_of(shape.samples);
+  STD_TORCH_CHECK(memory.is_contiguous() && memory.element_size() == 8 && memory.numel() >= wanted,
+                  "scratch must be 64-bit with ", wanted, " elements");
+  return static_cast<double*>(memory.data_ptr());
 }
 
-void op_residual_l1(Tensor sums, Tensor workspace, Tensor y, Tensor x, Tensor prev,
+void op_residual_l1(Tensor sums, Tensor scratch, Tensor y, Tensor x, Tensor prev,
                     std::optional<Tensor> out, bool per_sample) {
   UniformCall call(y, per_sample);
   const Operand at_y = call.add(y, "y"), at_x = call.add(x, "x"), at_prev = call.add(prev, "prev");
@@ -59,10 +57,10 @@ void op_residual_l1(Tensor sums, Tensor workspace, Tensor y, Tensor x, Tensor pr
   const Shape shape = call.shape();
   float* result = result_of(sums, per_sample ? 2 * shape.samples : 2, "sums");
   check("residual_l1", residual_l1(call.type, shape, at_y, at_x, at_prev, at_out, per_sample,
-                                   result, workspace_of(workspace), Stream(y)));
+                                   result, scratch_in(scratch, shape), Stream(y)));
 }
 
-void op_residual_magnitude(Tensor mean, Tensor workspace, Tensor y, Tensor x, Tensor prev,
+void op_residual_magnitude(Tensor mean, Tensor scratch, Tensor y, Tensor x, Tensor prev,
                            std::optional<Tensor> out, double eps, bool per_sample) {
   UniformCall call(y, per_sample);
   const Operand at_y = call.add(y, "y"), at_x = call.add(x, "x"), at_prev = call.add(prev, "prev");
@@ -71,7 +69,7 @@ void op_residual_magnitude(Tensor mean, Tensor workspace, Tensor y, Tensor x, Te
   float* result = result_of(mean, per_sample ? shape.samples : 1, "mean");
   check("residual_magnitude",
         residual_magnitude(call.type, shape, at_y, at_x, at_prev, at_out, eps, per_sample, result,
-                           workspace_of(workspace), Stream(y)));
+                           scratch_in(scratch, shape), Stream(y)));
 }
 
 void combine(const Tensor& out, const std::vector<Tensor>& tensors, Terms terms) {
@@ -99,28 +97,18 @@ void op_linear_combine_device(Tensor out, std::vector<Tensor> tensors, Tensor we
   combine(out, tensors, terms);
 }
 
-void op_decide(Tensor flag, Tensor sums, double threshold, int64_t conditional) {
-  int32_t code;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(flag.get(), &code));
-  STD_TORCH_CHECK(code == aoti_torch_dtype_int32() && flag.numel() == 1, "flag must be one int32");
-  check("decide",
-        decide(result_of(sums, 2, "sums"), threshold, static_cast<int32_t*>(flag.data_ptr()),
-               static_cast<uint64_t>(conditional), Stream(sums)));
-}
-
 }  // namespace
 }  // namespace fastcache::cuda
 
 STABLE_TORCH_LIBRARY(fastcache_cuda, m) {
   m.def(
-      "residual_l1(Tensor(a!) sums, Tensor(b!) workspace, Tensor y, Tensor x, Tensor prev, "
+      "residual_l1(Tensor(a!) sums, Tensor(b!) scratch, Tensor y, Tensor x, Tensor prev, "
       "Tensor(c!)? out, bool per_sample) -> ()");
   m.def(
-      "residual_magnitude(Tensor(a!) mean, Tensor(b!) workspace, Tensor y, Tensor x, Tensor prev, "
+      "residual_magnitude(Tensor(a!) mean, Tensor(b!) scratch, Tensor y, Tensor x, Tensor prev, "
       "Tensor(c!)? out, float eps, bool per_sample) -> ()");
   m.def("linear_combine(Tensor(a!) out, Tensor[] tensors, float[] weights) -> ()");
   m.def("linear_combine_device(Tensor(a!) out, Tensor[] tensors, Tensor weights) -> ()");
-  m.def("decide(Tensor(a!) flag, Tensor sums, float threshold, int conditional) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcache_cuda, CUDA, m) {
@@ -128,5 +116,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastcache_cuda, CUDA, m) {
   m.impl("residual_magnitude", TORCH_BOX(&fastcache::cuda::op_residual_magnitude));
   m.impl("linear_combine", TORCH_BOX(&fastcache::cuda::op_linear_combine));
   m.impl("linear_combine_device", TORCH_BOX(&fastcache::cuda::op_linear_combine_device));
-  m.impl("decide", TORCH_BOX(&fastcache::cuda::op_decide));
 }

@@ -1,4 +1,5 @@
 // Calibration of MagCache: the mean ratio of token norms in one launch, a warp per token.
+#include "counters.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 
@@ -31,7 +32,7 @@ __device__ double warp_sum(double v) {
 template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(THREADS)
     kernel(Shape shape, Operand y, Operand x, Operand prev, Operand out, double eps,
-           bool per_sample, float* result, Workspace workspace) {
+           bool per_sample, float* result, double* partial, Counter counter) {
   const int64_t b = blockIdx.y, rows = shape.length / shape.width;
   const int lane = threadIdx.x % 32;
   constexpr int W = ALIGNED ? WIDE<T> : 1;
@@ -53,12 +54,12 @@ __global__ void __launch_bounds__(THREADS)
   }
 
   const double mine = block_sum(ratios);
-  if (threadIdx.x == 0) workspace.partial[b * gridDim.x + blockIdx.x] = mine;
-  if (!last_block(workspace.counter)) return;
+  if (threadIdx.x == 0) __stcg(partial + b * gridDim.x + blockIdx.x, mine);
+  if (!last_block(counter.address())) return;
   const int64_t groups = per_sample ? gridDim.y : 1,
                 count = gridDim.x * int64_t(gridDim.y) / groups;
   for (int64_t g = 0; g < groups; ++g) {
-    const double total = sum_partials(workspace.partial + g * count, count, 1);
+    const double total = sum_partials(partial + g * count, count, 1);
     if (threadIdx.x == 0) result[g] = static_cast<float>(total / (rows * (gridDim.y / groups)));
   }
 }
@@ -67,17 +68,21 @@ __global__ void __launch_bounds__(THREADS)
 
 const char* residual_magnitude(Type type, Shape shape, Operand y, Operand x, Operand prev,
                                Operand out, double eps, bool per_sample, float* mean,
-                               Workspace workspace, void* stream) {
+                               double* scratch, void* stream) {
   const dim3 grid(blocks_for(shape.length / shape.width * 32, shape.samples), shape.samples);
-  if (grid.x * int64_t(grid.y) > MAX_PARTIALS || shape.samples > 65535) return "too many samples";
+  if (shape.samples > 65535) return "too many samples";
   // a row that is not a multiple of 16 bytes moves the next one off its alignment
   const bool wide =
       aligned(type, shape, {y, x, prev, out}) && shape.width * size_of(type) % 16 == 0;
+  const auto s = static_cast<cudaStream_t>(stream);
+  Counter counter;
+  if (const char* error = counter_for(s, reinterpret_cast<unsigned*>(scratch), &counter))
+    return error;
   return with_type(type, [&](auto tag) {
     using T = decltype(tag);
     const auto launched = wide ? kernel<T, true> : kernel<T, false>;
-    launched<<<grid, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(shape, y, x, prev, out, eps,
-                                                                      per_sample, mean, workspace);
+    launched<<<grid, THREADS, 0, s>>>(shape, y, x, prev, out, eps, per_sample, mean, scratch + 1,
+                                      counter);
   });
 }
 

@@ -1,8 +1,8 @@
 """The CUDA C++ kernels: the functions of `reference.py`, under the same names.
 
 Built only where nvcc and a CUDA build of torch are present; none of it has run on a GPU yet. The
-shared object holds the operators `fastcache_cuda::*`: both metrics in a single launch each,
-weighted sums of up to five tensors of one dtype, and the first-block decision on the device.
+shared object holds the operators `fastcache_cuda::*`: both metrics in a single launch each, and
+weighted sums of up to five tensors of one dtype.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from . import cpp
 
 __all__ = [
     "available",
-    "decide",
     "guidance_combine",
     "linear_combine",
     "residual_apply",
@@ -35,7 +34,7 @@ __all__ = [
 LIBRARY = Path(__file__).parents[2] / "_cuda_ops.so"
 
 
-WORKSPACE = 1 + 2 * 65536  # csrc/cuda/kernels.h: a counter and MAX_PARTIALS pairs, 8 bytes each
+BLOCKS = 512  # of a reduction, csrc/cuda/kernels.h
 
 
 @cache
@@ -61,17 +60,9 @@ def _op(name: str) -> Callable[..., None]:
     return getattr(torch.ops.fastcache_cuda, name).default
 
 
-@cache
-def _stream_workspace(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(WORKSPACE, dtype=torch.int64, device=device)
-
-
-def _workspace(device: torch.device) -> Tensor:
-    """Zeros that no other stream uses; a launch leaves its counter at zero."""
-    if torch.cuda.is_current_stream_capturing():
-        # the graph's own: its zeroing is captured too, and has not happened yet
-        return torch.zeros(WORKSPACE, dtype=torch.int64, device=device)
-    return _stream_workspace(device, torch.cuda.current_stream(device).cuda_stream)
+def _scratch(y: Tensor) -> Tensor:
+    """Memory for the partial sums of a reduction, of this call alone (`scratch_of` in kernels.h)."""
+    return y.new_empty(1 + 2 * max(BLOCKS, y.shape[0] if y.dim() else 1), dtype=torch.float64)
 
 
 def takes_dtypes(op: str, dtypes: Sequence[torch.dtype]) -> bool:
@@ -82,12 +73,18 @@ def takes_dtypes(op: str, dtypes: Sequence[torch.dtype]) -> bool:
 
 
 def residual_l1(
-    y: Tensor, x: Tensor, prev: Tensor, out: Tensor | None = None, per_sample: bool = False
+    y: Tensor,
+    x: Tensor,
+    prev: Tensor,
+    out: Tensor | None = None,
+    per_sample: bool = False,
+    sums: Tensor | None = None,
 ) -> Tensor:
+    if sums is None:
+        sums = y.new_empty((y.shape[0], 2) if per_sample else 2, dtype=torch.float32)
     if not y.numel():
-        return reference.residual_l1(y, x, prev, out, per_sample)
-    sums = y.new_empty((y.shape[0], 2) if per_sample else 2, dtype=torch.float32)
-    _op("residual_l1")(sums, _workspace(y.device), y, x, prev, out, per_sample)
+        return sums.zero_()
+    _op("residual_l1")(sums, _scratch(y), y, x, prev, out, per_sample)
     return sums
 
 
@@ -98,11 +95,13 @@ def residual_magnitude(
     out: Tensor | None = None,
     eps: float = 1e-8,
     per_sample: bool = False,
+    mean: Tensor | None = None,
 ) -> Tensor:
+    if mean is None:
+        mean = y.new_empty((y.shape[0], 1) if per_sample else 1, dtype=torch.float32)
     if not y.numel():
-        return reference.residual_magnitude(y, x, prev, out, eps, per_sample)
-    mean = y.new_empty((y.shape[0], 1) if per_sample else 1, dtype=torch.float32)
-    _op("residual_magnitude")(mean, _workspace(y.device), y, x, prev, out, eps, per_sample)
+        return mean.copy_(reference.residual_magnitude(y, x, prev, out, eps, per_sample))
+    _op("residual_magnitude")(mean, _scratch(y), y, x, prev, out, eps, per_sample)
     return mean
 
 
@@ -120,11 +119,3 @@ def linear_combine(
     if out.numel():
         op = "linear_combine_device" if isinstance(weights, Tensor) else "linear_combine"
         _op(op)(out, tensors, weights)
-
-
-def decide(flag: Tensor, sums: Tensor, threshold: float, conditional: int = 0) -> None:
-    """flag (one int32) <- 0 if sums[0] / sums[1] <= threshold, else 1: 1 means compute.
-
-    conditional: the handle of a CUDA graph's conditional node, which runs while the flag is set.
-    """
-    _op("decide")(flag, sums, threshold, conditional)
