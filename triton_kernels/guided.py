@@ -20,7 +20,7 @@ from . import reduction
 from .counters import counters
 from .geometry import WARPS, cdiv, row_tile, widest
 from .launcher import Launcher, Plan
-from .reduction import add_up, program_count
+from .reduction import add_up, spread
 
 # Elements per tile. With the number of programs it defines the bits of the sums.
 TILE = 2048
@@ -159,8 +159,8 @@ def _sums_plan(tensors: Sequence[Tensor], per_sample: bool) -> Plan:
         groups, rows = 1, guide.numel() // width
         s_guides, r_guides = (0,) * len(tensors), (width,) * len(tensors)
     tile = row_tile(width, TILE)
-    each = program_count(cdiv(rows, tile[0]))
-    results, count = (groups, each) if per_sample else (1, groups * each)
+    # with up to 80 registers three programs share a multiprocessor: 384 are one wave
+    each, (results, count) = spread(cdiv(rows, tile[0]), groups, per_sample, share=0.75)
     order, fold = len(tensors) - 2, 16 // widest(tensors)
     constants = (order, *tile, fold, reduction.PROGRAMS // 4)  # a row of 4 * K needs room
     numbers = (s_guides, r_guides, rows, width, each, count, *constants)

@@ -24,12 +24,12 @@ def _combine_block(
     p_out, p_copy, p_terms, weights, s_out, s_copy, s_terms, i_s, o_n, m_n, ON_DEVICE: tl.constexpr
 ):
     b_first = tl.load(p_terms[0] + i_s * s_terms[0] + o_n, mask=m_n).to(tl.float32)
-    if p_copy is not None:
-        tl.store(p_copy + i_s * s_copy + o_n, b_first.to(p_copy.dtype.element_ty), mask=m_n)
     b_out = b_first * (tl.load(weights) if ON_DEVICE else weights[0])
     for i in tl.static_range(1, len(p_terms)):
         b_term = tl.load(p_terms[i] + i_s * s_terms[i] + o_n, mask=m_n).to(tl.float32)
         b_out += b_term * (tl.load(weights + i) if ON_DEVICE else weights[i])
+    if p_copy is not None:  # stores come last: the compiler moves no load across one
+        tl.store(p_copy + i_s * s_copy + o_n, b_first.to(p_copy.dtype.element_ty), mask=m_n)
     tl.store(p_out + i_s * s_out + o_n, b_out.to(p_out.dtype.element_ty), mask=m_n)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import triton
+
+from .aot import ask, disassembly
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -62,15 +62,7 @@ ATOMIC = r"\b(?:REDG?|ATOM[GS]?)\b"
 
 @cache
 def _nvidia(binary: bytes) -> Code:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-
-        def ask(tool: str, *flags: str) -> str:
-            command = [str(TOOLS / tool), *flags, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage, code = ask("cuobjdump", "--dump-resource-usage"), ask("nvdisasm", "-c", "-ndf")
+    usage, code = ask(binary, "cuobjdump", "--dump-resource-usage"), disassembly(binary)
     return Code(
         registers=_number(r"REG:(\d+)", usage),
         stack=_number(r"STACK:(\d+)", usage),

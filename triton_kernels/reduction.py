@@ -1,6 +1,6 @@
 """Sums over all programs of a launch, in fixed order, in that launch.
 
-A reduction runs P = min(ceil(n / block), PROGRAMS) programs per sample, which depends on the shape
+A reduction runs P = min(ceil(n / block), PROGRAMS) programs per result, which depends on the shape
 alone. Each writes its partial sums and then counts itself; the last to arrive adds up the partials
 of all, by index. Which program that is does not matter: equal inputs give equal bits on every run
 and every GPU. No float is added atomically.
@@ -18,9 +18,19 @@ import triton.language as tl
 PROGRAMS = 512
 
 
-def program_count(items: int) -> int:
-    """Programs for one sample that has `items` blocks or row tiles."""
-    return min(items, PROGRAMS)
+def spread(
+    items: int, samples: int, per_sample: bool, share: float = 1.0
+) -> tuple[int, tuple[int, int]]:
+    """(programs per sample, (results, programs per result)) for samples of `items` blocks or tiles.
+
+    All samples of one result share PROGRAMS, or a share of it; each result of several has as many.
+    """
+    most = int(share * PROGRAMS)
+    if per_sample:
+        each = min(items, most)
+        return each, (samples, each)
+    each = min(items, max(1, most // samples))
+    return each, (1, samples * each)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from . import reduction
 from .counters import counters
 from .geometry import WARPS, cdiv, samples, widest
 from .launcher import Launcher, Plan
-from .reduction import add_up, program_count
+from .reduction import add_up, spread
 
 # BLOCK and the number of programs define the bits of the sums: neither depends on the GPU.
 BLOCK = 4096
@@ -90,8 +90,7 @@ def _residual_l1_kernel(
 
 def _plan(tensors: Sequence[Tensor | None], per_sample: bool) -> Plan:
     groups, n, strides = samples(tensors[:4], per_sample)
-    each = program_count(cdiv(n, BLOCK))
-    results, count = (groups, each) if per_sample else (1, groups * each)
+    each, (results, count) = spread(cdiv(n, BLOCK), groups, per_sample)
     fold = 16 // widest([t for t in tensors[:3] if t is not None])
     numbers = (*strides, n, each, count, BLOCK, fold, reduction.PROGRAMS)
     return Plan(groups * each, numbers, results, 2 * results * count)

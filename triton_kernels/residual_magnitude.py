@@ -17,7 +17,7 @@ from . import reduction
 from .counters import counters
 from .geometry import WARPS, cdiv, row_tile, samples
 from .launcher import Launcher, Plan
-from .reduction import add_up, program_count
+from .reduction import add_up, spread
 
 # Elements per tile. With the number of programs it defines the bits of the result.
 TILE = 2048
@@ -87,8 +87,7 @@ def _plan(tensors: Sequence[Tensor | None], per_sample: bool) -> Plan:
     width = cast(Tensor, tensors[0]).shape[-1]
     rows = n // width
     tile = row_tile(width, TILE)
-    each = program_count(cdiv(rows, tile[0]))
-    results, count = (groups, each) if per_sample else (1, groups * each)
+    each, (results, count) = spread(cdiv(rows, tile[0]), groups, per_sample)
     scale = results / (groups * rows)
     numbers = (*strides, rows, width, scale, each, count, *tile, reduction.PROGRAMS)
     return Plan(groups * each, numbers, results, results * count)

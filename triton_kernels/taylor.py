@@ -18,9 +18,14 @@ BYTES = 4096
 @triton.jit
 def _taylor_block(p_factors, p_y, delta, s_factors, s_y, i_s, o_n, m_n):
     b_new = tl.load(p_y + i_s * s_y + o_n, mask=m_n).to(tl.float32)
+    if len(p_factors) > 1:
+        b_next = tl.load(p_factors[0] + i_s * s_factors[0] + o_n, mask=m_n).to(tl.float32)
     for j in tl.static_range(len(p_factors) - 1):
+        b_old = b_next
+        if j + 2 < len(p_factors):  # before the store, which the compiler moves no load across
+            p_next = p_factors[j + 1] + i_s * s_factors[j + 1] + o_n
+            b_next = tl.load(p_next, mask=m_n).to(tl.float32)
         p_factor = p_factors[j] + i_s * s_factors[j] + o_n
-        b_old = tl.load(p_factor, mask=m_n).to(tl.float32)
         tl.store(p_factor, b_new.to(p_factors[j].dtype.element_ty), mask=m_n)
         b_new = tl.div_rn(b_new - b_old, delta)
     p_last = p_factors[len(p_factors) - 1] + i_s * s_factors[len(p_factors) - 1] + o_n
