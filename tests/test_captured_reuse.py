@@ -162,6 +162,7 @@ def test_the_halves_of_a_guidance_batch(replays: Replays) -> None:
         ({"cudagraphs": 2}, "cudagraphs is 2"),
         ({"cudagraphs": None}, "cudagraphs is None"),
         ({"cudagraphs": "reuse", "on_device": True}, "leave one of the two out"),
+        ({"cudagraphs": True, "on_device": True}, "leave one of the two out"),
     ],
 )
 def test_choices_that_make_no_sense_are_refused(options: dict, message: str) -> None:

@@ -42,7 +42,7 @@ GRAPHED = [
     {"cudagraphs": "reuse", "frozen": True},
 ]
 CASES = [(method, options) for method in METHODS for options in GRAPHED]
-CASES += [("first_block", {"cudagraphs": True, "on_device": True})]
+CASES += [("first_block", {"on_device": True})]
 
 
 def problem(device: str) -> tuple[torch.nn.Module, Tensor, Tensor]:

@@ -145,7 +145,7 @@ class Compiled:
         if not (decider.ready(state) if misfit else self._enter_head(state, decider.when)):
             return self._denoiser.original(*args, **kwargs)
         if self._decider is not None:
-            return self._replayed(self._decider.run, state, args, kwargs)
+            return self._decider.run(state, args, kwargs)
         if misfit:
             decider.upload_prior(state)
         self._step(HEAD, args, kwargs)
@@ -224,8 +224,8 @@ def compile(
             time of a reused step. After a change of the model, compile it anew.
         on_device: experimental, for FirstBlockCacheConfig and torch 2.12 or later: one graph decides and goes
             on by torch.cond, and fastcache reads nothing back before the run ends or `cache.stats` is looked
-            at. Inductor itself reads the predicate once in a step, and captures neither branch under CUDA
-            graphs. As with frozen, changes of the model go unnoticed. Not yet run on a GPU.
+            at. Inductor itself reads the predicate once in a step, and captures no graph with torch.cond, so
+            it excludes cudagraphs. As with frozen, changes of the model go unnoticed. Not yet run on a GPU.
         kwargs: as for torch.compile; fullgraph is True unless given.
 
     Returns:
@@ -239,10 +239,10 @@ def compile(
         raise TypeError(f"compile: model is {type(model).__name__}, must be an nn.Module")
     if not isinstance(cudagraphs, bool | str) or cudagraphs not in COMPILED:
         raise ValueError(f'compile: cudagraphs is {cudagraphs!r}, must be False, True or "reuse"')
-    if on_device and cudagraphs == "reuse":
+    if on_device and cudagraphs:
         raise ValueError(
-            'compile: cudagraphs="reuse" leaves computed steps out of graphs, and the one graph of '
-            "on_device=True holds them; leave one of the two out"
+            f"compile: cudagraphs={cudagraphs!r} and on_device=True exclude each other, since Inductor captures "
+            "no graph that decides by torch.cond; leave one of the two out"
         )
     denoiser = denoisers_of(model)[0][1].__dict__.get(ATTACHED)
     if denoiser is None:

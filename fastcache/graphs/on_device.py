@@ -6,9 +6,9 @@ the step, replayed or computed. Its three parts are exported with their storage 
 `cache.stats`.
 
 What waits is up to what runs the graph. Inductor writes the condition as an `if` of the host around a read of
-the predicate (`pred.item()`), and under CUDA graphs it cuts the graph there: what comes before is captured,
-the branches are not, and the step waits for the device once, as it does without `on_device`. Only a runtime
-that captures torch.cond as a conditional node decides without the host. Not yet run on a GPU.
+the predicate (`pred.item()`), and captures no graph that has one, so there a step waits for the device once,
+as it does without `on_device`, and cannot be had with `cudagraphs`. Only a runtime that captures torch.cond as
+a conditional node decides without the host. Not yet run on a GPU.
 """
 
 from __future__ import annotations
