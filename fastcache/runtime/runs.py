@@ -84,6 +84,8 @@ class Runs:
 
     def step(self, state: State, call: Context, timestep: float | None) -> Step:
         """The step that comes now in a state; another run begins there where this is its first."""
+        if self.pool.streams:
+            follow(state)
         index, anew = self.steps.index(state, call, timestep)
         if anew:
             self.pool.begin_anew(state)
