@@ -81,7 +81,7 @@ def parse(text: str) -> tuple[list[Instruction], list[tuple[int, int]]]:
 
 @cache
 def kernel(case: str, dtype: torch.dtype) -> Kernel:
-    from fastcache.triton_kernels import aot
+    from fastcache.triton_kernels import aot, machine_code
     from fastcache.triton_kernels.launcher import Launcher
 
     plans = []
@@ -92,7 +92,7 @@ def kernel(case: str, dtype: torch.dtype) -> Kernel:
         )
         aot.cases(dtype)[case]()
     ((name, found),) = compiled
-    code, loops = parse(aot.disassembly(found.asm["cubin"]))
+    code, loops = parse(machine_code.disassembly(found.asm["cubin"]))
     return Kernel(
         name,
         aot.code_of(found).registers,

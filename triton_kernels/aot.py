@@ -17,14 +17,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from itertools import product
 
 import torch
@@ -46,7 +44,7 @@ from . import (
     residual_store,
     taylor_update,
 )
-from .machine_code import TOOLS, Code, code_of, tools_needed
+from .machine_code import Code, code_of, tools_needed
 
 ARCHS = (80, 90, 100)
 
@@ -183,20 +181,6 @@ def compile_only(arch: int | str) -> Iterator[list[tuple[str, triton.compiler.Co
     finally:
         triton.JITFunction.run = run
         driver._active = None
-
-
-def ask(binary: bytes, tool: str, *flags: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        command = [str(TOOLS / tool), *flags, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-@cache
-def disassembly(binary: bytes) -> str:
-    """The machine code of a cubin."""
-    return ask(binary, "nvdisasm", "-c", "-ndf")
 
 
 def _reason(error: BaseException) -> str:

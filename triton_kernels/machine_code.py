@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import triton
-
-from .aot import ask, disassembly
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -31,6 +31,20 @@ class Code:
     counts: int = 0
     fences: int = 0
     fused: int = 0
+
+
+def ask(binary: bytes, tool: str, *flags: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(TOOLS / tool), *flags, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def disassembly(binary: bytes) -> str:
+    """The machine code of a cubin."""
+    return ask(binary, "nvdisasm", "-c", "-ndf")
 
 
 def tools_needed(ttgir: str, op: str, threads: int) -> int:

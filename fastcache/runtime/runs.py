@@ -10,7 +10,7 @@ from torch import nn
 
 from ..policies import Step
 from ..recipe import Recipe
-from ..storage.pool import Slots
+from ..storage.pool import Slots, follow
 from ..storage.state import State
 from ..targets.guidance import GuidanceTarget
 from .branches import MOST, BranchDetector
