@@ -299,10 +299,12 @@ def test_storage_that_changes_streams_is_waited_for(monkeypatch: pytest.MonkeyPa
     unit.streams = [Ring(torch.empty(2, 4, device=device), one.timelines[0])]
     pools.follow(one)
     assert one.stream is first and not first.waits and not handed
-    pool.forget((0, "a"))  # whoever does this, no kernel is launched for it
+    pool.forget((0, "a"))  # which empties it
+    assert not first.waits
     now[0] = second
     other = pool.add((1, "a"))
     pool.adopt(other, signature)
+    pool.follow(other)
     assert other.units[0] is not one.units[0] and other.tensors()
     assert second.waits == [first] and [s for _, s in handed] == [second]
     pools.follow(other)
@@ -316,13 +318,15 @@ def test_storage_that_changes_streams_is_waited_for(monkeypatch: pytest.MonkeyPa
     assert second.waits == [first, first]
 
 
-def test_a_spare_is_empty_when_it_is_taken() -> None:
+def test_a_spare_is_emptied_once() -> None:
     target = toys.Model()
     with fastcache.enable(target, Recipe(Interval(2), Reuse())) as cache:
         toys.run(cache, target, toys.inputs())
         cache.reset()
         pool = cache.denoisers[0].slots
         (spare,) = pool.spares
-        fresh_state = pool.add((1, "default"))
-        pool.adopt(fresh_state, spare.signature)
-        assert fresh_state.tensors() and not any(t.any() for t in fresh_state.tensors())
+        held = [(t, t._version) for t in spare.tensors()]
+        assert held and not any(t.any() for t, _ in held)
+        pool.adopt(taken := pool.add((1, "default")), spare.signature)
+        assert taken.units is spare.units
+        assert all(t._version == before for t, before in held)

@@ -54,9 +54,7 @@ class Slots:
                 spare = self._spare(signature)
         self._take(state, spare or self.new(state.key))
         state.signature = signature
-        if self.streams:
-            follow(state)
-        state.restart()
+        state.begin_run()  # a spare is empty
 
     def end_run(self, state: State) -> None:
         """Note that the run of a state is over, if it had a step."""
@@ -70,11 +68,14 @@ class Slots:
         state.restart()
 
     def release(self, state: State) -> None:
-        """Give a state's storage to the spares, which empties it when it is taken; the state is left without."""
+        """Give a state's storage to the spares, emptied; the state itself is left without."""
         if state.signature is not None and any(state.units):
             spare = self.new(state.key)
             self._take(spare, state)
             spare.signature = state.signature
+            if self.streams:
+                follow(spare)
+            spare.empty()
             if not spare.away:
                 self.spares.append(spare)
             del self.spares[:-SPARES]
