@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcache
+from fastcache import sync
 from fastcache.runtime.denoiser import Denoiser
+from fastcache.runtime.stats import Record, known
 
 
 def enabled(method: str = "mag_cache", **changes: Any) -> tuple[fastcache.Cache, Any, toys.Clock]:
@@ -71,6 +73,19 @@ def test_the_end_of_a_run_reads_its_own_records_only():
     kept.extend(cache.stats._all[i] for i in range(len(cache.stats._all)))
     cache.stats._all = kept
     assert len(cache.stats) == 3 * toys.STEPS
+
+
+def test_late_signals_are_read_at_once(monkeypatch):
+    """The end of a run waits for the device once, not once per step."""
+    read: list[int] = []
+    monkeypatch.setattr(sync, "numbers", lambda v: read.append(len(v)) or torch.cat(v).tolist())
+    one = Record(0, "cond", 0, "reuse", None, None, "")
+    told = one._replace(signal=0.5)
+    guided, decided = torch.tensor([0.25]), torch.tensor([0.75, 0.0], dtype=torch.float64)
+    found = known([one, told, one._replace(signal=guided), one._replace(signal=decided)])
+    assert read == [2] and found[:2] == [one, told]
+    assert [(r.signal, r.action) for r in found[2:]] == [(0.25, "reuse"), (0.75, "compute")]
+    assert known([one, told]) == [one, told] and read == [2]
 
 
 class Zeroed(TorchDispatchMode):

@@ -36,7 +36,7 @@ class Decider:
             self._begin(state, step)
         control = self.control
         control.state, control.batch, control.phase = state, "full", WHOLE
-        decisions, actions = control.decisions, control.actions
+        decisions, actions, weights = control.decisions, control.actions, control.weights
         for i, inside, decider in self.rows:
             if inside:
                 decisions[i], actions[i] = PENDING_DECISION, PENDING
@@ -46,7 +46,9 @@ class Decider:
             if decision.action != REUSE:
                 continue
             if decider.weighted:
-                decider.weigh(state, step.index)
+                weights[i] = decider.weigh(state.timelines[i].steps, step.index)
+                if decider.guide is not None:
+                    decider.guide.stage(state, weights[i])
             elif decider.halves:
                 step = step._replace(guidance_skipped=True)
                 control.batch = "half"

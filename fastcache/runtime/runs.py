@@ -76,7 +76,7 @@ class Runs:
         state = self.pool.states.get(key) or self.pool.add(key)
         signature, steps = call_signature(args, kwargs), self.steps
         if told is UNASKED:
-            told = steps.told(call, self.callback)
+            told = call.timestep if self.callback is None else steps.told(call, self.callback)
         timestep = told if told is not None else steps.read(state, call, args, kwargs)
         if state.signature != signature:
             self.pool.adopt(state, signature)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -117,23 +118,18 @@ class Stats:
 
 
 def known(records: Iterable[Record]) -> list[Record]:
-    """The records, with signals that were still on a device: one read for each device."""
-    found = list(records)
-    late: dict[Any, list[int]] = {}
+    """The records, signals that are still on a device read: once per device."""
+    found, late = list(records), dict[Any, list[int]]()
     for i, record in enumerate(found):
         if isinstance(record.signal, Tensor):
             late.setdefault(record.signal.device, []).append(i)
     for places in late.values():
         signals: list[Any] = [found[i].signal for i in places]
         numbers = iter(sync.numbers(signals))
-        for i, one in zip(places, signals, strict=True):
-            found[i] = _with(found[i], *(next(numbers) for _ in range(len(one))))
+        for i, signal in zip(places, signals, strict=True):
+            number, *reused = islice(numbers, signal.numel())
+            found[i] = found[i]._replace(signal=number)
+            if reused:  # the device has decided
+                action = REUSE if reused[0] else COMPUTE
+                found[i] = found[i]._replace(action=action, actions=(action,))
     return found
-
-
-def _with(record: Record, number: float, *reused: float) -> Record:
-    """The record with what was read: its signal, and whether the device has reused."""
-    if not reused:
-        return record._replace(signal=number)
-    action = REUSE if reused[0] else COMPUTE
-    return record._replace(signal=number, action=action, actions=(action,))

@@ -60,7 +60,7 @@ class StepControl:
         self.batch = "full"  # "half" while the unconditional half is skipped
         self.decisions: list[Decision] = []
         self.actions: list[str] = []  # those of the decisions, for traced code
-        self.weights: list[Sequence[float]] = []  # of a reused value's history
+        self.weights: list[tuple[float, ...]] = []  # of a reused value's history
 
     def hold(self, rules: int) -> None:
         """Have room for the decisions of so many rules."""

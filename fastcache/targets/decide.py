@@ -45,7 +45,6 @@ class RuleDecider:
 
     __slots__ = (
         "_decide",
-        "_weigh",
         "control",
         "group",
         "guide",
@@ -56,6 +55,7 @@ class RuleDecider:
         "per_sample",
         "ready",
         "uploads",
+        "weigh",
         "weighted",
         "what",
         "when",
@@ -76,7 +76,8 @@ class RuleDecider:
         self.measures = part.when.measures if part.when.needs_signal else ""
         self.per_sample: bool = part.when.per_sample
         self.max_misfit: float | None = None if guide is None else guide.predictor.max_misfit
-        self._decide, self._weigh = part.when.decide, part.what.weights
+        self._decide = part.when.decide
+        self.weigh = part.what.weights  # of the values computed at these steps, for this one
 
     def decide(self, state: State, step: Step, signal: float | None = None) -> Decision:
         """The decision for a step; a wish to reuse is granted where there is something valid to reuse."""
@@ -92,13 +93,6 @@ class RuleDecider:
             return decision
         self.when.computed(run, step)
         return decision._replace(action=COMPUTE, reason=reason)
-
-    def weigh(self, state: State, index: int) -> None:
-        """Give the running step the weights of what it predicts from the history."""
-        weights = self._weigh(state.timelines[self.index].steps, index)
-        self.control.weights[self.index] = weights
-        if self.guide is not None:
-            self.guide.stage(state, weights)
 
     def _misfits(self, state: State, run: Run, most: float) -> bool:
         """Whether the step before was reused and its guide explained too badly; reads one number then."""
@@ -141,7 +135,10 @@ class RuleDecider:
         control.decisions[self.index] = decision
         control.actions[self.index] = decision.action
         if decision.action == REUSE and self.weighted:
-            self.weigh(state, step.index)
+            weights = self.weigh(state.timelines[self.index].steps, step.index)
+            control.weights[self.index] = weights
+            if self.guide is not None:
+                self.guide.stage(state, weights)
 
     def _read(self, state: State, measured: Tensor | None) -> float | None:
         """What was measured as a number; ranks that share a sample agree on it."""
@@ -176,7 +173,7 @@ class RuleDecider:
     def upload_prior(self, state: State) -> None:
         """Give the guide the weights that its ridge pulls toward, and compiled code the order of its rows."""
         assert self.guide is not None
-        self.guide.stage(state, self._weigh(state.timelines[self.index].steps, state.armed_step))
+        self.guide.stage(state, self.weigh(state.timelines[self.index].steps, state.armed_step))
 
     def compute_instead(self, reason: str) -> None:
         """Turn the decision of the running step into computing."""
