@@ -167,7 +167,7 @@ class RuleDecider:
             if action == REUSE:
                 weights = self.control.weights[self.index]
             elif action == PENDING and timeline.steps:
-                weights = self._weigh(timeline.steps, state.armed_step)
+                weights = self.weigh(timeline.steps, state.armed_step)
         stage(timeline, weights, state.armed_step, state.device)
 
     def upload_prior(self, state: State) -> None:
