@@ -425,7 +425,7 @@ def histories_go_on(monkeypatch: Any) -> None:
 
 STATE_MUTANTS = [
     (Unit, "ready", "self.last != timeline.pushes - 1", "False"),
-    (Ring, "intact", "self.buffer._version == self.version", "True"),
+    (Ring, "unmodified", "self.buffer._version == self.version", "True"),
     (Timeline, "push", "self.pushes += 1", "self.pushes += 2"),
     (Timeline, "gap", "step - self.steps[0]", "step - self.steps[-1]"),
 ]

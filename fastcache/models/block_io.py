@@ -9,6 +9,8 @@ from typing import Any
 from .adapter import ENCODER, HIDDEN, Block
 from .table import BLOCKS, MODULATIONS
 
+Positions = tuple[int, int | None]  # of the image and the text stream in a returned tuple
+
 
 def shifted(x: Any, table: Any, given: Any) -> Any:
     """x [B, S, D], scaled and shifted by two rows of a modulation.
@@ -23,10 +25,10 @@ def shifted(x: Any, table: Any, given: Any) -> Any:
 
 
 class BlockIO:
-    """Reads the streams of one block's call and return, and builds such a return.
+    """Reads the streams of one block's call and return.
 
-    The order of returns is the row's. Without one, the first computed call shows it: by the argument
-    under which the model hands an entry to the next block, else by shape, else it is (hidden, encoder).
+    The order of returns is the row's. Without one it is what a recording call has learnt, by which entry the
+    model hands to the next block as what; else the entry of the same shape; else (hidden, encoder).
     """
 
     def __init__(self, block: Any, row: Block | None = None) -> None:
@@ -44,8 +46,6 @@ class BlockIO:
         self.encoder_at = names.index(self.encoder) if self.encoder in names else None
         self.returns = known.returns
         self.declared = declared(known.returns or ())
-        # places of the streams, as seen in the first computed call
-        self.found: tuple[int, int | None] | None = None
         self.modulation = known.modulation or next(
             (MODULATIONS[b.__name__] for b in type(block).__mro__ if b.__name__ in MODULATIONS),
             None,
@@ -79,15 +79,20 @@ class BlockIO:
         value = norm(hidden, **{keyword: given})
         return value[0] if isinstance(value, tuple) else value
 
-    def positions(self, output: Any, hidden: Any, encoder: Any) -> tuple[int | None, int | None]:
-        """Where the image and the text stream are in a returned tuple; (None, None) for a bare tensor."""
+    def positions(
+        self, output: Any, hidden: Any, encoder: Any, learnt: Positions | None
+    ) -> tuple[int | None, int | None]:
+        """Where the image and the text stream are in a returned tuple; (None, None) for a bare tensor.
+
+        hidden, encoder: what the block was called with. learnt: places that a recording call has seen.
+        """
         if not isinstance(output, tuple | list):
             return None, None
         if self.returns is not None:
             whole = len(output) >= len(self.returns)
             return self.declared if whole else declared(self.returns[: len(output)])
-        if self.found is not None and max(self.found[0], self.found[1] or 0) < len(output):
-            return self.found
+        if learnt is not None and max(learnt[0], learnt[1] or 0) < len(output):
+            return learnt
         shaped = [i for i, v in enumerate(output) if getattr(v, "shape", None) == hidden.shape]
         texts = [
             i
@@ -98,8 +103,30 @@ class BlockIO:
         rest = [i for i in texts if i != first]
         return first, rest[0] if rest else None
 
+    def streams(
+        self, output: Any, hidden: Any, encoder: Any, learnt: Positions | None
+    ) -> tuple[Any, Any]:
+        """(hidden, encoder) as the block has returned them; text that it does not return is as it came."""
+        hidden_at, encoder_at = self.positions(output, hidden, encoder, learnt)
+        return (
+            output if hidden_at is None else output[hidden_at],
+            encoder if encoder_at is None else output[encoder_at],
+        )
 
-def declared(returns: Sequence[str]) -> tuple[int, int | None]:
+    def taken_apart(
+        self, output: Any, hidden: Any, encoder: Any, learnt: Positions | None
+    ) -> tuple[Any, Any, dict[int, Any]]:
+        """(hidden, encoder, the other entries by place) of what the block has returned."""
+        hidden_at, encoder_at = self.positions(output, hidden, encoder, learnt)
+        if hidden_at is None:
+            return output, encoder, {}
+        extra: dict[int, Any] = {}
+        if self.returns is None:
+            extra = {i: v for i, v in enumerate(output) if i not in (hidden_at, encoder_at)}
+        return output[hidden_at], None if encoder_at is None else output[encoder_at], extra
+
+
+def declared(returns: Sequence[str]) -> Positions:
     """The places of the image and the text stream in a tuple of these."""
     at = {name: i for i, name in enumerate(returns)}
     return at.get(HIDDEN, 0), at.get(ENCODER)

@@ -69,8 +69,8 @@ class Executor:
             for target in self.targets:
                 target.finish()  # which may store what it has seen
         for target in self.modules:
-            output = target.kept_apart(output)
-        self.cuts = tuple(target.cut for target in self.stacks)
+            output = target.unalias_outputs(output)
+        self.cuts = tuple(target.layout_key for target in self.stacks)
         return output
 
     def around(self, forward: Callable, args: tuple, kwargs: dict) -> Any:

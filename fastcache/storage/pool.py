@@ -102,7 +102,7 @@ class Slots:
     def drop(self, state: State) -> None:
         """Free the storage of a state; its run goes on."""
         self._take(state, self.new(state.key))
-        state.halved = 0
+        state.steps_until_full_batch = 0
 
     def forget(self, key: tuple[Any, str]) -> None:
         """Remove a state; its storage serves another."""

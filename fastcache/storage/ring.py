@@ -56,11 +56,11 @@ def picked(rows: Sequence[Tensor], place: Tensor) -> Tensor:
 class Ring:
     """The last `depth` raw values of one tensor, stacked in one buffer."""
 
-    __slots__ = ("buffer", "copies", "dtype", "timeline", "version", "views")
+    __slots__ = ("buffer", "dtype", "hand_out_copies", "timeline", "version", "views")
 
     def __init__(self, value: Tensor, timeline: Timeline, kept: torch.dtype | None = None) -> None:
         self.timeline, self.dtype = timeline, value.dtype
-        self.copies = False  # a consumer has written into what it was handed: hand out copies
+        self.hand_out_copies = False  # since a consumer has written into what it was handed
         self.version = 0
         self.buffer = stacked(value, timeline.depth, kept or value.dtype)
         self.views = [static(view) for view in self.buffer.unbind(0)]
@@ -79,11 +79,11 @@ class Ring:
             _store(view, y, x)
         self.mark()
 
-    def exchanged(self, y: Tensor) -> Tensor:
+    def stored_alias(self, y: Tensor) -> Tensor:
         """The row that y was just copied to, in its place, so that not both stay alive; y where they differ."""
         row = self.views[self.timeline.next_row]
         alike = type(y) is Tensor and (y.dtype, y.shape) == (row.dtype, row.shape)
-        if self.copies or y.requires_grad or not alike or y.stride() != row.stride():
+        if self.hand_out_copies or y.requires_grad or not alike or y.stride() != row.stride():
             return y
         return row.detach()
 
@@ -104,7 +104,7 @@ class Ring:
 
     def _handed_out(self, row: Tensor) -> Tensor:
         """A row in the place of a value: itself, where what is written into it is noticed."""
-        if self.timeline.depth > 1 or self.copies or row.dtype != self.dtype:
+        if self.timeline.depth > 1 or self.hand_out_copies or row.dtype != self.dtype:
             return row.to(self.dtype, copy=True)
         return row.detach()
 
@@ -117,7 +117,7 @@ class Ring:
             return predicted
         weighted([self.views[r] for r in rows], weights, None, self.dtype, row)
         self.mark()
-        return row.clone() if self.copies else row.detach()
+        return row.clone() if self.hand_out_copies else row.detach()
 
     def _write(self, held: Tensor, value: Tensor) -> None:
         """Put a value into the row that is next, in compiled code."""
@@ -160,11 +160,11 @@ class Ring:
         """Note the state of the buffer after a store."""
         self.version = self.buffer._version
 
-    def intact(self) -> bool:
+    def unmodified(self) -> bool:
         """Whether nobody has written into the buffer since: rows themselves are handed out."""
         if self.buffer._version == self.version:
             return True
-        self.copies = True
+        self.hand_out_copies = True
         return False
 
     def _predict_compiled(self, base: Tensor | None) -> Tensor:
@@ -185,10 +185,10 @@ class Ring:
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         """Keep everything in other storage from now on."""
-        intact = self.intact()
+        unmodified = self.unmodified()
         self.buffer = to(self.buffer)
         self.views = [static(view) for view in self.buffer.unbind(0)]
-        self.version = self.buffer._version if intact else -1  # -1: never intact again
+        self.version = self.buffer._version if unmodified else -1  # -1: never again
 
 
 def weighted(

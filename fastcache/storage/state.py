@@ -39,7 +39,6 @@ class State:
         "armed_step",
         "away",
         "evicted",
-        "halved",
         "head",
         "held",
         "index",
@@ -50,6 +49,7 @@ class State:
         "runs",
         "signature",
         "step_timestep",
+        "steps_until_full_batch",
         "stream",
         "timelines",
         "timestep",
@@ -88,9 +88,8 @@ class State:
         self.timestep: float | None = None  # of the last step, as the run's clock reads it
         self.step_timestep: float | None = None  # of the running step, as the rules read it
         self.armed_step = 0  # index of the running step
-        self.halved = (
-            0  # computed steps until a stack's history holds both halves of a guidance batch again
-        )
+        # computed steps until a stack's history holds both halves of a guidance batch again
+        self.steps_until_full_batch = 0
         self.runs: list[Run] = []  # what each policy remembers
         self.measured: list[Tensor] = []  # magnitude ratios of a calibration, on the device
         self.records: deque[Any] = deque(maxlen=JUDGED)  # of its steps, oldest first

@@ -47,13 +47,13 @@ class Table:
             return total.to(self.dtype if base is None else base.dtype)
         return weighted(self.views[: len(weights)], weights, base, self.dtype)
 
-    def exchanged(self, y: Tensor) -> Tensor:
+    def stored_alias(self, y: Tensor) -> Tensor:
         return y
 
     def mark(self) -> None:
         """Nothing to note: a table is never handed out."""
 
-    def intact(self) -> bool:
+    def unmodified(self) -> bool:
         return True
 
     def tensors(self) -> list[Tensor]:
@@ -82,13 +82,13 @@ class Blank:
             else base.clone()
         )
 
-    def exchanged(self, y: Tensor) -> Tensor:
+    def stored_alias(self, y: Tensor) -> Tensor:
         return y
 
     def mark(self) -> None:
         """Nothing to note."""
 
-    def intact(self) -> bool:
+    def unmodified(self) -> bool:
         return True
 
     def tensors(self) -> list[Tensor]:

@@ -66,6 +66,6 @@ class Unit:
         ):
             return False
         for stream in self.streams:  # once per step: a generator takes three times as long
-            if not stream.intact():
+            if not stream.unmodified():
                 return False
         return True

@@ -147,7 +147,7 @@ def _stack(model: nn.Module, part: Part, adapter: BlockAdapter, make: Any) -> St
             "the first block needs at least two"
         )
     target = StackTarget(part, lists, start, adapter.block, adapter.encoder_read, make)
-    if guide == "modulated" and target.gates[0].first_io.modulation is None:
+    if guide == "modulated" and target.lists[0].first_io.modulation is None:
         raise ValueError(
             f"what: Guided(guide='modulated') needs the normalisation with the timestep in it of "
             f"{type(lists[0][1][0]).__name__}, and none is known; use guide='residual' or 'input', or name "

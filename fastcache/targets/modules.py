@@ -167,7 +167,7 @@ class ModulesTarget:
         stored = self._store(unit, output, state, traced)
         if traced or control.may_be_compiled or not stored or node.module._forward_hooks:
             return output
-        return self._exchanged(unit, output)
+        return self._stored_aliases(unit, output)
 
     def _reused(self, node: Node, unit: Unit, state: State, traced: bool) -> Any:
         """What a module would return, predicted; where the predictor feeds back, it enters the history."""
@@ -222,12 +222,12 @@ class ModulesTarget:
         return True
 
     @staticmethod
-    def _exchanged(unit: Unit, output: Any) -> Any:
+    def _stored_aliases(unit: Unit, output: Any) -> Any:
         """The stored tensors as the module returns them, in place of those that they were copied from."""
         pairs = zip(unit.streams, tensors(unit.template, output), strict=True)
-        return rebuilt(unit.template, [stream.exchanged(value) for stream, value in pairs])
+        return rebuilt(unit.template, [stream.stored_alias(value) for stream, value in pairs])
 
-    def kept_apart(self, output: Any) -> Any:
+    def unalias_outputs(self, output: Any) -> Any:
         """What the model returns, without storage in it: callers keep it for longer than a step."""
         units = self.control.state.units[self.rule].values()
         rings = {
@@ -241,7 +241,7 @@ class ModulesTarget:
             ring = rings.get(leaf.untyped_storage().data_ptr()) if type(leaf) is Tensor else None
             if ring is None:
                 return leaf
-            ring.copies = True
+            ring.hand_out_copies = True
             return leaf.clone()
 
         leaves, spec = tree_flatten(output)

@@ -68,14 +68,21 @@ def rebuilt(template: Any, values: list[Tensor]) -> Any:
     return tree_unflatten([next(found) if leaf is Tensor else leaf for leaf in leaves], spec)
 
 
-@dataclass
-class Form:
+@dataclass(frozen=True)
+class ReturnLayout:
     """How a block's return is built: a bare tensor, or a container with the streams at these places."""
 
     kind: type | None = None  # None: bare tensor
     length: int = 0
     hidden: int | None = None
     encoder: int | None = None
+
+    @classmethod
+    def of(cls, output: Any, hidden: int | None, encoder: int | None) -> ReturnLayout:
+        """The layout of what a block has returned, its streams lying at these places."""
+        if hidden is None:
+            return cls()
+        return cls(list if isinstance(output, list) else tuple, len(output), hidden, encoder)
 
     def build(self, hidden: Any, encoder: Any, extra: dict[int, Any]) -> Any:
         if self.kind is None:
@@ -87,3 +94,6 @@ class Form:
         if self.encoder is not None:
             values[self.encoder] = encoder
         return tuple(values) if self.kind is tuple else values
+
+
+BARE = ReturnLayout()

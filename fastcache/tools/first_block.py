@@ -66,7 +66,7 @@ class FirstBlockWatcher:
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         hidden, encoder = self.io.read(args, kwargs)
-        at, _ = self.io.positions(output, hidden, encoder)
+        at, _ = self.io.positions(output, hidden, encoder, None)
         state = self.denoiser.control.state
         if state is None or self.before is None:
             return

@@ -78,9 +78,9 @@ def _guidance_bytes(denoiser: Denoiser, rule: Rule, target: GuidanceTarget, shap
 def _stack_bytes(denoiser: Denoiser, rule: Rule, target: StackTarget, shapes: Shapes) -> int:
     row = shapes.batch * (shapes.width or 1) * shapes.itemsize
     image, text = row * shapes.tokens, row * shapes.text_tokens
-    last = target.gates[-1].last_io
+    last = target.lists[-1].last_io
     returned = last.returns is not None and ENCODER in last.returns
-    texted = target.encoder_read is not False and last.encoder_at is not None and returned
+    texted = target.keeps_text and last.encoder_at is not None and returned
     held = rule.what.depth * (image + texted * text)
     if rule.when.needs_signal and rule.when.measures == "change":  # the first block's residual
         held += image

@@ -1,9 +1,34 @@
-"""The residual of a segment."""
+"""The residual of a segment, what it leaves less what it entered: allocated, stored, measured, predicted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+
+from ...ops import direct
+from ...storage.history import Timeline
+from ...storage.state import State
+from ...storage.unit import Unit
+from ..outputs import ReturnLayout
+from .layout import Entered, Left
+
+_magnitude = direct("residual_magnitude")
+
+
+class SegmentTemplate(NamedTuple):
+    """What the streams of a segment's unit hold.
+
+    base: the first one is a residual; a shape where what entered is turned into that one first; False where
+    it is the value itself. text: the second one is the residual of the text stream. extras: places in the
+    returned tuple of the values that the streams after those hold.
+    """
+
+    base: bool | torch.Size
+    text: bool
+    extras: tuple[int, ...]
 
 
 def turns(entered: torch.Size, left: torch.Size) -> bool:
@@ -19,3 +44,92 @@ def turns(entered: torch.Size, left: torch.Size) -> bool:
 def turned(x: Tensor, shape: torch.Size) -> Tensor:
     """[batch x frames, tokens, C] in the layout `shape` of blocks that attend over frames."""
     return x.unflatten(0, (-1, shape[1])).transpose(1, 2).reshape(shape)
+
+
+def template_of(entered: Entered, left: Left) -> SegmentTemplate:
+    """What is to be held of a segment, by the shapes of what it entered and left."""
+    x, y = entered.hidden.shape, left.hidden.shape
+    # the text joined in front of the image: [batch, text + tokens, C]
+    joined = len(x) == len(y) == 3 and (x[0], x[2]) == (y[0], y[2]) and y[1] > x[1]
+    base: bool | torch.Size = x == y or joined
+    if not base and turns(x, y):
+        base = y
+    text = (
+        isinstance(left.encoder, Tensor)
+        and isinstance(entered.encoder, Tensor)
+        and left.encoder.shape == entered.encoder.shape
+        and left.encoder is not entered.encoder
+    )
+    extras = (at for at, value in left.extra.items() if isinstance(value, Tensor))
+    return SegmentTemplate(base, text, tuple(extras))
+
+
+def allocate_unit(
+    entered: Entered, left: Left, timeline: Timeline, make_store: Callable[[Tensor, Any], Any]
+) -> Unit:
+    """Storage for a segment, at its first computed step. make_store: (value, timeline) -> a stream."""
+    base, text, extras = template = template_of(entered, left)
+    unit = Unit()
+    unit.template = template
+    unit.extra = {at: value for at, value in left.extra.items() if at not in extras}
+    values = [
+        entered.hidden if base is True else left.hidden,
+        *([left.encoder] if text else []),
+        *(left.extra[at] for at in extras),
+    ]
+    unit.streams = [make_store(value, timeline) for value in values]
+    return unit
+
+
+def keep(state: State, rule: int, number: int, entered: Entered, left: Left, measure: bool) -> None:
+    """Store the residual of a segment that has been computed. Traced by torch.compile.
+
+    measure: also note its magnitude ratio to the one before.
+    """
+    unit = state.units[rule][number]
+    streams = unit.streams
+    base, text, extras = unit.template
+    y, x = left.hidden.detach(), None
+    if base:
+        x = entered.hidden
+        if isinstance(base, torch.Size):
+            x = turned(x, base)
+        elif y.shape != x.shape:
+            y = y[:, -x.shape[1] :]
+        x = x.detach()
+        if measure:
+            state.measured.append(magnitude_ratio(y, x, unit, state.timelines[rule]))
+    step = 0 if torch.compiler.is_compiling() else state.armed_step
+    streams[0].store(y, x, step)
+    if text:
+        streams[1].store(left.encoder.detach(), entered.encoder.detach(), step)
+    for i, at in enumerate(extras, 1 + text):
+        streams[i].store(left.extra[at].detach(), None, step)
+    unit.touched = True
+
+
+def magnitude_ratio(y: Tensor, x: Tensor, unit: Unit, timeline: Timeline) -> Tensor:
+    """MagCache's ratio of the residual y - x to the stored one, [1] on the device; 1 at the first step."""
+    if not timeline.pushes:
+        return torch.ones(1, device=y.device)
+    stored: Any = unit.streams[0]
+    return _magnitude(y, x, stored.views[0])
+
+
+def predict(unit: Unit, hidden: Any, encoder: Any, weights: Any, returns: ReturnLayout) -> Any:
+    """What the last block of a segment would return, from what its first one got. Traced by torch.compile.
+
+    weights: of the values held, newest first; where compiled code or a guide has them on the device, theirs.
+    """
+    base, text, extras = unit.template
+    streams = unit.streams
+    if isinstance(base, torch.Size):
+        hidden = turned(hidden, base)
+    predicted = streams[0].predict(hidden if base else None, weights)
+    if text:
+        encoder = streams[1].predict(encoder, weights)
+    extra = dict(unit.extra) if unit.extra else {}
+    if extras:
+        for i, at in enumerate(extras, 1 + text):
+            extra[at] = streams[i].predict(None, weights)
+    return returns.build(predicted, encoder, extra)

@@ -1,0 +1,137 @@
+"""What is known of a stack: its lists beforehand, and how they run, learnt from a computed call.
+
+A `Layout` is data. A recording call yields it whole, and nothing changes it afterwards: the next recording
+call replaces it. Each of its fields says what one call has shown, so a later call can be held against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+from torch import nn
+
+from ...models.adapter import Block
+from ...models.block_io import BlockIO, Positions
+from ..control import StepControl
+from ..decide import RuleDecider
+from ..guide import Guide
+from ..outputs import BARE, ReturnLayout
+
+
+class Entered(NamedTuple):
+    """The streams with which a segment was entered."""
+
+    hidden: Any
+    encoder: Any
+
+
+class Left(NamedTuple):
+    """What the last block of a segment has returned: the streams, and other entries by their place."""
+
+    hidden: Any
+    encoder: Any
+    extra: dict[int, Any]
+
+
+class Segment(NamedTuple):
+    """Lists that have one residual in common, by their index, in the order in which they run."""
+
+    number: int
+    lists: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one list does in the layout.
+
+    segment: number of its segment; -1 where it belongs to none. opens, closes: it is the first or the last
+    list of its segment. opener: index of the list that opens it. returns: how its first block returns.
+    positions: where the streams are in a returned tuple, if the model has shown it.
+    """
+
+    segment: int = -1
+    opens: bool = False
+    closes: bool = False
+    opener: int = 0
+    returns: ReturnLayout = BARE
+    positions: Positions | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the lists of a stack run, as a recording call has seen it.
+
+    order: lists by index, as the model enters them. segments: see `Segment`; numbers of an earlier cut are
+    never used again, so that what was stored for that one is not taken for this one. places: one per list.
+    interleaved: the lists take turns. loop_does_more: the model's loop does more than to call one block after
+    the other. writes_inputs: some block writes into its input, so a copy of what enters is kept.
+    """
+
+    order: tuple[int, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    places: tuple[Place, ...] = ()
+    interleaved: bool = False
+    loop_does_more: bool = False
+    writes_inputs: bool = False
+
+    @cached_property
+    def number(self) -> int:
+        """Of the first segment, -1 without one: where it is stored, all segments of this cut are."""
+        return self.segments[0].number if self.segments else -1
+
+    @property
+    def next_number(self) -> int:
+        """The first number that no cut so far has used."""
+        return self.segments[-1].number + 1 if self.segments else 0
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is cut as a stack has to be whose loop does more."""
+        return self.interleaved or all(len(segment.lists) == 1 for segment in self.segments)
+
+    @property
+    def key(self) -> tuple:
+        """What a program that is compiled without guards has to know of it."""
+        return self.next_number, self.loop_does_more, self.writes_inputs
+
+
+class BlockList:
+    """One list of blocks, and how its blocks are called. probed: its first block is looked at in every step."""
+
+    def __init__(
+        self, index: int, name: str, modules: nn.ModuleList, row: Block | None, probed: bool
+    ) -> None:
+        self.index, self.name, self.modules, self.row = index, name, modules, row
+        self.probed = probed
+        self.first_io, self.last_io = self.io(0), self.io(len(modules) - 1)
+        # of the first block that a prediction stands in for
+        self.replaced_io = self.io(1) if probed and len(modules) > 1 else self.first_io
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks themselves; iterating over the list would be routed."""
+        return list(self.modules._modules.values())
+
+    def io(self, index: int) -> BlockIO:
+        return BlockIO(self.blocks()[index], self.row)
+
+
+class Stack(Protocol):
+    """What the rooms of a stack read of it.
+
+    rule: number of the recipe's rule. keeps_text: the text stream is read after the stack. guide: gives the
+    weights where they come from this step's own blocks. decider: decides by the first block. signal: what it
+    measures there, "change", "misfit" or nothing. measure: note the magnitude ratio of every residual.
+    """
+
+    rule: int
+    control: StepControl
+    keeps_text: bool
+    guide: Guide | None
+    signal: str
+    measure: bool
+    decider: RuleDecider
