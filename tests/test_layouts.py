@@ -300,7 +300,7 @@ def cached_run(name: str, recipe: Any, **options: Any) -> tuple[list[Tensor], fa
         for i, step in enumerate(tiny.trajectory(name, inputs, 6)):
             with cache.context("cond", step_index=i):
                 outputs.append(tiny.output(model, step).clone())
-        held = cache.denoisers[0].slots.states[0, "cond"]
+        held = cache.denoisers[0].pool.states[0, "cond"]
         for t in (t for t in buffers(held) if t.dim() == 4):
             assert t.dtype == E4M3 or t.stride(2) == 1 < t.stride(3), "rows lie like hidden states"
     return outputs, cache
@@ -341,7 +341,7 @@ def test_graphs_read_and_write_transposed_storage(name: str) -> None:
         for i, step in enumerate(tiny.trajectory(name, inputs, 6)):
             with cache.context("cond", step_index=i):
                 torch.testing.assert_close(tiny.output(compiled, step), want[i])
-        (buffer,) = buffers(cache.denoisers[0].slots.states[0, "cond"])
+        (buffer,) = buffers(cache.denoisers[0].pool.states[0, "cond"])
         assert buffer.stride(2) == 1 < buffer.stride(3) and cache.stats.reused
 
 
@@ -356,7 +356,7 @@ def test_offloaded_storage_comes_back_in_its_layout() -> None:
             for request in (0, 1):  # each sends the other's storage away
                 got = one(model, cache, step, i, request)
                 torch.testing.assert_close(got, want[i])
-                (buffer,) = buffers(cache.denoisers[0].slots.states[request, "cond"])
+                (buffer,) = buffers(cache.denoisers[0].pool.states[request, "cond"])
                 assert buffer.stride(2) == 1 < buffer.stride(3)
 
 

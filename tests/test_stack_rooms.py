@@ -16,7 +16,7 @@ from fastcache.models.adapter import ENCODER, HIDDEN
 from fastcache.models.block_io import BlockIO
 from fastcache.policies import COMPUTE, REUSE
 from fastcache.predictors import Reuse, Taylor
-from fastcache.runtime.patch import MARK
+from fastcache.runtime.patch import ATTACHED
 from fastcache.storage.history import Timeline
 from fastcache.storage.state import State
 from fastcache.storage.unit import make_store
@@ -24,7 +24,7 @@ from fastcache.targets.control import HEAD, PENDING, REST, WHOLE
 from fastcache.targets.outputs import BARE, ReturnLayout
 from fastcache.targets.stack import residual
 from fastcache.targets.stack.layout import BlockList, Entered, Layout, Left, Place, Segment
-from fastcache.targets.stack.routing import BLOCK, roles_of
+from fastcache.targets.stack.roles import BLOCK, roles_of
 from fastcache.targets.stack.segments import ENTER, LEAVE, alone, continues_previous, cut
 
 STRAIGHT, BUSY = False, True  # whether the loop does more
@@ -168,7 +168,7 @@ def learnt(model: nn.Module, call: dict[str, Any], config: Any = None) -> Layout
     config = config or toys.config("mag_cache")
     with fastcache.enable(model, config) as cache:
         toys.run(cache, model, [call])
-        return model.__dict__[MARK].targets[0].layout
+        return model.__dict__[ATTACHED].targets[0].layout
 
 
 class Extended(toys.Model):
@@ -268,7 +268,7 @@ def test_a_failed_recording_leaves_nothing_behind():
     model, calls = toys.Model(lists=TWO), toys.inputs(3)
     reference = toys.plain(model, calls)
     with fastcache.enable(model, toys.config("mag_cache")) as cache:
-        target = model.__dict__[MARK].targets[0]
+        target = model.__dict__[ATTACHED].targets[0]
         handle = model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             toys.run(cache, model, calls[:1])
@@ -290,7 +290,7 @@ def test_a_new_cut_lets_other_contexts_compute_and_say_so():
                 with cache.context(name):
                     toys.step(model, call)
             if i == 0:
-                assert model.__dict__[MARK].targets[0].layout.number == 1
+                assert model.__dict__[ATTACHED].targets[0].layout.number == 1
         records = [(r.context, r.action, r.reason) for r in cache.stats]
     assert records[2] == ("cond", COMPUTE, "nothing valid to reuse")
     assert [action for _, action, _ in records[3:]] == [REUSE, REUSE, REUSE]
@@ -428,6 +428,6 @@ def test_flux_shows_two_lists_that_go_on():
     with fastcache.enable(model, config) as cache, torch.no_grad():
         with cache.context("cond"):
             model(**inputs)
-        layout = model.__dict__[MARK].targets[0].layout
+        layout = model.__dict__[ATTACHED].targets[0].layout
     assert len(layout.segments) == 1 and layout.order == (0, 1)
     assert [p.returns for p in layout.places] == [ReturnLayout(tuple, 2, 1, 0)] * 2

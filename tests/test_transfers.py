@@ -95,7 +95,7 @@ class Watch(TorchFunctionMode):
         while frame is not None and "/torch/" in frame.f_code.co_filename:
             frame = frame.f_back
         where = "" if frame is None else frame.f_code.co_filename
-        return where.startswith(str(PACKAGE)) and not where.endswith("native.py")
+        return where.startswith(str(PACKAGE)) and not where.endswith("backends/cpp.py")
 
 
 def test_the_watch_sees_what_fastcache_asks_for() -> None:
@@ -290,7 +290,7 @@ def test_storage_that_changes_streams_is_waited_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Tensor, "record_stream", lambda t, s: handed.append((t, s)), raising=False)
     device = torch.device("meta")
     signature = ((torch.Size([2, 4]), torch.float32, device),)
-    pool = Slots([Reuse().depth], lambda ended: None)
+    pool = Slots([Reuse().depth])
     pool.streams = True
 
     one = pool.add((0, "a"))
@@ -304,7 +304,7 @@ def test_storage_that_changes_streams_is_waited_for(monkeypatch: pytest.MonkeyPa
     now[0] = second
     other = pool.add((1, "a"))
     pool.adopt(other, signature)
-    pool.follow(other)
+    pools.follow(other)
     assert other.units[0] is not one.units[0] and other.tensors()
     assert second.waits == [first] and [s for _, s in handed] == [second]
     pools.follow(other)
@@ -323,7 +323,7 @@ def test_a_spare_is_emptied_once() -> None:
     with fastcache.enable(target, Recipe(Interval(2), Reuse())) as cache:
         toys.run(cache, target, toys.inputs())
         cache.reset()
-        pool = cache.denoisers[0].slots
+        pool = cache.denoisers[0].pool
         (spare,) = pool.spares
         held = [(t, t._version) for t in spare.tensors()]
         assert held and not any(t.any() for t, _ in held)

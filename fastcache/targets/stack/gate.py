@@ -14,7 +14,7 @@ from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import kept_output, look_at_input, look_at_output, note_decided
 from .recording import Recorder
 from .residual import keep, predict
-from .routing import BLOCK, ROLES, BlockStandIn, roles_of
+from .roles import BLOCK, ROLES, BlockStandIn, roles_of
 
 NOTHING = Entered(None, None)
 

@@ -17,7 +17,7 @@ from ...models.block_io import BlockIO, Positions
 from ..outputs import BARE, ReturnLayout
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import look_at_input, look_at_output
-from .routing import BlockStandIn
+from .roles import BlockStandIn
 from .segments import ENTER, LEAVE, Event, alone, continues_previous, cut
 
 
