@@ -1,4 +1,6 @@
-"""No op keeps a tensor that it allocates: what lives on may belong to the pool of a captured graph.
+"""No op keeps a tensor that it allocates, and none allocates the result that it is given.
+
+What lives on may belong to the pool of a captured graph.
 
 Started as a script, this file is the child process in which Triton finds a stub of libcuda.
 """
@@ -23,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastcache
-from fastcache.ops.dispatch import backends
+from fastcache.ops.dispatch import backends, function
 from fastcache.ops.registry import BODIES
 
 
@@ -78,6 +80,25 @@ def test_an_op_keeps_nothing(backend: str, op: str) -> None:
     with fastcache.backend(backend):
         call()
         assert kept(call, given) == 0
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize(
+    ("op", "result"), [("residual_l1", "sums"), ("residual_magnitude", "mean")]
+)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_result_goes_where_it_is_wanted(
+    backend: str, op: str, result: str, per_sample: bool
+) -> None:
+    if backends()[backend] is not True:
+        pytest.skip(str(backends()[backend]))
+    metric = function(backend, op)
+    for tokens in (64, 0):
+        y, x, prev, _ = (t[:, :tokens] for t in operands())
+        want = metric(y, x, prev, per_sample=per_sample)
+        got = torch.full_like(want, 7.0)
+        assert metric(y, x, prev, per_sample=per_sample, **{result: got}) is got
+        assert torch.equal(got.nan_to_num(5.0), want.nan_to_num(5.0))
 
 
 def test_what_is_kept_is_seen() -> None:

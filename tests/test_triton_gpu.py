@@ -64,6 +64,63 @@ def test_launches_follow_the_current_stream() -> None:
     assert torch.equal(got, want)
 
 
+def test_counters_lie_outside_torchs_memory_and_are_left_at_zero() -> None:
+    from fastcache.triton_kernels import counters
+
+    y, x, prev = (draw(2, 64, 3072) for _ in range(3))
+    triton_kernels.residual_l1(y, x, prev, per_sample=True)
+    pool = counters._pools[y.device]
+    assert len(pool.memory) == counters.COUNTERS and not pool.memory.any()
+    owned = torch.cuda.memory_snapshot()
+    at = pool.memory.data_ptr()
+    assert not any(s["address"] <= at < s["address"] + s["total_size"] for s in owned)
+
+
+def test_reductions_of_several_streams_and_graphs_overlap() -> None:
+    """Their counters are apart: every result is that of a launch alone."""
+    tensors = [draw(2, 4096, 3072) for _ in range(3)]
+    calls = (
+        lambda: triton_kernels.residual_l1(*tensors, per_sample=True),
+        lambda: triton_kernels.residual_magnitude(*tensors),
+        lambda: triton_kernels.guided_sums(tensors[0], tensors[1:]),
+    )
+    want = [call() for call in calls]
+    torch.cuda.synchronize()
+    graphs, captured = [], []
+    for call in (*calls, *calls):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            captured.append(call())
+    streams = [torch.cuda.Stream() for _ in graphs]
+    eager = []
+    for _ in range(20):
+        for i, (graph, stream) in enumerate(zip(graphs, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                graph.replay()
+                eager.append((calls[i % 3](), want[i % 3]))
+    torch.cuda.synchronize()
+    assert all(torch.equal(got, expected) for got, expected in eager)
+    assert all(torch.equal(c, want[i % 3]) for i, c in enumerate(captured))
+
+
+def test_a_launch_past_the_jit_computes_what_the_jit_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastcache.triton_kernels import launcher
+
+    assert launcher.knows_this_triton()
+    plans = []
+    launch = launcher.Launcher.launch
+    monkeypatch.setattr(
+        launcher.Launcher,
+        "launch",
+        lambda self, plan, *args: (plans.append(plan), launch(self, plan, *args)),
+    )
+    y, x, prev, out = (draw(3, 129, 512) for _ in range(4))
+    results = [triton_kernels.residual_l1(y, x, prev, out) for _ in range(3)]
+    assert plans[0] is plans[2] and plans[0].compiled is not None
+    monkeypatch.setattr(launcher, "_WATCHES", ([True],))
+    assert all(torch.equal(r, triton_kernels.residual_l1(y, x, prev, out)) for r in results)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_launches_follow_the_device_of_the_tensors() -> None:
     y, x, prev = (draw(512, 3072, device="cuda:1") for _ in range(3))

@@ -256,6 +256,24 @@ def falls_back() -> dict[str, Any]:
     return found
 
 
+def outlives_the_jit() -> bool:
+    """Whether a planned kernel is still there when the JIT has forgotten it."""
+    import gc
+    import weakref
+
+    from fastcache.triton_kernels.linear_combine import _launcher, residual_store
+
+    stubbed_gpu.install()
+    t = torch.empty(64)
+    residual_store(t, t, t)
+    (kernel,) = _launcher.kernel.device_caches[0][0].values()
+    held = weakref.ref(kernel)
+    _launcher.kernel.device_caches.clear()
+    del kernel
+    gc.collect()
+    return held() is not None
+
+
 def forgets() -> list[int]:
     """Kernels remembered as shapes keep changing."""
     from fastcache.triton_kernels import launcher
@@ -323,6 +341,11 @@ def test_whoever_watches_launches_or_sets_a_knob_gets_the_jit(child: Callable) -
     watched = {name: value for name, value in found.items() if not isinstance(value, bool)}
     assert watched == {name: 3 + name.endswith("saw") for name in watched}
     assert len(watched) == 9 and all(found.values())
+
+
+def test_a_planned_kernel_outlives_the_caches_of_the_jit(child: Callable) -> None:
+    """Triton unloads the module of a kernel that nothing refers to."""
+    assert child("outlives_the_jit") is True
 
 
 def test_new_shapes_do_not_fill_the_memory(child: Callable) -> None:

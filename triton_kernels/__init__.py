@@ -2,8 +2,8 @@
 
 Arguments arrive checked (`fastcache.ops`): one shape and device, every tensor contiguous or a token
 range of a contiguous [B, T, C]. Each tensor may have its own dtype among float32, float16 and
-bfloat16; arithmetic is float32 and every output is rounded once. Importing this package touches no
-device.
+bfloat16; arithmetic is float32 and every output is rounded once. Each op is one launch. Importing
+this package touches no device.
 
 No kernel in this folder has run on a GPU yet: each is checked in Triton's interpreter, and compiled
 ahead of time for sm_80, sm_90 and sm_100 (`python -m fastcache.triton_kernels.aot`).

@@ -50,8 +50,11 @@ class _Pool:
     def take(self, count: int) -> Tensor | None:
         """Counters that nothing else gets, or None if too few are left."""
         with self.lock:
-            start, self.given = self.given, self.given - count // -ALIGNED * ALIGNED
-        return self.memory[start : self.given] if self.given <= len(self.memory) else None
+            start, end = self.given, self.given - count // -ALIGNED * ALIGNED
+            if end > len(self.memory):
+                return None
+            self.given = end
+        return self.memory[start:end]
 
     def of(self, stream: int) -> Tensor | None:
         """The counters of a stream."""

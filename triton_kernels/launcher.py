@@ -45,8 +45,8 @@ _RUN = triton.JITFunction.run
 _WATCHES = (
     vars(knobs.runtime),
     vars(knobs.compilation),
-    knobs.runtime.launch_enter_hook.calls,
-    knobs.runtime.launch_exit_hook.calls,
+    type(knobs.runtime).launch_enter_hook.calls,
+    type(knobs.runtime).launch_exit_hook.calls,
 )
 
 
@@ -128,9 +128,10 @@ class Launcher:
         elif compiled is None or watched:
             found = self.kernel[(plan.programs,)](*args, *plan.numbers, **self.options)
             if not watched and _reusable(found):
-                plan.compiled = found.run, found.function, found.packed_metadata
+                # and the kernel itself: with its last reference goes the module of its function
+                plan.compiled = found.run, found.function, found.packed_metadata, found
         else:
-            run, function, metadata = compiled
+            run, function, metadata, _ = compiled
             stream = driver.active.get_current_stream(device)
             hooks = (None, None, None)
             run(plan.programs, 1, 1, stream, function, metadata, *hooks, *args, *plan.numbers)

@@ -32,19 +32,25 @@ def _samples(t: Tensor, per_sample: bool) -> Tensor:
 
 
 def residual_l1(
-    y: Tensor, x: Tensor, prev: Tensor, out: Tensor | None = None, per_sample: bool = False
+    y: Tensor,
+    x: Tensor,
+    prev: Tensor,
+    out: Tensor | None = None,
+    per_sample: bool = False,
+    sums: Tensor | None = None,
 ) -> Tensor:
-    """float32 [2]: sum |r - prev| and sum |prev|; [B, 2] per sample. `out` receives r."""
+    """float32 [2]: sum |r - prev| and sum |prev|; [B, 2] per sample, in `sums` if given. `out` receives r."""
     r = _residual(y, x, prev.dtype)
     old = prev.float()
     change = (r.float() - old).abs()
-    sums = torch.stack(
+    both = torch.stack(
         [_samples(v, per_sample).sum(dim=1, dtype=torch.float64) for v in (change, old.abs())],
         dim=1,
     ).float()
     if out is not None:
         out.copy_(r)
-    return sums if per_sample else sums[0]
+    result = both if per_sample else both[0]
+    return result if sums is None else sums.copy_(result)
 
 
 def residual_magnitude(
@@ -54,14 +60,19 @@ def residual_magnitude(
     out: Tensor | None = None,
     eps: float = 1e-8,
     per_sample: bool = False,
+    mean: Tensor | None = None,
 ) -> Tensor:
-    """float32 [1]: mean over tokens of |r|_2 / (|prev|_2 + eps), norms over the last dimension; [B, 1] per sample."""
+    """float32 [1], in `mean` if given: mean over tokens of |r|_2 / (|prev|_2 + eps); [B, 1] per sample.
+
+    Norms are over the last dimension. `out` receives r.
+    """
     r = _residual(y, x, prev.dtype)
     ratio = r.double().norm(dim=-1) / (prev.double().norm(dim=-1) + eps)
-    mean = _samples(ratio, per_sample).mean(dim=1, keepdim=True).float()
+    means = _samples(ratio, per_sample).mean(dim=1, keepdim=True).float()
     if out is not None:
         out.copy_(r)
-    return mean if per_sample else mean[0]
+    result = means if per_sample else means[0]
+    return result if mean is None else mean.copy_(result)
 
 
 def residual_store(out: Tensor, y: Tensor, x: Tensor) -> None:

@@ -90,11 +90,17 @@ def takes_dtypes(op: str, dtypes: Sequence[torch.dtype]) -> bool:
 
 
 def residual_l1(
-    y: Tensor, x: Tensor, prev: Tensor, out: Tensor | None = None, per_sample: bool = False
+    y: Tensor,
+    x: Tensor,
+    prev: Tensor,
+    out: Tensor | None = None,
+    per_sample: bool = False,
+    sums: Tensor | None = None,
 ) -> Tensor:
     if not y.numel():
-        return reference.residual_l1(y, x, prev, out, per_sample)
-    sums = torch.empty((y.shape[0], 2) if per_sample else 2, dtype=torch.float32, device=CPU)
+        return reference.residual_l1(y, x, prev, out, per_sample, sums)
+    if sums is None:
+        sums = torch.empty((y.shape[0], 2) if per_sample else 2, dtype=torch.float32, device=CPU)
     _op("residual_l1")(sums, y, x, prev, out, per_sample)
     return sums
 
@@ -106,10 +112,12 @@ def residual_magnitude(
     out: Tensor | None = None,
     eps: float = 1e-8,
     per_sample: bool = False,
+    mean: Tensor | None = None,
 ) -> Tensor:
     if not y.numel():
-        return reference.residual_magnitude(y, x, prev, out, eps, per_sample)
-    mean = torch.empty((y.shape[0], 1) if per_sample else 1, dtype=torch.float32, device=CPU)
+        return reference.residual_magnitude(y, x, prev, out, eps, per_sample, mean)
+    if mean is None:
+        mean = torch.empty((y.shape[0], 1) if per_sample else 1, dtype=torch.float32, device=CPU)
     _op("residual_magnitude")(mean, y, x, prev, out, eps, per_sample)
     return mean
 

@@ -80,10 +80,10 @@ def residual_l1(
     per_sample: bool = False,
     sums: Tensor | None = None,
 ) -> Tensor:
+    if not y.numel():
+        return reference.residual_l1(y, x, prev, out, per_sample, sums)
     if sums is None:
         sums = y.new_empty((y.shape[0], 2) if per_sample else 2, dtype=torch.float32)
-    if not y.numel():
-        return sums.zero_()
     _op("residual_l1")(sums, _scratch(y), y, x, prev, out, per_sample)
     return sums
 
@@ -97,10 +97,10 @@ def residual_magnitude(
     per_sample: bool = False,
     mean: Tensor | None = None,
 ) -> Tensor:
+    if not y.numel():
+        return reference.residual_magnitude(y, x, prev, out, eps, per_sample, mean)
     if mean is None:
         mean = y.new_empty((y.shape[0], 1) if per_sample else 1, dtype=torch.float32)
-    if not y.numel():
-        return mean.copy_(reference.residual_magnitude(y, x, prev, out, eps, per_sample))
     _op("residual_magnitude")(mean, _scratch(y), y, x, prev, out, eps, per_sample)
     return mean
 
