@@ -11,7 +11,6 @@ forward, which for the rest of a step starts from what the head has left in stor
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import re
@@ -185,8 +184,10 @@ class Compiled:
             original = self._denoiser.original
 
             def program(*args: Any, **kwargs: Any) -> Any:
-                with contextlib.suppress(Stop):
+                try:
                     return original(*args, **kwargs)
+                except Stop:  # not contextlib.suppress, which Dynamo of torch 2.10 cannot trace
+                    return None
 
             self._programs[mode] = self._compiled(program)
         return self._programs[mode]
