@@ -14,7 +14,6 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,60 +24,20 @@ from torch._dynamo import utils
 import fastcache
 
 from . import common, systems
-from .common import ROOT, Row
+from .common import Row
+from .graph_models import MODELS, RUNS, Runs
 
 METHODS = ("FirstBlockCache", "MagCache", "TaylorSeer", "PAB", "FasterCache")
+
+
 CONTEXTS = ("cond", "uncond")
-RUNS, STEPS = 3, 50
+
+
+STEPS = 50
 OURS = "fastcache.compile(model)"
+
+
 NUMBERS = {"difference": ".0e", "eager_ms": ".2f", "compiled_ms": ".2f", "seconds": ".1f"}
-
-
-# --- models ---------------------------------------------------------------------------------------------
-
-Calls = list[dict[str, Any]]
-
-
-def of_diffusers(name: str, steps: int) -> tuple[nn.Module, Calls]:
-    tiny = common.load_file("tiny", ROOT / "tests" / "tiny.py")
-    model, inputs = tiny.build(name)
-    calls = tiny.trajectory(name, inputs, steps)
-    return model, [{**call, "return_dict": False} for call in calls]
-
-
-def of_a_user(name: str, steps: int) -> tuple[nn.Module, Calls]:
-    """Blocks with attention to themselves and to text, in one list, of no class that anyone knows."""
-    toys = common.load_file("toys", ROOT / "tests" / "toys.py")
-    return toys.Model(block=toys.Optional), toys.inputs(steps, text=True, speed=0.02)
-
-
-Make = Callable[[str, int], tuple[nn.Module, Calls]]
-# how a model is made, and the threshold at which FirstBlockCache reuses somewhat more than half its steps
-MODELS: dict[str, tuple[Make, float]] = {
-    "Flux": (of_diffusers, 0.3),
-    "Wan3D": (of_diffusers, 0.1),
-    "CogVideoX": (of_diffusers, 0.1),
-    "LTX": (of_diffusers, 0.07),
-    "QwenImage": (of_diffusers, 0.4),
-    "plain": (of_a_user, 0.1),
-}
-
-
-@dataclass
-class Runs:
-    """What came out of each call, its seconds, and how many graphs there were after it."""
-
-    outputs: list[Tensor] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    graphs: list[int] = field(default_factory=list)
-
-    def steady(self) -> float:
-        """Seconds of the last run."""
-        return sum(self.seconds[-(len(self.seconds) // RUNS) :])
-
-    def difference(self, other: Runs) -> float:
-        pairs = zip(self.outputs, other.outputs, strict=True)
-        return max((a - b).abs().max().item() for a, b in pairs)
 
 
 class Subject:
@@ -126,9 +85,9 @@ class Subject:
         return into
 
 
-# --- methods --------------------------------------------------------------------------------------------
-
 Attach = Callable[[nn.Module], systems.Attached]
+
+
 Compile = Callable[[nn.Module, Any, bool], Any]
 
 
@@ -158,6 +117,8 @@ def now_in(low: float, high: float, unit: float) -> Row:
 # Captured graphs give the bits of the default. Under Inductor a factor in bfloat16 that rounds the other way is
 # further off than compiling ever is.
 FACTORS = {"capture": torch.bfloat16, "inductor": torch.float32}
+
+
 # from either library, which have the same names: (library, subject) -> config
 CONFIGS: dict[str, Callable[[Any, Subject], Any]] = {
     "FirstBlockCache": lambda library, s: library.FirstBlockCacheConfig(s.threshold),
@@ -224,9 +185,6 @@ def contenders(
     yield "diffusers", "torch.compile(model)", theirs, whole
     if method in ("FirstBlockCache", "TaylorSeer") and not systems.missing("cache-dit"):
         yield "cache-dit", "torch.compile(model)", dbcache, whole
-
-
-# --- measuring ------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from fastcache.ops import dispatch
 from . import common
 from .chains import OPS, Buffers, Op
 from .common import Row
+from .traffic import Traffic
 
 SHAPES = {"FLUX": (4608, 3072), "CogVideoX": (17776, 3072)}
 LARGE = {"Wan": (32760, 5120)}
@@ -162,7 +163,7 @@ def _traffic(op: Op, name: str, run: Callable[[Buffers], Any], buffers: Buffers)
     """Launches, passes, temporaries and device reads: counted for eager chains, known for our ops."""
     one = next(iter(buffers.values()))
     if name in op.eager:
-        with common.Traffic(small=one.nbytes // 16) as counted, torch.no_grad():
+        with Traffic(small=one.nbytes // 16) as counted, torch.no_grad():
             run(buffers)
         row = {"launches": counted.launches, "passes": round(counted.bytes / one.nbytes, 1)}
         # sums of whole tensors are large launches with a small result, and counted as such

@@ -10,7 +10,6 @@ without its blocks, run the same way. Contenders are interleaved; read the ratio
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,9 +20,11 @@ import fastcache
 
 from . import common
 from .common import Row
+from .trivial import BLOCKS, model_class
 
-BLOCKS = 57  # FLUX: 19 double and 38 single blocks
 STEPS = 10**6  # longer than any benchmark: every run stays inside its plan
+
+
 MAG: dict[str, Any] = {  # reuses every step
     "threshold": 1e9,
     "max_skip_steps": STEPS,
@@ -31,8 +32,13 @@ MAG: dict[str, Any] = {  # reuses every step
     "num_inference_steps": STEPS,
 }
 
+
 OURS, THEIRS = "MagCache, fastcache", "MagCache, diffusers"
+
+
 BARE, BARE_COMPILED = "FLUX without blocks", "FLUX without blocks, torch.compile"
+
+
 # one addition, as a reused step has one too
 ALONE, ALONE_COMPILED = "first block alone", "first block alone, torch.compile"
 
@@ -80,46 +86,6 @@ WANT = (
         1 / 10,
     ),
 )
-
-
-class Block(nn.Module):
-    """Returns what it is given."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
-
-
-class Head(Block):
-    """The first one does a little, or FirstBlockCache would compare nothing with nothing."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states + 0.5
-
-
-def model_class() -> type[nn.Module]:
-    """A model of trivial blocks; with diffusers installed one that its hooks accept."""
-    bases: tuple[type, ...] = (nn.Module,)
-    with contextlib.suppress(ImportError):
-        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-        from diffusers.models.cache_utils import CacheMixin
-
-        for kind in (Block, Head):
-            row = TransformerBlockMetadata(
-                return_hidden_states_index=0, return_encoder_hidden_states_index=None
-            )
-            TransformerBlockRegistry.register(kind, row)
-        bases = (nn.Module, CacheMixin)
-
-    def init(self: Any, blocks: int) -> None:
-        nn.Module.__init__(self)
-        self.transformer_blocks = nn.ModuleList([Head(), *(Block() for _ in range(blocks - 1))])
-
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        for block in self.transformer_blocks:
-            hidden_states = block(hidden_states)
-        return hidden_states
-
-    return type("TrivialModel", bases, {"__init__": init, "forward": forward})
 
 
 def main(argv: list[str] | None = None) -> int:

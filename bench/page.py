@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import claims, common, figures, graphs
+from .cells import KEY, cells, frontier
 from .common import Row
 from .gpu import show
-from .quality import KEY, cells, frontier
 from .subjects import NAMES
 
 BENCHES = ("quality", "steps", "graphs", "ops", "overhead", "gpu")

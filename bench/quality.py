@@ -14,7 +14,6 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +22,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from . import common, systems
+from .cells import KEY, cell_of, cells, frontier
 from .common import Row
+from .points import Point
 from .subjects import DTYPES, MODES, SUBJECTS, Cell, Subject
-from .sweeps import Point, points
+from .sweeps import points
 
 SOLUTION = 100  # steps of the run that stands for the exact solution
-BUDGETS = tuple(b / 100 for b in range(25, 61, 5))
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -132,9 +132,6 @@ class Bench:
         return row
 
 
-KEY = ("system", "method", "predictor", "setting")
-
-
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -154,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
         common.write_lines(args.json, rows)
     show(rows)
     if args.plot:
-        from .figures import quality_figure, save
+        from .figures import save
+        from .quality_figures import quality_figure
 
         save(quality_figure(rows), args.plot)
     return 0
@@ -200,46 +198,6 @@ def calibrate(subject: Subject, cell: Cell) -> list[float]:
     with systems.quietly():
         model = subject.load().to(dtype)
     return measure(model, cell.steps, sample)
-
-
-# --- reading the rows --------------------------------------------------------------------------------
-
-
-def cell_of(row: Row) -> Cell:
-    return Cell(*(row[k] for k in Cell._fields))
-
-
-def cells(rows: Sequence[Row]) -> Iterator[tuple[Cell, list[Row]]]:
-    """Rows that compare with each other, cell by cell in a fixed order."""
-    orders = (list(SUBJECTS), list(DTYPES), None, list(MODES))
-
-    def place(cell: Cell) -> list[int]:
-        return [o.index(v) if o else v for o, v in zip(orders, cell, strict=True)]  # type: ignore
-
-    for cell in sorted({cell_of(r) for r in rows}, key=place):
-        yield cell, [r for r in rows if cell_of(r) == cell]
-
-
-def best(rows: Sequence[Row], budget: float) -> Row | None:
-    """The row of highest PSNR among those that cost at most `budget`."""
-    within = [r for r in rows if r.get("psnr") is not None and r["compute"] <= budget + 1e-9]
-    return max(within, key=lambda r: r["psnr"], default=None)
-
-
-def frontier(rows: Sequence[Row]) -> list[Row]:
-    """Per budget: the best of every system, and how far ours is ahead."""
-    found = []
-    for budget in BUDGETS:
-        line: Row = {"budget": budget}
-        for system in ("fastcache", "diffusers", "cache-dit", "uncached"):
-            row = best([r for r in rows if r["system"] == system], budget)
-            line[system] = row["psnr"] if row else None
-            line[f"{system} setting"] = " ".join(row[k] for k in KEY[1:]) if row else ""
-        reuse = [r for r in rows if r["system"] == "fastcache" and r["predictor"] == "reuse"]
-        row = best(reuse, budget)
-        line["reuse"] = row["psnr"] if row else None
-        found.append(line)
-    return found
 
 
 def show(rows: list[Row]) -> None:

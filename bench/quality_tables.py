@@ -7,9 +7,9 @@ from typing import Any
 
 from fastcache.configs.presets import presets
 
-from . import claims
+from . import quality_claims
+from .cells import frontier
 from .common import Row
-from .quality import frontier
 from .sweeps import ABLATED, INTERVALS, Guide
 from .tables import cell, digits, markdown
 
@@ -83,7 +83,7 @@ def _schedules(
             taylor, residual = found[1:3]
             if taylor:
                 psnr = ["" if r is None else show(r) for r in found]
-                lead = residual and claims.above_fewer(residual, taylors)
+                lead = residual and quality_claims.above_fewer(residual, taylors)
                 ahead = "" if lead is None else f"{lead:+.1f}"
                 lines.append((taylor["steps"], i, f"{taylor['compute']:.0%}", *psnr, ahead))
     columns = ("steps", "every", "compute (Taylor)", *RIVALS, "residual, equal compute")
@@ -169,6 +169,6 @@ def _with_lead(rows: Sequence[Row], steps: int, point: list[str]) -> tuple[str, 
     found = next((r for r in here if [r["predictor"], r["setting"]] == point), None)
     if found is None:
         return "", ""
-    ahead = claims.above_fewer(found, [r for r in here if r["method"] == "fewer steps"])
+    ahead = quality_claims.above_fewer(found, [r for r in here if r["method"] == "fewer steps"])
     lead = "" if ahead is None else f" ({ahead:+.1f})"
     return f"{found['compute']:.0%}", f"{found['psnr']:.1f} dB{lead}"

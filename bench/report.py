@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from . import claims, common, figures, snippets
+from . import claims, common, figures, quality_figures, snippets
 from .common import RESULTS, ROOT, Row
 from .page import QUALITY_IMAGES, blocks, plain
 from .render import to_html
@@ -40,11 +40,11 @@ def draw(rows: list[Row], folder: Path) -> None:
         "overhead": ("overhead", figures.overhead_figure, list),
         "steps": ("steps", figures.steps_figure, list),
         "own": ("steps", figures.own_figure, figures.own_rows),
-        "guided": ("quality", figures.guided_figure, plain),
-        "frontier": ("quality", figures.frontier_figure, first),
+        "guided": ("quality", quality_figures.guided_figure, plain),
+        "frontier": ("quality", quality_figures.frontier_figure, first),
     }
     for model, name in QUALITY_IMAGES.items():
-        makers[name] = ("quality", figures.quality_figure, partial(of, model))
+        makers[name] = ("quality", quality_figures.quality_figure, partial(of, model))
     for name, (bench, make, choose) in makers.items():
         for kind in ("cpu", "cuda"):
             part = choose([r for r in rows if r["bench"] == bench and r["kind"] == kind])

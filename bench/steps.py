@@ -22,18 +22,9 @@ import torch
 from . import common, systems
 from .catalogue import contenders
 from .common import Row
-from .contenders import (
-    FLOORS,
-    INSIDE,
-    METHODS,
-    STEPS,
-    WARMUP,
-    Contender,
-    idle,
-    own_plan,
-    timestep,
-)
+from .contenders import FLOORS, INSIDE, METHODS, STEPS, WARMUP, Contender, idle, own_plan, timestep
 from .models import MODELS, Subject
+from .traffic import Live, Traffic
 
 BATCHES = (1, 8, 64)
 
@@ -88,7 +79,7 @@ def measure(subject: Subject, args: Any) -> list[Row]:
                 break
             try:
                 if not contender.compiled and args.device == "cpu":
-                    with common.Live() as live:
+                    with Live() as live:
                         contender.run(subject, sync)
                     contender.peak = live.peak
                 for _ in range(args.warmup):  # also where compilation happens
@@ -158,7 +149,7 @@ def _traffic(contender: Contender, subject: Subject) -> Row:
         watched = i > WARMUP and not plan[i]
         with (
             attached.context("cond", i, len(plan), t),
-            common.Traffic(subject.hidden_bytes // 2) if watched else nullcontext() as traffic,
+            Traffic(subject.hidden_bytes // 2) if watched else nullcontext() as traffic,
         ):
             contender.call(**inputs)
         if watched:

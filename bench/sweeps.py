@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import nn
 
 import fastcache
 from fastcache import (
@@ -28,15 +25,25 @@ from fastcache import (
 )
 
 from . import systems
+from .peer_sweeps import (
+    FIRST_BLOCK,
+    MAGNITUDE,
+    SEER_INTERVALS,
+    cache_dit_points,
+    diffusers_points,
+    module_points,
+    seer_schedule,
+)
+from .points import Point, ours, theirs
 from .subjects import Cell
-from .systems import Attached
 
-FIRST_BLOCK = (0.08, 0.12, 0.15, 0.20, 0.30, 0.40)
-MAGNITUDE = (0.06, 0.12, 0.18, 0.24, 0.36, 0.50)
 MISFIT = (0.15, 0.2, 0.3)
+
+
 INTERVALS = (2, 3, 4, 5, 6, 7, 9)
+
+
 RIDGE = 0.03  # ten times the default pull toward Taylor
-LASTS = (1, 2, 5)  # how many last steps peers compute where we choose for them
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,12 @@ GUIDES = (
     Guide("modulated", 1, warmup=3, last=2),
     Guide("modulated", 1, warmup=3, last=5),
 )
+
+
 # without guidance also these, which are no candidates for the frontier: Taylor's schedule, and promises
 ABLATED = (3, 5, 7)
+
+
 COMPARED = (
     Guide("residual"),
     Guide("modulated"),
@@ -94,8 +105,12 @@ COMPARED = (
     Guide("modulated", ridge=RIDGE),
     *(Guide(g, tokens=1, intervals=ABLATED) for g in ("residual", "modulated")),
 )
+
+
 # and what each setting is worth, for which one number of steps has to do
 ABLATION_STEPS = 28
+
+
 ABLATIONS = tuple(
     Guide(guide, intervals=ABLATED, **changed)
     for guide in ("residual", "modulated")
@@ -110,42 +125,9 @@ ABLATIONS = tuple(
     )
     if Guide(guide, **changed) not in COMPARED
 )
-SEER_INTERVALS = (3, 4, 5, 6)
-BROADCAST = (2, 3)
+
+
 HALVES = (3, 5)
-DB_CACHE = (0.08, 0.12, 0.16, 0.20, 0.30)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One measured setting. `attach` is None for the uncached model at `steps` steps."""
-
-    system: str
-    method: str
-    predictor: str  # "", "reuse", "order 1", ...
-    setting: str
-    attach: Callable[[nn.Module], Attached] | None = None
-    steps: int | None = None
-
-    @property
-    def key(self) -> tuple[str, str, str, str]:
-        return self.system, self.method, self.predictor, self.setting
-
-
-def ours(method: str, predictor: str, setting: str, config: Any) -> Point:
-    def attach(model: nn.Module) -> Attached:
-        return systems.attach_fastcache(model, config)
-
-    return Point("fastcache", method, predictor, setting, attach)
-
-
-def theirs(method: str, predictor: str, setting: str, name: str, **fields: Any) -> Point:
-    def attach(model: nn.Module) -> Attached:
-        from diffusers import hooks
-
-        return systems.attach_diffusers(model, getattr(hooks, name)(**fields))
-
-    return Point("diffusers", method, predictor, setting, attach)
 
 
 def fewer(steps: int) -> Iterator[Point]:
@@ -214,6 +196,8 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
 
 
 AFTER_THREE = ", after 3"  # the schedule on which guided prediction was first measured
+
+
 COMPARABLE: dict[str, Any] = {
     "order 1": Taylor(1),
     "residual guide": Guided(),
@@ -278,88 +262,3 @@ def half_points(output: Mapping[str, Any]) -> Iterator[Point]:
             warmup = 2 if isinstance(what, Guided) else 4
             recipe = Recipe(Interval(every, warmup=warmup, last=True), what)
             yield ours("Guided" if warmup == 2 else "Interval", label, f"every {every}", recipe)
-
-
-def seer_schedule(steps: int, interval: int, before: int = 3) -> tuple[int, ...]:
-    """1 for every step that TaylorSeerCacheConfig(cache_interval=interval) computes."""
-    return tuple(int(i < before or (i - before - 1) % interval == 0) for i in range(steps))
-
-
-def module_points(guidance: str) -> Iterator[Point]:
-    """Rules on modules, from the documented configs."""
-    yield from _module_points(
-        guidance, lambda method, predictor, setting, name, **fields: ours(
-            method, predictor, setting, getattr(fastcache, name)(**fields)
-        )
-    )  # fmt: skip
-
-
-def diffusers_points(steps: int, guidance: str, ratios: Sequence[float]) -> Iterator[Point]:
-    for t in FIRST_BLOCK:
-        yield theirs("FirstBlock", "reuse", f"{t:g}", "FirstBlockCacheConfig", threshold=t)
-    for t in MAGNITUDE:
-        fields = {"num_inference_steps": steps, "mag_ratios": torch.tensor(ratios)}
-        yield theirs("MagCache", "reuse", f"{t:g}", "MagCacheConfig", threshold=t, **fields)
-    yield from _module_points(guidance, theirs)
-    for n in SEER_INTERVALS:  # the best of upstream, on the steps that serve ours best
-        for last in LASTS:
-            yield theirs(
-                "TaylorSeer",
-                "order 1",
-                f"lite, every {n}, last {last}",
-                "TaylorSeerCacheConfig",
-                cache_interval=n,
-                use_lite_mode=True,
-                taylor_factors_dtype=torch.float32,
-                disable_cache_after_step=steps - last,
-            )
-
-
-def _module_points(guidance: str, make: Callable[..., Point]) -> Iterator[Point]:
-    """TaylorSeer, Pyramid Attention Broadcast and FasterCache, the same fields on either side."""
-    fp32 = {"taylor_factors_dtype": torch.float32}
-    for n in SEER_INTERVALS:
-        for kind, fields in (("modules", {}), ("lite", {"use_lite_mode": True})):
-            setting = f"{kind}, every {n}"
-            name = "TaylorSeerCacheConfig"
-            yield make("TaylorSeer", "order 1", setting, name, cache_interval=n, **fp32, **fields)
-    for n in BROADCAST:
-        yield make(
-            "PAB",
-            "reuse",
-            f"range {n}",
-            "PyramidAttentionBroadcastConfig",
-            spatial_attention_block_skip_range=n,
-            current_timestep_callback=systems.now,
-        )
-    for n in BROADCAST:
-        yield make(
-            "FasterCache",
-            "order 1",
-            f"range {n}",
-            "FasterCacheConfig",
-            spatial_attention_block_skip_range=n,
-            is_guidance_distilled=True,  # the attention half, on every kind of guidance
-            current_timestep_callback=systems.now,
-        )
-
-
-def cache_dit_points(steps: int, separate_cfg: bool) -> Iterator[Point]:
-    for order, label in ((0, "reuse"), (1, "order 1")):
-        for t in DB_CACHE:
-            yield _dbcache(steps, separate_cfg, label, f"{t:g}", order=order, threshold=t)
-        for n in (3, 4, 5, 6):
-            mask = [int(i < 4 or (i - 3) % n == 0 or i == steps - 1) for i in range(steps)]
-            yield _dbcache(steps, separate_cfg, label, f"every {n}", order=order, mask=mask)
-    for n in (2, 3, 4, 5, 6):  # on the steps that serve ours best
-        for last in LASTS:
-            mask = [int(i < 3 or (i - 1) % n == 0 or i >= steps - last) for i in range(steps)]
-            setting = f"every {n}, early, last {last}"
-            yield _dbcache(steps, separate_cfg, "order 1", setting, order=1, mask=mask, warmup=3)
-
-
-def _dbcache(steps: int, separate_cfg: bool, predictor: str, setting: str, **fields: Any) -> Point:
-    def attach(model: nn.Module) -> Attached:
-        return systems.attach_cache_dit(model, steps=steps, separate_cfg=separate_cfg, **fields)
-
-    return Point("cache-dit", "DBCache", predictor, setting, attach)

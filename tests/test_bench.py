@@ -29,12 +29,15 @@ from bench import (  # noqa: E402
     ops,
     overhead,
     quality,
+    quality_figures,
     report,
     snippets,
     soak,
     systems,
 )
+from bench import cells as split  # noqa: E402
 from bench import steps as steps_bench  # noqa: E402
+from bench.traffic import Traffic  # noqa: E402
 
 ORIGIN = ("device", "kind", "torch", "triton", "commit", "threads", "date")
 
@@ -219,7 +222,7 @@ def test_rows_of_another_model_or_dtype_are_another_cell(tmp_path):
     rows_of(quality.main, path, *one, "--model", "video")
     rows = common.read_lines(path)
     assert [r["psnr"] for r in rows[: len(old)]] == [r["psnr"] for r in old]
-    cells = dict(quality.cells(rows))
+    cells = dict(split.cells(rows))
     assert [c.title.split(",")[0] for c in cells] == ["8 steps", "bf16", "video"]
     assert all(len(part) == len(old) for part in cells.values())
     assert all(("psnr_fp32" in r) == (r["dtype"] == "bf16") for r in rows)
@@ -284,7 +287,7 @@ def test_without_diffusers_the_benches_say_so(tmp_path, monkeypatch, capsys):
 def test_traffic_counts_what_the_eager_decision_moves():
     """12 passes, 6 large launches and one read: the numbers that the fused kernel is held against."""
     y, x, prev = (torch.randn(64, 1024) for _ in range(3))
-    with common.Traffic(small=y.nbytes // 16) as traffic:
+    with Traffic(small=y.nbytes // 16) as traffic:
         _, ratio = chains.decision({"y": y, "x": x, "prev": prev})
         ratio.item()
     assert (traffic.launches, traffic.bytes // y.nbytes, traffic.reads) == (6, 12, 1)
@@ -340,7 +343,7 @@ def test_every_table_is_shown_somewhere():
 
 def test_a_frontier_joins_what_no_cheaper_setting_beats():
     dots = [(25.0, 31.0), (25.1, 40.0), (30.0, 39.0), (40.0, 50.0)]
-    assert figures.best_line(dots) == [(25.1, 40.0), (40.0, 50.0)]
+    assert quality_figures.best_line(dots) == [(25.1, 40.0), (40.0, 50.0)]
 
 
 def test_claims_are_met_only_where_the_bound_is():

@@ -1,0 +1,117 @@
+"""Settings of the peers, and of ours that imitate them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastcache
+
+from . import systems
+from .points import Point, ours, theirs
+from .systems import Attached
+
+FIRST_BLOCK = (0.08, 0.12, 0.15, 0.20, 0.30, 0.40)
+
+
+MAGNITUDE = (0.06, 0.12, 0.18, 0.24, 0.36, 0.50)
+
+
+LASTS = (1, 2, 5)  # how many last steps peers compute where we choose for them
+
+
+SEER_INTERVALS = (3, 4, 5, 6)
+
+
+BROADCAST = (2, 3)
+
+
+DB_CACHE = (0.08, 0.12, 0.16, 0.20, 0.30)
+
+
+def seer_schedule(steps: int, interval: int, before: int = 3) -> tuple[int, ...]:
+    """1 for every step that TaylorSeerCacheConfig(cache_interval=interval) computes."""
+    return tuple(int(i < before or (i - before - 1) % interval == 0) for i in range(steps))
+
+
+def module_points(guidance: str) -> Iterator[Point]:
+    """Rules on modules, from the documented configs."""
+    yield from _module_points(
+        guidance, lambda method, predictor, setting, name, **fields: ours(
+            method, predictor, setting, getattr(fastcache, name)(**fields)
+        )
+    )  # fmt: skip
+
+
+def diffusers_points(steps: int, guidance: str, ratios: Sequence[float]) -> Iterator[Point]:
+    for t in FIRST_BLOCK:
+        yield theirs("FirstBlock", "reuse", f"{t:g}", "FirstBlockCacheConfig", threshold=t)
+    for t in MAGNITUDE:
+        fields = {"num_inference_steps": steps, "mag_ratios": torch.tensor(ratios)}
+        yield theirs("MagCache", "reuse", f"{t:g}", "MagCacheConfig", threshold=t, **fields)
+    yield from _module_points(guidance, theirs)
+    for n in SEER_INTERVALS:  # the best of upstream, on the steps that serve ours best
+        for last in LASTS:
+            yield theirs(
+                "TaylorSeer",
+                "order 1",
+                f"lite, every {n}, last {last}",
+                "TaylorSeerCacheConfig",
+                cache_interval=n,
+                use_lite_mode=True,
+                taylor_factors_dtype=torch.float32,
+                disable_cache_after_step=steps - last,
+            )
+
+
+def _module_points(guidance: str, make: Callable[..., Point]) -> Iterator[Point]:
+    """TaylorSeer, Pyramid Attention Broadcast and FasterCache, the same fields on either side."""
+    fp32 = {"taylor_factors_dtype": torch.float32}
+    for n in SEER_INTERVALS:
+        for kind, fields in (("modules", {}), ("lite", {"use_lite_mode": True})):
+            setting = f"{kind}, every {n}"
+            name = "TaylorSeerCacheConfig"
+            yield make("TaylorSeer", "order 1", setting, name, cache_interval=n, **fp32, **fields)
+    for n in BROADCAST:
+        yield make(
+            "PAB",
+            "reuse",
+            f"range {n}",
+            "PyramidAttentionBroadcastConfig",
+            spatial_attention_block_skip_range=n,
+            current_timestep_callback=systems.now,
+        )
+    for n in BROADCAST:
+        yield make(
+            "FasterCache",
+            "order 1",
+            f"range {n}",
+            "FasterCacheConfig",
+            spatial_attention_block_skip_range=n,
+            is_guidance_distilled=True,  # the attention half, on every kind of guidance
+            current_timestep_callback=systems.now,
+        )
+
+
+def cache_dit_points(steps: int, separate_cfg: bool) -> Iterator[Point]:
+    for order, label in ((0, "reuse"), (1, "order 1")):
+        for t in DB_CACHE:
+            yield _dbcache(steps, separate_cfg, label, f"{t:g}", order=order, threshold=t)
+        for n in (3, 4, 5, 6):
+            mask = [int(i < 4 or (i - 3) % n == 0 or i == steps - 1) for i in range(steps)]
+            yield _dbcache(steps, separate_cfg, label, f"every {n}", order=order, mask=mask)
+    for n in (2, 3, 4, 5, 6):  # on the steps that serve ours best
+        for last in LASTS:
+            mask = [int(i < 3 or (i - 1) % n == 0 or i >= steps - last) for i in range(steps)]
+            setting = f"every {n}, early, last {last}"
+            yield _dbcache(steps, separate_cfg, "order 1", setting, order=1, mask=mask, warmup=3)
+
+
+def _dbcache(steps: int, separate_cfg: bool, predictor: str, setting: str, **fields: Any) -> Point:
+    def attach(model: nn.Module) -> Attached:
+        return systems.attach_cache_dit(model, steps=steps, separate_cfg=separate_cfg, **fields)
+
+    return Point("cache-dit", "DBCache", predictor, setting, attach)
