@@ -25,7 +25,7 @@ CUDA_PYTHON ?= python3.12
 CUDA := .venv-cuda
 KIT := .gpu-kit
 
-.PHONY: demo test test-oldest test-torch lint bench gpu-kit venv clean
+.PHONY: demo test test-oldest test-torch lint report bench gpu-kit venv clean
 
 demo: venv
 	$(RUN)fastcache demo
@@ -43,6 +43,11 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/house.py
+
+# every setting that was measured, on one page
+report: venv
+	$(BIN)/python -m bench report --html out/benchmarks.html
 
 bench: venv
 	$(RUN)fastcache bench ops --quick

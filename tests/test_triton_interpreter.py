@@ -579,7 +579,7 @@ def weights_of_guides_in_a_layout_that_no_kernel_takes(lab: Lab, turned: bool) -
     expected = reference.guided_solve(reference.guided_sums(guide, guides), prior, 0.003, True)
     guide, *guides = (view(t.to(lab.device)) for t in tensors)
     with fastcache.backend("triton"):
-        got = fastcache.ops.registry.guided_weights(guide, guides, prior.to(lab.device), 0.003)
+        got = fastcache.ops.guided_weights(guide, guides, prior.to(lab.device), 0.003)
     for value, want in zip(got, expected, strict=True):
         close(value, want, 1e-5)
 

@@ -1,0 +1,80 @@
+"""Weights of a guided prediction, found on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .checks import check, check_samples
+from .registry import define, same_shapes
+
+
+def _guided_weights(
+    guide: Tensor, guides: Sequence[Tensor], prior: Tensor, ridge: float, per_sample: bool = False
+) -> tuple[Tensor, Tensor]:
+    given = [guide, *guides]
+    run, (guide, *held) = dispatch.resolve("guided_sums", given, 0, per_sample)
+    solve = dispatch.function(dispatch.active(guide.device.type), "guided_solve")
+    return solve(run(guide, held, per_sample), prior.contiguous(), ridge, True)
+
+
+def _fake_guided_weights(
+    guide: Tensor, guides: Sequence[Tensor], prior: Tensor, ridge: float, per_sample: bool = False
+) -> tuple[Tensor, Tensor]:
+    same_shapes("guided_weights", guide, *guides)
+    samples = guide.shape[0] if per_sample else 1
+    weights = guide.new_empty((samples, prior.numel() + 2), dtype=torch.float32)
+    return weights, guide.new_empty((samples,), dtype=torch.float32)
+
+
+define(
+    "guided_weights(Tensor guide, Tensor[] guides, Tensor prior, float ridge, bool per_sample=False) "
+    "-> (Tensor, Tensor)",
+    _guided_weights,
+    _fake_guided_weights,
+)
+
+
+def guided_weights(
+    guide: Tensor,
+    guides: Sequence[Tensor],
+    prior: Tensor,
+    ridge: float = 0.003,
+    *,
+    per_sample: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Weights of cached values, read off the guide of the current step; nothing goes to the host.
+
+    guide: of this step; guides: of the last K + 1 computed steps, newest first, K = 1 or 2, of the same
+    shape, dtype and device, any strides. prior: float32 [K], what the ridge pulls the weights of the
+    differences toward. Returns float32 (weights [S, K + 2], misfit [S]): a leading 1 for the base, then
+    one weight per cached value; misfit is the relative norm of what the guides could not explain.
+    Raises TypeError or ValueError that names the argument.
+    """
+    if isinstance(guides, Tensor) or not isinstance(guides, Sequence):
+        raise TypeError(
+            f"guided_weights: guides is {type(guides).__name__}, must be a list of tensors"
+        )
+    if len(guides) not in (2, 3):
+        raise ValueError(f"guided_weights: guides has {len(guides)} entries, must have 2 or 3")
+    check("guided_weights", guide=guide, **{f"guides[{i}]": t for i, t in enumerate(guides)})
+    check_samples("guided_weights", guide, per_sample)
+    check("guided_weights", prior=prior)
+    if prior.dtype != torch.float32:
+        raise TypeError(f"guided_weights: prior is {prior.dtype}, must be float32")
+    if prior.shape != (len(guides) - 1,) or prior.device != guide.device:
+        raise ValueError(
+            f"guided_weights: prior must be [{len(guides) - 1}] on {guide.device}, got {tuple(prior.shape)}"
+        )
+    if (
+        isinstance(ridge, bool)
+        or not isinstance(ridge, int | float)
+        or not 0 <= ridge < float("inf")
+    ):
+        raise ValueError(f"guided_weights: ridge is {ridge!r}, must be a finite number >= 0")
+    return torch.ops.fastcache.guided_weights.default(
+        guide, list(guides), prior, float(ridge), per_sample
+    )

@@ -1,0 +1,195 @@
+"""Residuals of blocks: their change, their magnitude, stored and applied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .checks import check, check_out, check_samples
+from .registry import define, empty_sums, same_shapes
+
+
+def _residual_l1(y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False) -> Tensor:
+    run, (y, x, prev) = dispatch.resolve("residual_l1", [y, x, prev], 0, per_sample)
+    return run(y, x, prev, None, per_sample)
+
+
+def _fake_residual_l1(y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False) -> Tensor:
+    same_shapes("residual_l1", y, x, prev)
+    return empty_sums(y, per_sample, 2)
+
+
+define(
+    "residual_l1(Tensor y, Tensor x, Tensor prev, bool per_sample=False) -> Tensor",
+    _residual_l1,
+    _fake_residual_l1,
+)
+
+
+def _residual_l1_(
+    out: Tensor, y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False
+) -> Tensor:
+    run, (y, x, prev, out) = dispatch.resolve("residual_l1", [y, x, prev, out], 1, per_sample)
+    return run(y, x, prev, out, per_sample)
+
+
+def _fake_residual_l1_(
+    out: Tensor, y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False
+) -> Tensor:
+    same_shapes("residual_l1_", y, x, prev, out)
+    return empty_sums(y, per_sample, 2)
+
+
+define(
+    "residual_l1_(Tensor(a!) out, Tensor y, Tensor x, Tensor prev, bool per_sample=False) -> Tensor",
+    _residual_l1_,
+    _fake_residual_l1_,
+)
+
+
+def _residual_magnitude(
+    y: Tensor, x: Tensor, prev: Tensor, eps: float = 1e-8, per_sample: bool = False
+) -> Tensor:
+    run, (y, x, prev) = dispatch.resolve("residual_magnitude", [y, x, prev], 0, per_sample)
+    return run(y, x, prev, None, eps, per_sample)
+
+
+def _fake_residual_magnitude(
+    y: Tensor, x: Tensor, prev: Tensor, eps: float = 1e-08, per_sample: bool = False
+) -> Tensor:
+    same_shapes("residual_magnitude", y, x, prev)
+    return empty_sums(y, per_sample, 1)
+
+
+define(
+    "residual_magnitude(Tensor y, Tensor x, Tensor prev, float eps=1e-08, bool per_sample=False) -> Tensor",
+    _residual_magnitude,
+    _fake_residual_magnitude,
+)
+
+
+def _residual_magnitude_(
+    out: Tensor, y: Tensor, x: Tensor, prev: Tensor, eps: float = 1e-8, per_sample: bool = False
+) -> Tensor:
+    given = [y, x, prev, out]
+    run, (y, x, prev, out) = dispatch.resolve("residual_magnitude", given, 1, per_sample)
+    return run(y, x, prev, out, eps, per_sample)
+
+
+def _fake_residual_magnitude_(
+    out: Tensor, y: Tensor, x: Tensor, prev: Tensor, eps: float = 1e-08, per_sample: bool = False
+) -> Tensor:
+    same_shapes("residual_magnitude_", y, x, prev, out)
+    return empty_sums(y, per_sample, 1)
+
+
+define(
+    "residual_magnitude_(Tensor(a!) out, Tensor y, Tensor x, Tensor prev, float eps=1e-08, "
+    "bool per_sample=False) -> Tensor",
+    _residual_magnitude_,
+    _fake_residual_magnitude_,
+)
+
+
+def _residual_store_(out: Tensor, y: Tensor, x: Tensor) -> None:
+    run, (y, x, out) = dispatch.resolve("residual_store", [y, x, out], 1)
+    run(out, y, x)
+
+
+def _fake_residual_store_(out: Tensor, y: Tensor, x: Tensor) -> None:
+    same_shapes("residual_store_", out, y, x)
+
+
+define(
+    "residual_store_(Tensor(a!) out, Tensor y, Tensor x) -> ()",
+    _residual_store_,
+    _fake_residual_store_,
+)
+
+
+def _residual_apply_(out: Tensor, x: Tensor, r: Tensor) -> None:
+    run, (x, r, out) = dispatch.resolve("residual_apply", [x, r, out], 1)
+    run(out, x, r)
+
+
+def _fake_residual_apply_(out: Tensor, x: Tensor, r: Tensor) -> None:
+    same_shapes("residual_apply_", out, x, r)
+
+
+define(
+    "residual_apply_(Tensor(a!) out, Tensor x, Tensor r) -> ()",
+    _residual_apply_,
+    _fake_residual_apply_,
+)
+
+
+def residual_l1(
+    y: Tensor, x: Tensor, prev: Tensor, out: Tensor | None = None, *, per_sample: bool = False
+) -> Tensor:
+    """Sums of |r - prev| and |prev| for r = y - x rounded to the storage dtype, in one pass.
+
+    y, x, prev: output of a block, its input, the residual of an earlier step; one shape, dtype (float32,
+    float16, bfloat16) and device. out: receives r, bit-exactly. Returns float32 [2], or [B, 2] with one
+    row per sample. The first over the second is FirstBlockCache's relative L1 change; both are returned
+    so that ranks can add them up before they divide. Fixed summation order.
+    Raises TypeError or ValueError that names the argument. Source: FirstBlockCache, diffusers 0.42.1.
+    """
+    if out is None:
+        check("residual_l1", y=y, x=x, prev=prev)
+        check_samples("residual_l1", y, per_sample)
+        return torch.ops.fastcache.residual_l1.default(y, x, prev, per_sample)
+    check("residual_l1", y=y, x=x, prev=prev, out=out)
+    check_samples("residual_l1", y, per_sample)
+    check_out("residual_l1", out, y=y, x=x, prev=prev)
+    return torch.ops.fastcache.residual_l1_.default(out, y, x, prev, per_sample)
+
+
+def residual_magnitude(
+    y: Tensor,
+    x: Tensor,
+    prev: Tensor,
+    out: Tensor | None = None,
+    eps: float = 1e-8,
+    *,
+    per_sample: bool = False,
+) -> Tensor:
+    """Mean over tokens of |r|_2 / (|prev|_2 + eps) for r = y - x, norms over the last dimension.
+
+    y, x, prev: as in `residual_l1`, two dimensions or more. out: receives r; may be `prev`.
+    Returns float32 [1], or [B, 1] with one row per sample (then three dimensions or more).
+    Raises TypeError or ValueError that names the argument. Source: MagCache (arXiv 2506.09045).
+    """
+    tensors = {"y": y, "x": x, "prev": prev} | ({} if out is None else {"out": out})
+    check("residual_magnitude", **tensors)
+    check_samples("residual_magnitude", y, per_sample)
+    if y.dim() < 2:
+        raise ValueError(
+            f"residual_magnitude: y has shape {tuple(y.shape)}, must be [..., tokens, width]"
+        )
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not eps >= 0:
+        raise ValueError(f"residual_magnitude: eps is {eps!r}, must be a number >= 0")
+    if out is None:
+        return torch.ops.fastcache.residual_magnitude.default(y, x, prev, float(eps), per_sample)
+    check_out("residual_magnitude", out, y=y, x=x, prev=prev)
+    return torch.ops.fastcache.residual_magnitude_.default(out, y, x, prev, float(eps), per_sample)
+
+
+def residual_store(y: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """out <- y - x, rounded once to the storage dtype; returns `out`."""
+    check("residual_store", y=y, x=x, out=out)
+    check_out("residual_store", out, y=y, x=x)
+    torch.ops.fastcache.residual_store_.default(out, y, x)
+    return out
+
+
+def residual_apply(x: Tensor, r: Tensor, out: Tensor | None = None) -> Tensor:
+    """x + r; `out` may be `x`. Returns `out`, or a new tensor."""
+    if out is None:
+        check("residual_apply", x=x, r=r)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    else:
+        check("residual_apply", x=x, r=r, out=out)
+        check_out("residual_apply", out, x=x, r=r)
+    torch.ops.fastcache.residual_apply_.default(out, x, r)
+    return out
