@@ -135,9 +135,10 @@ def private_uses() -> list[str]:
 
 # Names of torch, diffusers and Python that only look private: they publish no other.
 OF_OTHERS = {
-    "_backward_hooks", "_base", "_cdata", "_check", "_len_torch_dispatch_stack", "_cache_config", "_dynamo", "_forward_hooks", "_foreach_copy_", "_inductor",
-    "_fn_refs", "_getframe", "_hook_order", "_module_ref", "_modules", "_orig_mod", "_replace",
-    "_reset_stateful_cache", "_version", "_C",
+    "_C", "_backward_hooks", "_base", "_cache_config", "_cdata", "_check", "_dynamo", "_fn_refs",
+    "_foreach_copy_", "_forward_hooks", "_getframe", "_hook_order", "_inductor",
+    "_len_torch_dispatch_stack", "_module_ref", "_modules", "_orig_mod", "_replace",
+    "_reset_stateful_cache", "_version",
 }  # fmt: skip
 
 
