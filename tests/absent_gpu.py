@@ -35,7 +35,7 @@ from torch._inductor import scheduler
 from torch._inductor.fx_passes import joint_graph, post_grad
 
 import fastcache
-from fastcache.runtime.patch import MARK
+from fastcache.runtime.patch import ATTACHED
 
 STEPS = 12
 H200 = types.SimpleNamespace(
@@ -242,7 +242,7 @@ def programs(name: str, method: str) -> dict[str, dict[str, Any]]:
     on_device = method == "on_device"
     config = CONFIGS["first_block" if on_device else method](name)
     with fastcache.enable(model, config) as cache:
-        control = model.__dict__[MARK].control
+        control = model.__dict__[ATTACHED].control
         sources = Sources(lambda: f"{control.phase} {'/'.join(control.actions)}")
         compiled = fastcache.compile(model, backend=sources, on_device=on_device)
         drive(name, inputs, compiled, cache)

@@ -66,7 +66,7 @@ def test_what_was_made_for_something_else_is_left_behind(packed, room, other):
 
 def test_without_a_kit_the_sources_are_laid_out(tmp_path, room):
     said = kit.unpack(tmp_path / "none", ROOT, room)
-    assert said["kit"] is None and (room / "site/fastcache/ops.py").exists()
+    assert said["kit"] is None and (room / "site/fastcache/ops/registry.py").exists()
 
 
 def test_a_kit_made_with_other_versions_is_refused(tmp_path, monkeypatch):

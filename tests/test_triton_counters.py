@@ -130,13 +130,15 @@ def test_counters_lie_in_a_global_variable_of_a_module(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(bool(stubbed_gpu.missing()), reason=stubbed_gpu.missing())
 def test_the_module_assembles(tmp_path: Path) -> None:
-    from fastcache.triton_kernels import aot, counters
+    from fastcache.triton_kernels import counters, machine_code
 
     source, binary = tmp_path / "module.ptx", tmp_path / "module.cubin"
     source.write_bytes(counters.MODULE)
     for arch in ("sm_80", "sm_90"):
-        subprocess.run([aot.TOOLS / "ptxas", f"-arch={arch}", source, "-o", binary], check=True)
-    command = [aot.TOOLS / "cuobjdump", "--dump-resource-usage", binary]
+        subprocess.run(
+            [machine_code.TOOLS / "ptxas", f"-arch={arch}", source, "-o", binary], check=True
+        )
+    command = [machine_code.TOOLS / "cuobjdump", "--dump-resource-usage", binary]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert f"GLOBAL:{4 * counters.COUNTERS}" in usage
 

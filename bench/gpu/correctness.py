@@ -146,7 +146,7 @@ def layouts_agree(places: tuple[Place, Place], dtype: torch.dtype, device: str, 
         limit = SUMS if want.numel() <= 16 else CLOSE.get(want.dtype, 0.0)
         if not (error := _error(got, want)) <= limit:
             wrong.append(f"{name} by {error:.2g}")
-        ran[name] = dispatch.kernel(name, [y, x, prev]).__module__.rpartition(".")[2]
+        ran[name] = dispatch.resolve(name, [y, x, prev])[0].__module__.rpartition(".")[2]
     return {"ran": ran, "wrong": wrong}
 
 
