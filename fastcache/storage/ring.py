@@ -41,6 +41,10 @@ def part(rows: Tensor, like: Tensor | None) -> Tensor:
     return rows[:, rows.shape[1] - like.shape[0] :]
 
 
+# Before torch 2.13 the C++ that Inductor writes for a transposed value names its row before it is known.
+WRITES_ROWS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
 def picked(rows: Sequence[Tensor], place: Tensor) -> Tensor:
     """The row whose number `place` holds, in compiled code that reads all of them anyway.
 
@@ -123,8 +127,11 @@ class Ring:
         """Put a value into the row that is next, in compiled code."""
         if self.timeline.depth == 1:
             held.copy_(value[None])
-        else:
+        elif WRITES_ROWS or held.device.type != "cpu" or value.is_contiguous():
             held.index_copy_(0, self.timeline.staged.row, value[None])
+        else:
+            for i, row in enumerate(held.unbind(0)):
+                row.copy_(torch.where(self.timeline.staged.row == i, value, row))
 
     def _read(self, held: Tensor) -> list[Tensor]:
         """All rows, newest first, in compiled code."""
