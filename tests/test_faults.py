@@ -360,7 +360,7 @@ MUTANTS = [
     (Policy, "must_compute", "step.index < (self.warmup or 0)", "step.index <= (self.warmup or 0)"),
     (Policy, "must_compute", "run.in_a_row >= self.max_skips", "run.in_a_row > self.max_skips"),
     (Policy, "must_compute", "step.index == step.total - 1", "step.index == step.total"),
-    (Policy, "decide", "run.in_a_row + 1 if", "run.in_a_row if"),
+    (Policy, "decide", "run.in_a_row += 1", "run.in_a_row += 0"),
     (Magnitude, "_judge", "error <= account.threshold", "error < 0"),
     (Magnitude, "_judge", "account.steps <= self.max_skip_steps", "account.steps < self.max_skip_steps"),
     (Magnitude, "_judge", "step.index < account.retained", "step.index <= account.retained"),

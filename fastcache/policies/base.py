@@ -7,6 +7,7 @@ lives in the small mutable object that `begin` returns, one per request and cont
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
@@ -29,6 +30,8 @@ class Step(NamedTuple):
         timestep: of this call, in the model's own scale (usually 1000 down to 0), None where not known.
         sigma: noise level of this call, unitless, None where not known.
         guidance_skipped: whether the call sees only the conditional half of a guidance batch.
+        compute: whether the call has to run in full, for a reason that is not the policy's.
+        again: whether the step was decided before: a solver's further evaluation.
     """
 
     index: int  # type: ignore[assignment]
@@ -36,6 +39,8 @@ class Step(NamedTuple):
     timestep: float | None = None
     sigma: float | None = None
     guidance_skipped: bool = False
+    compute: bool = False
+    again: bool = False
 
 
 class Decision(NamedTuple):
@@ -60,15 +65,19 @@ class Run:
 
     Args:
         in_a_row: consecutive reused steps so far.
+        computed_at: index of the latest computed step.
+        decision: the latest one.
         memory: the policy's own, copied by `copy.copy`.
     """
 
     in_a_row: int = 0
     memory: Any = None
+    computed_at: int = 0
+    decision: Decision | None = None
 
     def copy(self) -> Run:
         """A copy that later decisions do not change."""
-        return Run(self.in_a_row, copy.copy(self.memory))
+        return Run(self.in_a_row, copy.copy(self.memory), self.computed_at, self.decision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +134,14 @@ class Policy:
         return None
 
     @property
+    def oldest(self) -> float:
+        """How many steps ago a value that is reused may have been computed, a count; `max_skips` where set.
+
+        Left as it is, a policy that measures sets no limit, and any other one has to be asked at every step.
+        """
+        return self.max_skips or (math.inf if self.needs_signal else 0)
+
+    @property
     def never_reuses(self) -> bool:
         """Whether the settings ask for every step to be computed."""
         return False
@@ -171,6 +188,8 @@ class Policy:
         """
         if step.index == 0:
             return "first step"
+        if step.compute:
+            return "asked for"
         if step.index < (self.warmup or 0):
             return "warm-up"
         if self.last and step.total is not None and step.index == step.total - 1:
@@ -190,8 +209,11 @@ class Policy:
             What to do, and why.
         """
         reason = self.must_compute(run, step)
-        decision = self._judge(run, step, signal, reason)
-        run.in_a_row = run.in_a_row + 1 if decision.action == REUSE else 0
+        decision = run.decision = self._judge(run, step, signal, reason)
+        if decision.action == REUSE:
+            run.in_a_row += 1
+        else:
+            run.in_a_row, run.computed_at = 0, step.index
         return decision
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
@@ -205,4 +227,4 @@ class Policy:
             run: memory of the run, updated.
             step: the call that was computed.
         """
-        run.in_a_row = 0
+        run.in_a_row, run.computed_at = 0, step.index

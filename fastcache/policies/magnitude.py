@@ -109,6 +109,10 @@ class Magnitude(Policy):
             )
 
     @property
+    def oldest(self) -> float:
+        return min(self.max_skip_steps, self.max_skips or self.max_skip_steps)
+
+    @property
     def never_reuses(self) -> bool:
         return self.threshold == 0 or self.max_skip_steps == 0
 
@@ -124,6 +128,8 @@ class Magnitude(Policy):
         if step.index < account.retained:
             return Decision(COMPUTE, None, self.threshold, guard or "retention")
         calibrated = step.index < len(account.ratios)
+        for left_out in range(run.computed_at + 1 + account.steps, step.index):
+            account.add(account.ratios[left_out] if left_out < len(account.ratios) else math.nan)
         error = account.add(account.ratios[step.index] if calibrated else math.nan)
         within = (
             error <= account.threshold

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from ..checks import interval_of, real, whole
 from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
@@ -37,6 +38,10 @@ class Interval(Policy):
         for name in ("phase", "stop"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, whole("Interval", name, getattr(self, name), 0))
+
+    @property
+    def oldest(self) -> float:
+        return min(self.n - 1, self.max_skips or self.n)
 
     @property
     def never_reuses(self) -> bool:
@@ -81,6 +86,10 @@ class TimestepRange(Policy):
         object.__setattr__(
             self, "timesteps", interval_of("TimestepRange", "timesteps", self.timesteps)
         )
+
+    @property
+    def oldest(self) -> float:
+        return min(self.n - 1, self.max_skips or self.n)
 
     @property
     def never_reuses(self) -> bool:
@@ -135,6 +144,10 @@ class Broadcast(Policy):
         object.__setattr__(self, "steps", whole("Broadcast", "steps", self.steps, 1))
 
     @property
+    def oldest(self) -> float:
+        return min(self.steps - 1, self.max_skips or self.steps)
+
+    @property
     def never_reuses(self) -> bool:
         return self.steps == 1
 
@@ -182,6 +195,12 @@ class Mask(Policy):
         if any(v not in (0.0, 1.0) for v in values):
             raise ValueError(f"Mask: compute holds {marks!r}, must hold nothing but 0 and 1")
         object.__setattr__(self, "compute", tuple(v == 1.0 for v in values))
+
+    @property
+    def oldest(self) -> float:
+        rows = (len(list(row)) for computed, row in groupby(self.compute) if not computed)
+        longest = max(rows, default=0)
+        return min(longest, self.max_skips or longest)
 
     @property
     def never_reuses(self) -> bool:

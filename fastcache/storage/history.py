@@ -29,7 +29,14 @@ class Timeline:
     def push(self, step: int) -> None:
         """Record that every unit has stored its value for `step` in `next_row`."""
         if self.depth:
-            self.rows = (self.next_row, *self.rows)[: self.depth]
+            row = self.next_row
+            if (
+                step in self.steps or row in self.rows[: self.depth - 1]
+            ):  # a second value for the same step
+                held = zip(self.steps, self.rows, strict=True)
+                kept = [(s, r) for s, r in held if s != step and r != row]
+                self.steps, self.rows = tuple(s for s, _ in kept), tuple(r for _, r in kept)
+            self.rows = (row, *self.rows)[: self.depth]
             self.steps = (step, *self.steps)[: self.depth]
         self.pushes += 1
 

@@ -52,6 +52,7 @@ class RuleDecider:
         "index",
         "max_misfit",
         "measures",
+        "oldest",
         "per_sample",
         "ready",
         "uploads",
@@ -77,16 +78,22 @@ class RuleDecider:
         self.per_sample: bool = part.when.per_sample
         self.max_misfit: float | None = None if guide is None else guide.predictor.max_misfit
         self._decide = part.when.decide
+        self.oldest = part.when.oldest
         self.weigh = part.what.weights  # of the values computed at these steps, for this one
 
     def decide(self, state: State, step: Step, signal: float | None = None) -> Decision:
         """The decision for a step; a wish to reuse is granted where there is something valid to reuse."""
         run = state.runs[self.index]
+        if step.again and not self.measures and run.decision is not None:
+            return run.decision  # a solver's further evaluation of a step
+        before = run.computed_at + run.in_a_row
         decision = self._decide(run, step, signal)
         if decision.action != REUSE:
             return decision
         if not self.ready(state):
             reason = "nothing valid to reuse"
+        elif step.index > before + 1 and step.index > run.computed_at + self.oldest:
+            reason = "too old"
         elif self.max_misfit is not None and self._misfits(state, run, self.max_misfit):
             reason = "misfit of the last step"
         else:
