@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +11,20 @@ import torch
 from torch import nn
 
 from .checks import flag, whole
-from .configs import Config
-from .configs.resolve import resolve
+from .configs.resolve import callback_of, resolve
 from .models.adapter import BlockAdapter
 from .models.pipeline import denoisers_of
 from .models.registry import adapter_for
 from .ops import dispatch
 from .reporting.summary import summarise
+from .runtime.announce import Announcer
 from .runtime.compiling import watch_compiling
-from .runtime.context import Context
+from .runtime.context import Context, check_request
 from .runtime.denoiser import Denoiser
+from .runtime.frames import OWN, innermost
+from .runtime.generation import Generation, fresh
 from .runtime.notices import LOG, warn
-from .runtime.patch import ATTACHED
+from .runtime.patch import refuse_enabled
 from .runtime.runs import ALL, abandon
 from .runtime.settings import Settings
 from .storage.budget import Budget
@@ -52,16 +54,7 @@ class Cache:
                 f"adapter is {type(adapter).__name__}, must be a fastcache.BlockAdapter or None"
             )
         models = denoisers_of(target)
-        for name, model in models:
-            if ATTACHED in model.__dict__:
-                raise ValueError(
-                    f"target: {name} is already enabled; call cache.update(config) to change its settings or "
-                    "cache.disable() first"
-                )
-            if getattr(model, "_cache_config", None) is not None:
-                raise ValueError(
-                    f"target: {name} is already enabled with diffusers' own hooks; call its disable_cache() first"
-                )
+        refuse_enabled(models)
         pools: list[Slots] = []
         budget: Budget | None = None
         if max_bytes is not None:
@@ -75,16 +68,18 @@ class Cache:
             process_group=process_group,
             cache_dtype=cache_dtype,
             budget=budget,
-            pipeline_ends_runs=not isinstance(target, nn.Module),
             pools=pools,
         )
         self.lock, self.stats = self.settings.lock, self.settings.stats
         self.denoisers: list[Denoiser] = []
+        self.announcer = None if isinstance(target, nn.Module) else Announcer(target, self)
         self._attach(config)
+        if self.announcer is not None:
+            self.announcer.put_on()
 
     def _attach(self, config: Any) -> None:
         recipe, own = resolve(config)
-        settings = replace(self.settings, timestep_callback=self._callback(own))
+        settings = replace(self.settings, timestep_callback=callback_of(own, self.target))
         warning = getattr(own, "warning", None)
         denoisers = [
             Denoiser(self, settings, name, model, recipe, self.adapter or adapter_for(model))
@@ -104,38 +99,73 @@ class Cache:
         if warning:
             warn(warning)
 
-    def _callback(self, own: Config | None) -> Callable[[], Any] | None:
-        callback = own.timestep_callback if own is not None else None
-        if callback is None and own is not None and hasattr(own, "current_timestep_callback"):
-            if not hasattr(type(self.target), "current_timestep"):
-                raise ValueError(
-                    f"{type(own).__name__}: current_timestep_callback is None; pass a function that returns the "
-                    "running timestep, such as lambda: pipe.current_timestep"
-                )
-            pipe = self.target
-            return lambda: pipe.current_timestep
-        return callback
-
     # --- driving ------------------------------------------------------------------------------------------
 
     def context(
         self,
         name: str = "default",
         *,
-        request: Any = 0,
+        request: Any = OWN,
         step_index: int | None = None,
         num_inference_steps: int | None = None,
         timestep: Any = None,
         sigma: Any = None,
+        compute: bool = False,
     ) -> contextlib.AbstractContextManager[None]:
-        """Around one denoiser call: whose state it uses, and which step it is.
+        """Around one denoiser call: whose state it uses, and which step it is. Contexts nest.
 
-        name: the branch, such as "cond" and "uncond". request: any hashable. step_index: from 0; where it
-        is left out, calls are counted per (request, name). timestep, sigma: of this step, in the model's
-        scale. Contexts nest; the outer one is restored. An exception inside forgets the request's runs.
-        Raises TypeError or ValueError that names the argument.
+        Args:
+            name: the branch, such as "cond" and "uncond".
+            request: any hashable. Left out, it is that of the context or run around, else the thread's own:
+                0 in the main thread.
+            step_index: number of the step, from 0; left out, calls are counted per (request, name).
+            num_inference_steps: steps of the run, a count.
+            timestep, sigma: of this step, numbers in the model's scale.
+            compute: True has the call run in full, whatever the policy says.
+        Returns:
+            A context manager. An exception inside forgets the runs of the request.
+        Raises:
+            TypeError, ValueError: that names the argument.
         """
-        return Context(self, name, request, step_index, num_inference_steps, timestep, sigma)
+        return Context(
+            self, name, request, step_index, num_inference_steps, timestep, sigma, compute
+        )
+
+    def run(
+        self, request: Any = None, *, num_inference_steps: int | None = None
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Around one generation, all of its steps: a run begins where it does, and is forgotten at its end.
+
+        Args:
+            request: any hashable, whose calls these are; None makes one that nobody else has.
+            num_inference_steps: steps of the run, a count; None where it is not known.
+        Returns:
+            A context manager; contexts inside name the branches where there are several.
+        Raises:
+            TypeError, ValueError: that names the argument.
+        """
+        if request is None:
+            request = fresh()
+        check_request("run", request)
+        if num_inference_steps is not None:
+            num_inference_steps = whole("run", "num_inference_steps", num_inference_steps, 1)
+        return Generation(self, request, num_inference_steps)
+
+    def loop(self, steps: int | None) -> None:
+        """Another loop over timesteps begins in the generation that runs."""
+        frame = innermost(self)
+        if frame is not None and frame.generation is not None:
+            frame.generation.loop(steps)
+
+    def ended(self, generation: Generation, failed: bool) -> None:
+        """Forget the runs of a generation that is over."""
+        if failed:
+            with self.lock:
+                abandon(self.settings.pools, generation.request)
+        for denoiser in self.denoisers:
+            denoiser.forget(generation.request)
+        if not failed:
+            self.settings.notices.emit()
 
     def prepare(self, frame: Context) -> bool:
         """Get every denoiser ready for a compiled call; False where it must run eagerly."""
@@ -153,6 +183,8 @@ class Cache:
         if failed:
             with self.lock:
                 abandon(self.settings.pools, frame.request)
+        elif not frame.calls and (told := self.stats.uncalled()):
+            self.settings.notices.once(told)
 
     def reset(self, request: Any = ALL) -> None:
         """Forget the run of one request, or all runs (also with None). Storage is kept for the next."""
@@ -178,6 +210,8 @@ class Cache:
 
     def disable(self) -> None:
         """Remove everything: the model is as it was before `enable`. Calling it again does nothing."""
+        if self.announcer is not None:
+            self.announcer.take_off()
         denoisers, self.denoisers = self.denoisers, []
         for denoiser in reversed(denoisers):
             denoiser.remove()
@@ -221,12 +255,11 @@ class Cache:
         """Draw signal against threshold and the decisions per step into a picture at `path`."""
         from .reporting.plots import plot_run
 
-        held: dict[str, int] = {}
-        for denoiser in self.denoisers:
-            for name, size in denoiser.pool.held().items():
-                if len(self.denoisers) > 1 and name != SPARE:
-                    name = f"{denoiser.name} {name}"
-                held[name] = held.get(name, 0) + size
+        held = {
+            f"{d.name} {name}" if len(self.denoisers) > 1 and name != SPARE else name: size
+            for d in self.denoisers
+            for name, size in d.pool.held().items()
+        }
         return plot_run(self.stats, self.recipe, held, path)
 
     @property
@@ -244,13 +277,11 @@ class Cache:
         for key, finished in self.settings.calibrated.items():
             yield from ((key, measured, count) for measured, count in finished)
         for denoiser in self.denoisers:
-            for state in denoiser.pool.states.values():
-                if state.index and state.measured:
-                    yield (denoiser.name, state.key[1]), state.measured, state.timelines[0].pushes
+            yield from denoiser.measured()
 
     @property
     def model_names(self) -> str:
-        """The classes of the denoisers."""
+        """Classes of the denoisers."""
         return ", ".join(dict.fromkeys(type(model).__name__ for _, model in self.models))
 
     def progress(

@@ -94,3 +94,17 @@ def same(a: Tensor, b: Tensor) -> bool:
 def numbers(values: list[Tensor]) -> list[float]:
     """One-element tensors as floats, in one read: for calibration, after a run."""
     return torch.cat([v.reshape(-1) for v in values]).tolist() if values else []
+
+
+def extreme(timesteps: Tensor, ascending: bool) -> tuple[float, Any]:
+    """The timestep of the noisiest part, and what two calls of one step have in common.
+
+    timesteps: of any shape: one for all, per sample, per frame or per token, of which some may be pinned.
+    """
+    if timesteps.numel() == 1:
+        number = float(timesteps.item())
+        return number, number
+    flat = timesteps.detach().flatten().double()
+    low, high, total = torch.stack([flat.amin(), flat.amax(), flat.sum()]).tolist()
+    number = low if ascending else high
+    return number, number if low == high else (low, high, total)

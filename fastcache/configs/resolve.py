@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 from ..recipe import Recipe
 from .base import Config
@@ -44,3 +46,16 @@ def resolve(config: object) -> tuple[Recipe, Config | None]:
     }
     copy = kind(**values)
     return copy.recipe(), copy
+
+
+def callback_of(own: Config | None, target: Any) -> Callable[[], Any] | None:
+    """What tells the running timestep: the config's callback, or the pipeline itself where the config wants one."""
+    callback = own.timestep_callback if own is not None else None
+    if callback is None and own is not None and hasattr(own, "current_timestep_callback"):
+        if not hasattr(type(target), "current_timestep"):
+            raise ValueError(
+                f"{type(own).__name__}: current_timestep_callback is None; pass a function that returns the "
+                "running timestep, such as lambda: pipe.current_timestep"
+            )
+        return lambda: target.current_timestep
+    return callback

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from ..models.pipeline import denoisers_of
 from ..policies import COMPUTE, REUSE
 from ..recipe import Recipe, Rule
-from ..runtime.context import IMPLICIT
+from ..runtime.context import Context
 from ..runtime.denoiser import Denoiser
 from ..runtime.patch import ATTACHED
 from ..runtime.signature import call_signature
+from ..runtime.steps import NEVER
+from ..runtime.trip import Trip
 from ..storage.history import Timeline, stage
 from ..storage.ring import Ring
 from ..storage.state import State
@@ -193,7 +195,9 @@ def recorded_state(denoiser: Denoiser, args: tuple, kwargs: dict) -> State:
     control = denoiser.control
     state = denoiser.pool.new((object(), "export"))
     state.signature = call_signature(args, kwargs)
-    denoiser.decider.decide(state, denoiser.runs.step(state, IMPLICIT, None))
+    call = Context(None)
+    state.trip = Trip(call.request)
+    denoiser.decider.decide(state, denoiser.runs.step(state, call, None, NEVER))
     denoiser.decider.upload(state)
     control.inside = True
     control.begin_step(denoiser.targets)

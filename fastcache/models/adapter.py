@@ -73,6 +73,8 @@ class BlockAdapter:
         attention: regular expressions, searched in dotted names, of its attention modules; None finds
             them by class and name.
         temporal: regular expressions of those that attend over time; None goes by name.
+        always_compute: names of arguments of the model; a call in which one of them is given (and not None)
+            runs in full, such as one that writes a key/value cache of the model's own.
     Raises:
         TypeError: a field is of another type; the message names it.
         ValueError: a pattern is no regular expression; the message names its field.
@@ -84,6 +86,7 @@ class BlockAdapter:
     encoder_read: bool | None = None
     attention: tuple[str, ...] | None = None
     temporal: tuple[str, ...] | None = None
+    always_compute: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("blocks", "attention", "temporal"):
@@ -92,6 +95,13 @@ class BlockAdapter:
                 continue
             check = names_of if name == "blocks" else identifiers
             object.__setattr__(self, name, check("BlockAdapter", name, value))
+        object.__setattr__(
+            self,
+            "always_compute",
+            names_of("BlockAdapter", "always_compute", self.always_compute)
+            if self.always_compute
+            else (),
+        )
         if self.encoder_read is not None:
             flag("BlockAdapter", "encoder_read", self.encoder_read)
         if self.block is not None and not isinstance(self.block, Block):

@@ -9,6 +9,8 @@ from typing import Any
 from .adapter import ENCODER, HIDDEN, Block
 from .table import BLOCKS, MODULATIONS
 
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time")  # of a model's argument
+
 Positions = tuple[int, int | None]  # of the image and the text stream in a returned tuple
 
 
@@ -139,3 +141,16 @@ def parameter_names(function: Callable[..., Any]) -> list[str]:
     except (TypeError, ValueError):
         return []
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def timed_forward(model: Any) -> Callable[..., Any]:
+    """The forward that names the model's arguments: its own, or that of what a wrapper passes them on to."""
+    own: Callable[..., Any] = type(model).forward
+    if parameter_names(own):
+        return own
+    for module in model.modules():
+        names = parameter_names(type(module).forward)
+        if any(n in names for n in TIMESTEP_NAMES):
+            named: Callable[..., Any] = type(module).forward
+            return named
+    return own

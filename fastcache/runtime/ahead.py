@@ -12,12 +12,14 @@ from ..storage.allocate import NoRoom
 from ..storage.state import State
 from ..targets.control import StepControl
 from .commit import Committer
-from .context import Context, Owner, innermost
+from .context import Context
 from .decision import Decider
 from .execution import Executor
+from .frames import Frame, Owner, innermost
 from .runs import UNASKED, Runs, abandon
 from .settings import Settings
 from .signature import call_signature
+from .steps import NEXT, Moment
 
 
 class Prepared(NamedTuple):
@@ -136,7 +138,7 @@ class Ahead:
         elif self.prepared is None and not self.control.may_be_compiled:
             frame = innermost(self.owner)
             # no waiting: torch holds a lock of its own here
-            if frame is not None and frame.lock(0):
+            if frame is not None and frame.context is not None and frame.lock(0):
                 self.expect_graphs()
                 self.prepare(frame)
 
@@ -154,8 +156,9 @@ class Ahead:
         self.withdraw()
         if crossed:
             return
-        timestep = self.runs.steps.told(frame, self.runs.callback)
-        step = self.runs.step(state, frame, timestep)
+        steps, generation = self.runs.steps, frame.generation
+        moment = steps.moment(steps.told(frame, self.runs.callback), generation, None)
+        step = self.runs.step(state, frame, generation, moment, compute=frame.compute)
         before = [run.copy() for run in state.runs]  # none where a run begins
         self.decider.decide(state, step)
         self.upload(state)
@@ -167,32 +170,43 @@ class Ahead:
 
     # --- after it, or instead -----------------------------------------------------------------------------
 
-    def take(self, call: Context, args: tuple, kwargs: dict) -> tuple[State | None, Any]:
+    def take(self, call: Frame | None, args: tuple, kwargs: dict) -> tuple[State | None, Any]:
         """The state and the step that a context has prepared, for a call that runs eagerly after all.
 
         Where it would be decided otherwise now, the prepared step is taken back; what is returned then is None
         and the timestep, where that was asked for already.
         """
         assert self.prepared is not None
-        state, step, _, _ = self.prepared
+        state, step, _, frame = self.prepared
         told = UNASKED
-        if state is self.pool.states.get((call.request, call.name)):
-            self.runs.refuse(call)
-            told = timestep = step.timestep
-            if timestep is None:
-                timestep = self.runs.steps.read(state, call, args, kwargs)
-            if state.signature == call_signature(args, kwargs):
-                if timestep == step.timestep:
+        if call is frame and not frame.calls:
+            self.runs.refuse(frame)
+            told = step.timestep
+            fits = state.signature == call_signature(args, kwargs)
+            if fits and not self.runs.asked(args, kwargs):
+                steps, generation = self.runs.steps, frame.generation
+                known = told is not None or frame.step_index is not None
+                value = None if known else steps.argument(args, kwargs)
+                now = steps.moment(told, generation, value)
+                # where nobody has told the time, the model's own argument may
+                same = now.time == step.timestep or not self.timed
+                if known or (same and self._goes_on(state, frame, now)):
+                    self.runs.note(state, now)
+                    state.step_timestep = now.time
+                    frame.calls += 1
                     self.prepared = None
-                    return state, step
-                # the model's own argument tells the time
-                if not self.timed and not self.runs.steps.run_is_over(state, call, timestep):
-                    state.timestep = state.step_timestep = timestep
-                    self.prepared = None
-                    self.control.step = self.control.step._replace(timestep=timestep)
+                    self.control.step = step._replace(timestep=now.time)
                     return state, self.control.step
         self.withdraw()
         return None, told
+
+    def _goes_on(self, state: State, frame: Context, now: Moment) -> bool:
+        """Whether a call is the next step of its run, by what it is given."""
+        if state.trip.left_out(state, now):
+            return False
+        return (
+            not state.index or self.runs.steps.follows(state, frame, frame.generation, now) == NEXT
+        )
 
     def withdraw(self) -> None:
         """Take back decisions that were prepared for a graph and not used."""
@@ -212,13 +226,15 @@ class Ahead:
         if self.control.signature_missed:  # another shape: the next call allocates
             self.pool.forget(state.key)
         else:
+            frame.calls += 1
             self.committer.commit(state, step)
-            self._notice_new_run(state, step)
+            if frame.step_index is None and frame.generation is None and step.timestep is None:
+                self._notice_new_run(state, step)
 
     def _notice_new_run(self, state: State, step: Step) -> None:
         """Notice a new run that began inside a graph, where no timestep could be looked at beforehand."""
         steps = self.runs.steps
-        now = None if step.timestep is not None else steps.number(self.control.seen, state.total)
+        now = steps.moment(None, None, self.control.seen).time
         before, state.timestep = state.timestep, now if now is not None else state.timestep
         if now is None or before is None or not step.index or not steps.backwards(before, now):
             return

@@ -1,13 +1,15 @@
 """Telling guidance branches apart where nobody opens a context.
 
-A pipeline without contexts that runs guidance sequentially calls the model twice per step: the same
-latents at the same timestep, other conditions. Those are two branches, and each needs its own state.
+A pipeline without contexts that runs guidance sequentially calls the model twice per step: at the same
+timestep, under other conditions. Those are two branches, and each needs its own state. A call is known by the
+conditions that stay what they were over a run; on a device only identity counts, since comparing would wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,42 +18,126 @@ from .. import sync
 MOST = 8  # branches told apart
 
 
+class Fact(NamedTuple):
+    """A value and how often it had been written to; what is known of a device's tensor keeps it not alive."""
+
+    held: Any
+    version: int
+    weak: bool = False
+
+    @property
+    def value(self) -> Any:
+        return self.held() if self.weak else self.held
+
+
 class BranchDetector:
-    """Which branch each call without a context belongs to."""
+    """Which branch each call without a context belongs to.
+
+    unclear: nothing tells which branch the latest call was, so it must compute and no other may use its values.
+    """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self._step: list[Any] = []  # latents and timestep of the running step
+        self._step: list[Fact] = []  # latents and timestep of the running step
         self._used: list[int] = []  # branches seen in it
-        self._known: list[list[Any]] = []  # conditions of each branch
+        self._known: list[list[Fact]] = []  # conditions of each branch
+        self._past: list[list[Fact]] = []  # of the branches of the run before
+        self._replaced: list[Fact] | None = None  # by those of the latest call
+        self._changing: set[int] = set()  # places of conditions that are others in every step
+        self._changed: set[int] = (
+            set()
+        )  # those that the latest call suggests, if it went on with its run
+        self.unclear = False
 
-    def of(self, latents: Any, timestep: Any, conditions: list[Any]) -> int:
-        """0 for the first branch of a step; the same conditions keep their number over the run."""
-        step = [_fact(latents), _fact(timestep)]
-        facts = [_fact(leaf) for leaf in _leaves(conditions)]
-        number = next((i for i, known in enumerate(self._known) if _same(known, facts)), None)
-        again = bool(self._used) and _same(step, self._step)
-        if not again and number is None and self._used:
-            # latents that cannot be compared, at the very timestep of the call before, under conditions
-            # never seen: taken for another branch, which at worst computes what could have been reused
-            again = _incomparable(step[0], self._step[0]) and _equal(step[1], self._step[1])
+    def of(
+        self, latents: Any, timestep: Any, conditions: list[Any], again: bool | None = None
+    ) -> int:
+        """0 for the first branch of a step; the same conditions keep their number over the run.
+
+        again: whether this call belongs to the step of the one before; None where latents and timestep must tell.
+        """
+        step = [_fact(latents, alive=True), _fact(timestep, alive=True)]
+        facts = [_fact(leaf) for leaf in (_shape(latents), *_leaves(conditions))]
+        known, self.unclear = self._known, False
+        self._changing |= self._changed
+        number, self._changed = self._find(facts), set()
+        if again is None:
+            again = bool(self._used) and _same(step, self._step)
+            if not again and number is None and self._used:
+                # latents that cannot be compared, at the very timestep of the call before, under conditions
+                # never seen: taken for another branch, which at worst computes what could have been reused
+                again = _incomparable(step[0], self._step[0]) and _equal(step[1], self._step[1])
         if not again:
             self._used = []
         self._step = step
         if number is None:
             free = (i for i in range(MOST) if i not in self._used)
             number = next(free, MOST) if again else 0
-            self._known[number : number + 1] = [facts]
+            # a run with one branch may change its conditions as it goes on; with several, nothing tells which
+            # this is, unless it is one more; nor is it the run that goes on where conditions of the last come back
+            more = len(known) > 1 and not (again and number >= len(known))
+            self.unclear = more or (not again and self._returns(facts))
+        if number < len(known) and not self.unclear:
+            pairs = enumerate(zip(known[number], facts, strict=False))
+            self._changed = {i for i, (old, new) in pairs if not _equal(old, new)}
+        self._replaced = known[number] if number < len(known) else None
+        known[number : number + 1] = [facts]
         if number not in self._used:
             self._used.append(number)
         return number
 
+    def began(self, number: int) -> None:
+        """Note that another run began with the latest call, which is of this branch."""
+        known, self._changed = self._known, set()
+        others = [facts for i, facts in enumerate(known) if i != number]
+        self._past = others if self._replaced is None else [self._replaced, *others]
+        del known[number + 1 :]
 
-def _incomparable(now: tuple[Any, int], before: tuple[Any, int]) -> bool:
+    def _find(self, facts: list[Fact]) -> int | None:
+        """The branch that a call looks like, by conditions that last, while nothing speaks for another one."""
+        known = [(i, k) for i, k in enumerate(self._known) if len(k) == len(facts)]
+        alike = [(i, [_equal(a, b) for a, b in zip(k, facts, strict=True)]) for i, k in known]
+        for i, marks in alike:
+            if all(marks):
+                return i
+        for i, marks in alike:
+            others = [m for j, m in alike if j != i]
+            if others and all(self._rather(marks, m) for m in others):
+                return i
+        return None
+
+    def _rather(self, these: Sequence[bool], those: Sequence[bool]) -> bool:
+        """Whether lasting conditions speak for these and none for those."""
+        pairs = {
+            (a, b)
+            for i, (a, b) in enumerate(zip(these, those, strict=True))
+            if i not in self._changing
+        }
+        return (True, False) in pairs and (False, True) not in pairs
+
+    def _returns(self, facts: list[Fact]) -> bool:
+        """Whether a call looks like the run before, not like the one that goes on."""
+        now = (
+            [_equal(a, b) for a, b in zip(self._known[0], facts, strict=False)]
+            if self._known
+            else []
+        )
+        return any(
+            len(now) == len(past) == len(facts)
+            and self._rather([_equal(a, b) for a, b in zip(past, facts, strict=True)], now)
+            for past in self._past
+        )
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _incomparable(now: Fact, before: Fact) -> bool:
     """Whether both are tensors whose values only the device knows."""
-    a, b = now[0], before[0]
+    a, b = now.value, before.value
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a is b:
         return False
     return a.shape == b.shape and a.device == b.device and a.device.type != "cpu"
@@ -67,23 +153,27 @@ def _leaves(values: Any) -> Iterator[Any]:
             yield value
 
 
-def _fact(value: Any) -> tuple[Any, int]:
-    """A value and how often it had been written to."""
-    tracked = isinstance(value, Tensor) and not value.is_inference()
-    return value, value._version if tracked else 0
+def _fact(value: Any, alive: bool = False) -> Fact:
+    """What is known of a value. alive: whether it is kept, on a device too."""
+    if not isinstance(value, Tensor):
+        return Fact(value, 0)
+    version = 0 if value.is_inference() else value._version
+    if alive or value.device.type == "cpu":
+        return Fact(value, version)
+    return Fact(weakref.ref(value), version, True)
 
 
-def _same(before: list[Any], now: list[Any]) -> bool:
+def _same(before: list[Fact], now: list[Fact]) -> bool:
     return len(before) == len(now) and all(map(_equal, before, now))
 
 
-def _equal(before: tuple[Any, int], now: tuple[Any, int]) -> bool:
-    a, b = before[0], now[0]
+def _equal(before: Fact, now: Fact) -> bool:
+    a, b = before.value, now.value
     if a is b:
-        return before[1] == now[1]
+        return before.version == now.version and not (a is None and before.weak)
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         # on an accelerator only identity counts: comparing would wait for the device
-        written = not a.is_inference() and a._version != before[1]
+        written = not a.is_inference() and a._version != before.version
         host = a.device.type == b.device.type == "cpu" and a.dtype == b.dtype
         return not written and host and sync.same(a, b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):

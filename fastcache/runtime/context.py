@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from .. import sync
-from ..checks import real, whole
+from ..checks import flag, real, whole
 from .compiling import eager
+from .frames import OWN, Frame
 
 LONGEST = 600.0  # seconds that a thread waits for another one's compiled call
 
 
-class Owner(Protocol):
-    """Whom a context belongs to: a Cache."""
-
-    lock: Any  # a re-entrant lock
-
-    def prepare(self, frame: Context) -> bool:
-        """Get ready for the call inside; False where it must run eagerly."""
-
-    def commit_prepared(self, frame: Context, failed: bool) -> None:
-        """Account for what happened inside."""
-
-
-class Context:
+class Context(Frame):
     """An open context of one cache, around one denoiser call: what it says about that call. Contexts nest.
 
     What a context prepares for a compiled call must not be another thread's: where there are such calls, it
@@ -38,12 +26,11 @@ class Context:
     __slots__ = (
         "_eager",
         "_locked",
-        "_token",
-        "cache",
+        "calls",
+        "compute",
+        "first",
         "name",
         "num_inference_steps",
-        "outer",
-        "request",
         "sigma",
         "step_index",
         "timestep",
@@ -53,11 +40,12 @@ class Context:
         self,
         cache: Any,
         name: Any = "default",
-        request: Any = 0,
+        request: Any = OWN,
         step_index: Any = None,
         num_inference_steps: Any = None,
         timestep: Any = None,
         sigma: Any = None,
+        compute: Any = False,
     ) -> None:
         """Raises TypeError or ValueError that names the argument."""
         if not isinstance(name, str) or not name:
@@ -67,12 +55,8 @@ class Context:
                 "context: request is None, which stands for all requests in cache.reset; name one, or leave "
                 "it out"
             )
-        try:
-            hash(request)
-        except TypeError as error:
-            raise TypeError(
-                f"context: request is {type(request).__name__}, must be hashable"
-            ) from error
+        if request is not OWN:
+            check_request("context", request)
         # what is usual is looked at here: every function called costs an eager step its own time
         if step_index is not None and (type(step_index) is not int or step_index < 0):
             step_index = whole("context", "step_index", step_index, 0)
@@ -88,11 +72,22 @@ class Context:
             timestep = _time("timestep", timestep)
         if sigma is not None:
             sigma = _time("sigma", sigma)
-        self.cache, self.name, self.request = cache, name, request
+        if compute is not False:
+            flag("context", "compute", compute)
+        self.cache, self.name, self.compute = cache, name, compute
+        self.request = self.asked = request
         self.step_index, self.num_inference_steps = step_index, total
         self.timestep: float | None = timestep
         self.sigma: float | None = sigma
-        self._token: Any = None  # of contextvars, while this context is open
+        self.outer: Frame | None = None
+        self.generation = self._token = None
+        # calls of denoisers since it was opened, and what the first of them was given
+        self.calls = 0
+        self.first: tuple[Any, tuple, dict] | None = None
+
+    @property
+    def context(self) -> Context:
+        return self
 
     def __enter__(self) -> None:
         if self._token is not None:
@@ -100,9 +95,9 @@ class Context:
                 f"context: {self.name!r} of request {self.request!r} is open already; a context is around one "
                 "call, so make another with cache.context(...)"
             )
-        self.outer = _open.get()
-        self._token = _open.set(self)
+        self.push()
         self._eager = self._locked = False
+        self.calls, self.first = 0, None
         if "torch._dynamo" not in sys.modules:
             return
         try:
@@ -114,8 +109,7 @@ class Context:
             raise
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        _open.reset(self._token)
-        self._token = None
+        self.pop()
         try:
             if self._eager:
                 eager.__exit__()
@@ -135,34 +129,17 @@ class Context:
                 )
         return self._locked
 
-    def within(self, other: Context) -> bool:
-        """Whether this one was opened inside `other`."""
-        outer = self.outer
-        while outer is not None and outer is not other:
-            outer = outer.outer
-        return outer is other
 
-
-_open: ContextVar[Context | None] = ContextVar("fastcache_context", default=None)
-
-
-def innermost(cache: Owner) -> Context | None:
-    """The open context of a cache, as this thread or task sees it."""
-    context = _open.get()
-    while context is not None and context.cache is not cache:
-        context = context.outer
-    return context
-
-
-def request_of(cache: Owner) -> Any:
-    """The request that calls belong to which name none."""
-    return (innermost(cache) or IMPLICIT).request
+def check_request(label: str, request: Any) -> None:
+    """Raise TypeError unless a request can be told from others."""
+    try:
+        hash(request)
+    except TypeError as error:
+        raise TypeError(
+            f"{label}: request is {type(request).__name__}, must be hashable"
+        ) from error
 
 
 def _time(label: str, value: Any) -> float:
     """`value` as a finite float."""
     return real("context", label, sync.scalar(value) if isinstance(value, Tensor) else value)
-
-
-# What calls without a context have in its place.
-IMPLICIT = Context(None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.adapter import BlockAdapter
 from ..models.registry import keeps
@@ -17,9 +17,9 @@ from ..targets.bind import bind_rules
 from .ahead import Ahead
 from .commit import Committer
 from .compiling import listeners, watch_compiling
-from .context import Context, Owner, innermost
 from .decision import Decider
 from .execution import Executor
+from .frames import Frame, Owner, innermost, thread_request
 from .notices import LOG, warn
 from .patch import ForwardPatch, place_of
 from .runs import ALL, Runs, abandon
@@ -66,7 +66,7 @@ class Denoiser:
         _, self.original = place_of(model)
         control, targets, pool = self.control, self.targets, self.pool
         self.executor = Executor(settings, self.original, bound, pool)
-        self.runs = Runs(settings, model, self.recipe, pool, bound.guidance)
+        self.runs = Runs(settings, name, model, self.recipe, adapter, pool, bound.guidance)
         self.decider = Decider(settings, self.recipe, control, targets)
         self.committer = Committer(settings, name, self.recipe, control, targets, pool)
         rooms = self.runs, self.decider, self.executor, self.committer
@@ -84,21 +84,20 @@ class Denoiser:
         with self.lock:
             if self.control.inside or keeps(kwargs):
                 return self._past(args, kwargs)
-            call = innermost(self.owner)
-            if call is None:
+            frame = innermost(self.owner)
+            if frame is None or frame.context is None:
                 watch_compiling()
-                call = self.runs.unnamed(args, kwargs)
             try:
                 if self.ahead.prepared is None:
-                    state, step = self._locate(call, args, kwargs)
+                    state, step = self._locate(frame, args, kwargs)
                     self._decide(state, step)
                 else:
-                    state, step = self._prepared(call, args, kwargs)
+                    state, step = self._prepared(frame, args, kwargs)
                 if self.control.may_be_compiled:
                     self.ahead.upload(state)
                 output = self._execute(state, args, kwargs, run)
             except BaseException:
-                abandon(self.settings.pools, call.request)
+                abandon(self.settings.pools, thread_request() if frame is None else frame.request)
                 raise
             self._commit(state, step)
             if self.pool.ended or self._waiting:
@@ -111,12 +110,12 @@ class Denoiser:
             self.ahead.withdraw()
         return self.original(*args, **kwargs)
 
-    def _prepared(self, call: Context, args: tuple, kwargs: dict) -> tuple[State, Any]:
+    def _prepared(self, frame: Frame | None, args: tuple, kwargs: dict) -> tuple[State, Any]:
         """The step of a call that a context has looked at before."""
-        state, step = self.ahead.take(call, args, kwargs)
+        state, step = self.ahead.take(frame, args, kwargs)
         if state is not None:
             return state, step
-        state, step = self._locate(call, args, kwargs, told=step)
+        state, step = self._locate(frame, args, kwargs, told=step)
         self._decide(state, step)
         return state, step
 
@@ -144,6 +143,12 @@ class Denoiser:
             kind, message = verdict(known(run.records), self.recipe)
             if message:
                 self.settings.notices.later(kind, f"fastcache: {message}")
+
+    def measured(self) -> Iterator[tuple[tuple[str, str], list[Tensor], int]]:
+        """What calibrating runs that still go on have measured."""
+        for state in self.pool.states.values():
+            if state.index and state.measured:
+                yield (self.name, state.key[1]), state.measured, state.timelines[0].pushes
 
     def forget(self, request: Any = ALL) -> None:
         """Forget the runs of one request, or all; their storage serves the next ones."""

@@ -41,6 +41,9 @@ class Executor:
         control = self.control
         control.inside = True
         try:
+            if control.step.again and control.computes:
+                state.uncached_step = True  # what the step stores, its first evaluation has stored
+                return self.original(*args, **kwargs)
             if self.budget is not None:
                 state.uncached_step = self.budget.refuses(
                     self.pool, state, self.group, state.device

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-from .context import Context, Owner, request_of
+from .context import Context
+from .frames import Owner, request_of
 
 ATTACHED = "_fastcache"
 
@@ -123,6 +124,20 @@ class ForwardPatch:
                 forget(request_of(owner))
 
         return reset
+
+
+def refuse_enabled(models: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError where one of the models, given with their names, has a cache already."""
+    for name, model in models:
+        if ATTACHED in model.__dict__:
+            raise ValueError(
+                f"target: {name} is already enabled; call cache.update(config) to change its settings or "
+                "cache.disable() first"
+            )
+        if getattr(model, "_cache_config", None) is not None:
+            raise ValueError(
+                f"target: {name} is already enabled with diffusers' own hooks; call its disable_cache() first"
+            )
 
 
 def place_of(model: nn.Module) -> tuple[str, Callable[..., Any]]:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..models.adapter import BlockAdapter
+from ..models.pipeline import EXPERTS
 from ..policies import Step
 from ..recipe import Recipe
 from ..storage.pool import Slots, follow
 from ..storage.state import State
 from ..targets.guidance import GuidanceTarget
-from .branches import MOST, BranchDetector
-from .context import IMPLICIT, Context
+from .context import Context
+from .frames import Frame, thread_request, when_thread_ends
 from .notices import LOG
 from .settings import Settings
 from .signature import call_signature
-from .steps import StepTracker
-
-# What calls without a context have in its place: the first branch of guidance, and those after it.
-UNNAMED = (IMPLICIT, *(Context(None, f"default#{i + 1}") for i in range(1, MOST + 1)))
-
+from .steps import BEGINS, EVALUATION, TURNING, UNCLEAR, Moment, StepTracker
+from .trip import Trip
 
 ALL: Any = object()  # every request
 
@@ -31,73 +32,223 @@ UNASKED: Any = object()  # nobody has asked yet what time it is
 
 
 class Runs:
-    """The runs of one denoiser."""
+    """The runs of one denoiser.
+
+    settings: what it shares with the others. name: of the model in its pipeline.
+    """
 
     def __init__(
         self,
         settings: Settings,
+        name: str,
         model: nn.Module,
         recipe: Recipe,
+        adapter: BlockAdapter,
         pool: Slots,
         guidance: GuidanceTarget | None,
     ) -> None:
-        self.model, self.pool, self.guidance = model, pool, guidance
-        self.callback = settings.timestep_callback
-        self.steps = StepTracker(type(model).forward, settings.pipeline_ends_runs)
-        self.branches = BranchDetector()
-        totals = (getattr(rule.when, "num_inference_steps", None) for rule in recipe.rules)
+        self.model, self.name, self.pool, self.guidance = model, name, pool, guidance
+        self.callback, self.pools, self.notices = (
+            settings.timestep_callback,
+            settings.pools,
+            settings.notices,
+        )
+        self.steps = StepTracker(model)
+        at = self.steps.names.index
+        names = adapter.always_compute
+        # arguments that make a call compute where they are given, and their places
+        self.always = [(n, at(n) if n in self.steps.names else -1) for n in names]
+        self.trips: weakref.WeakValueDictionary[Any, Trip] = weakref.WeakValueDictionary()
+        self.unnamed_trip: Trip | None = None  # the last one, kept until a state of its own does
+        self.gone: deque[Any] = deque()  # requests of threads that are no more
+        totals = (rule.when.num_inference_steps for rule in recipe.rules)
         self.planned = next((n for n in totals if n), None)  # steps, as the recipe has it
 
-    def unnamed(self, args: tuple, kwargs: dict) -> Context:
-        """What stands for the context of a call without one: the first branch of guidance, or another one."""
-        timestep = self.steps.argument(args, kwargs)
-        named = {k: v for k, v in kwargs.items() if k != self.steps.name}
-        latents = named.pop("hidden_states", args[0] if args else None)
-        rest = [v for v in (*args, *named.values()) if v is not latents and v is not timestep]
-        number = self.branches.of(latents, timestep, rest)
+    def locate(
+        self, frame: Frame | None, args: tuple, kwargs: dict, told: Any = UNASKED
+    ) -> tuple[State, Step]:
+        """The state that a call uses, and its step; a run begins where one has to.
+
+        frame: what is open around it. told: the timestep, where it was asked for before.
+        """
+        generation, context = (None, None) if frame is None else (frame.generation, frame.context)
+        steps, unclear, first = self.steps, False, True
+        if told is UNASKED:
+            told = steps.told(context, self.callback)
+        known = context is not None and context.step_index is not None
+        moment = steps.moment(told, generation, None if known else steps.argument(args, kwargs))
+        if context is not None and (known or not context.calls):
+            call: Context = context
+            call.first = None if known else (moment, args, kwargs)
+        else:
+            call, unclear, first = self.unnamed(frame, moment, args, kwargs)
+        if self.guidance is not None or torch.is_grad_enabled():
+            self.refuse(call)
+        key = (call.request, call.name)
+        state = self.pool.states.get(key) or self.add(key)
+        compute = call.compute
+        if self.always and self.asked(args, kwargs):
+            compute = True
+            signature = call_signature(*self.without(args, kwargs))
+        else:
+            signature = call_signature(args, kwargs)
+        if state.signature != signature:
+            self.pool.adopt(state, signature)
+        step = self.step(state, call, generation, moment, unclear, compute, first)
+        if context is not None:
+            context.calls += 1
+        return state, step
+
+    def add(self, key: tuple[Any, str]) -> State:
+        """A state for a context of a request, which has none."""
+        while self.gone:
+            self.reset(self.gone.popleft())
+        request = key[0]
+        state = self.pool.add(key)
+        state.trip = self.trip(request)
+        return state
+
+    def trip(self, request: Any) -> Trip:
+        found = self.trips.get(request)
+        if found is None:
+            found = self.trips[request] = Trip(request)
+            if request == thread_request():
+                when_thread_ends(self.gone.append)
+        return found
+
+    def unnamed(
+        self, frame: Frame | None, moment: Moment, args: tuple, kwargs: dict
+    ) -> tuple[Context, bool, bool]:
+        """What stands for the context of a call without one of its own: the first branch of guidance, or another.
+
+        Returns it, whether nothing tells which branch it is, and whether it is the first of its step.
+        """
+        request, name = thread_request() if frame is None else frame.request, "default"
+        trip = self.unnamed_trip = self.trip(request)
+        if frame is not None and frame.generation is not None:
+            trip.enter(frame.generation.serial)
+        if (
+            frame is not None and (around := frame.context) is not None
+        ):  # and around more than one call
+            name = around.name
+            if around.first is not None:  # nobody knew then that others would come
+                trip.clear()
+                before, *given = around.first
+                self.branch(trip, trip.again(before), *given)
+                around.first = None
+        again = trip.again(moment)
+        number = self.branch(trip, again, args, kwargs)
         if number and self.guidance is not None:
             raise ValueError(
                 "target: the same latents came twice at one timestep, so guidance runs sequentially, and "
                 "FasterCache's guidance half needs both halves in one batch; open cache.context('cond') "
                 "and cache.context('uncond') around the calls, or set is_guidance_distilled=True"
             )
-        return UNNAMED[number]
+        return trip.context(name, number), trip.branches.unclear, not again
 
-    def locate(
-        self, call: Context, args: tuple, kwargs: dict, told: Any = UNASKED
-    ) -> tuple[State, Step]:
-        """The state that a call uses, and its step; a run begins where one has to.
+    def branch(self, trip: Trip, again: bool | None, args: tuple, kwargs: dict) -> int:
+        """The branch of a call by what it is given."""
+        steps = self.steps
+        timestep = steps.argument(args, kwargs)
+        given = dict(kwargs)
+        latents = given.pop(steps.first, args[0] if args else None)
+        values = [(k, v) for k, v in given.items() if v is not timestep and v is not latents]
+        rest = [v for v in args if v is not latents and v is not timestep]
+        return trip.branches.of(latents, timestep, [*rest, *(v for _, v in values)], again)
 
-        told: the timestep, where it was asked for before.
+    def asked(self, args: tuple, kwargs: dict) -> bool:
+        """Whether an argument is given that makes a call compute."""
+        for name, place in self.always:
+            given = kwargs.get(name)
+            if given is None and len(args) > place >= 0:
+                given = args[place]
+            if given is not None:
+                return True
+        return False
+
+    def without(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """A call with None in place of those arguments."""
+        names = {name for name, _ in self.always}
+        places = {place for _, place in self.always}
+        return (
+            tuple(None if i in places else v for i, v in enumerate(args)),
+            {k: None if k in names else v for k, v in kwargs.items()},
+        )
+
+    def step(
+        self,
+        state: State,
+        call: Context,
+        generation: Any,
+        moment: Moment,
+        unclear: bool = False,
+        compute: bool = False,
+        first: bool = True,
+    ) -> Step:
+        """The step that comes now in a state; another run begins there where this is its first.
+
+        unclear: nothing tells which branch this is. first: it is the first branch that its step calls.
         """
-        if self.guidance is not None or torch.is_grad_enabled():
-            self.refuse(call)
-        key = (call.request, call.name)
-        state = self.pool.states.get(key) or self.pool.add(key)
-        signature, steps = call_signature(args, kwargs), self.steps
-        if told is UNASKED:
-            told = call.timestep if self.callback is None else steps.told(call, self.callback)
-        timestep = told if told is not None else steps.read(state, call, args, kwargs)
-        if state.signature != signature:
-            self.pool.adopt(state, signature)
-        return state, self.step(state, call, timestep)
-
-    def step(self, state: State, call: Context, timestep: float | None) -> Step:
-        """The step that comes now in a state; another run begins there where this is its first."""
         if self.pool.streams:
             follow(state)
-        index, anew = self.steps.index(state, call, timestep)
-        if anew:
+        index, how = self.steps.index(state, call, generation, moment)
+        trip = state.trip
+        if how == TURNING:
+            assert moment.time is not None
+            how = self.steps.learn(state, moment.time)
+        if how == BEGINS:
             self.pool.begin_anew(state)
-        if not state.runs:
-            state.total = call.num_inference_steps or self.planned
-            LOG.debug("run of request %r, context %r begins", *state.key)
-        elif call.num_inference_steps is not None:
-            state.total = call.num_inference_steps
-        state.armed_step, state.step_timestep = index, timestep
-        if timestep is not None:
-            state.timestep = timestep
-        return Step(index, state.total, timestep, call.sigma)
+            if first:
+                trip.began(call)
+        elif how == UNCLEAR or unclear or state.unclear:
+            state.doubt()
+        if how == UNCLEAR or unclear:
+            self.notices.later("unclear", UNTOLD.format(model=self.name, name=call.name))
+        state.unclear = how == UNCLEAR or unclear
+        if call.step_index is None:
+            index += trip.left_out(state, moment)
+        if not state.index:
+            self._begins(state, call, generation)
+        index -= state.start
+        if call.num_inference_steps is not None:
+            state.total = call.num_inference_steps - state.start
+        state.armed_step, state.step_timestep, state.uncached_step = index, moment.time, False
+        self.note(state, moment)
+        compute = compute or how == TURNING
+        return Step(index, state.total, moment.time, call.sigma, False, compute, how == EVALUATION)
+
+    def note(self, state: State, moment: Moment) -> None:
+        """Keep when the call of a state is, for those that follow."""
+        state.trip.called(state, moment)
+        if moment.mark is not None:
+            state.mark, state.evaluation = moment.mark, moment.evaluation
+        if moment.time is not None:
+            state.timestep = moment.time
+
+    def _begins(self, state: State, call: Context, generation: Any) -> None:
+        """A run begins: how long it is, and whether another expert has had the steps before."""
+        state.serial = 0 if generation is None else generation.serial
+        state.total = call.num_inference_steps or (generation and generation.total(self.name))
+        state.total = state.total or self.planned
+        if self.name in EXPERTS and len(self.pools) > 1:
+            state.start = call.step_index or 0 if self._take_over(state.key[0]) else 0
+        LOG.debug("run of request %r, context %r begins", *state.key)
+
+    def _take_over(self, request: Any) -> bool:
+        """Whether another expert has had the steps before; its storage is given back, since it had them."""
+        found = False
+        for pool in self.pools:
+            for state in pool.states.values() if pool is not self.pool else ():
+                if state.key[0] == request and state.index > 1:
+                    found = True
+                    pool.end_run(state)
+                    if not pool.fixed:
+                        pool.drop(state)
+                        state.signature = None
+                    state.begin_run()
+            if found and pool is not self.pool and not pool.fixed:
+                pool.spares.clear()
+        return found
 
     def refuse(self, call: Context) -> None:
         """Raise where a call cannot be cached: one of guidance that comes apart, or one that is trained on."""
@@ -118,7 +269,14 @@ class Runs:
             self.pool.forget(key)
         if request is ALL:
             self.steps.clear()
-            self.branches.clear()
+
+
+# What is said where nothing tells branches apart.
+UNTOLD = (
+    "fastcache: {model} was called more than once at one step in context {name!r}, and nothing tells whether it "
+    "is the same branch; such calls compute and nothing of them is reused. Give each branch or window a name of "
+    "its own:\n    with cache.context('cond'):  # and 'uncond', 'window 1', ...\n        model(...)"
+)
 
 
 def abandon(pools: Iterable[Slots], request: Any) -> None:
@@ -127,3 +285,4 @@ def abandon(pools: Iterable[Slots], request: Any) -> None:
         for key, state in pool.states.items():
             if key[0] == request:
                 state.restart()
+                state.trip.clear()

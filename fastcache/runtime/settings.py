@@ -32,7 +32,6 @@ class Settings:
         process_group: ranks that share a sample.
         cache_dtype: what cached values are kept in; None keeps them as they are.
         budget: the bytes that cached tensors may take; None is no limit.
-        pipeline_ends_runs: a pipeline announces the end of its runs.
         timestep_callback: the running timestep, from a config.
         lock: held during a call: one at a time, whichever thread it comes from.
         stats: one record per call.
@@ -48,7 +47,6 @@ class Settings:
     process_group: Any = None
     cache_dtype: torch.dtype | None = None
     budget: Budget | None = None
-    pipeline_ends_runs: bool = False
     timestep_callback: Callable[[], Any] | None = None
     lock: Any = field(default_factory=threading.RLock)
     stats: Stats = field(default_factory=Stats)

@@ -12,6 +12,14 @@ from torch import Tensor
 from .. import sync
 from ..policies import COMPUTE, REUSE
 
+# What is said of contexts that no model was called in.
+UNCALLED = (
+    "{} contexts were opened and closed without a call of the model inside: what drives its blocks calls them past "
+    "the model's forward, so nothing is cached; call the model itself, or enable the module whose forward runs them"
+)
+
+IDLE = 3  # contexts without a call, before the first one, until it is said
+
 KEEP = 100_000  # records kept, so that a server that never resets does not grow
 
 
@@ -38,6 +46,7 @@ class Stats:
         self._pending = False  # some signals are still on the device
         # of large tensors on a GPU, the ops that ran on the reference in place of a kernel: calls
         self.fallbacks: Counter[str] = Counter()
+        self.idle = 0  # contexts that no call was made in
         self.watch: Callable[[Record], object] | None = None  # told of every record, while set
 
     def add(self, record: Record) -> None:
@@ -48,6 +57,11 @@ class Stats:
         self._all.append(record)
         if self.watch is not None:
             self.watch(record)
+
+    def uncalled(self) -> str:
+        """Count a context that no call was made in; what there is to say about that, once."""
+        self.idle += 1
+        return "" if self._all or self.idle != IDLE else f"fastcache: {UNCALLED.format(self.idle)}"
 
     @property
     def _records(self) -> deque[Record]:
@@ -60,6 +74,7 @@ class Stats:
     def clear(self) -> None:
         self._all.clear()
         self.fallbacks.clear()
+        self.idle = 0
 
     def __iter__(self) -> Iterator[Record]:
         return iter(tuple(self._records))
@@ -96,7 +111,7 @@ class Stats:
         """The summary: totals, a strip per context, reasons."""
         total = len(self._records)
         if not total:
-            return ["no denoiser call yet"]
+            return ["no denoiser call yet", *([UNCALLED.format(self.idle)] if self.idle else [])]
         lines = [
             f"{total} denoiser calls: {self.computed} computed, {self.reused} reused ({self.reused / total:.0%})"
         ]

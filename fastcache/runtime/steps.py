@@ -1,54 +1,81 @@
-"""Which step a call is and where a run begins: told by contexts, else read off the model's own timestep."""
+"""Which step a call is and where a run begins: told by who knows, else read off the model's own timestep."""
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final, Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import sync
-from ..models.block_io import parameter_names
+from ..models.block_io import TIMESTEP_NAMES, parameter_names, timed_forward
 from ..storage.state import State
 from .context import Context
+from .generation import Generation
 
-TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time")
+TURNS = 3  # steps in a row, from the first one of a run on, against the direction of time: it is the other one
 
 
-RISES = 3  # runs of a single step in a row, each at a later timestep: time runs the other way
+class Moment(NamedTuple):
+    """When a call is, as far as can be told without a needless wait.
+
+    time: the timestep, that of the noisiest part where parts have their own. mark: equal in two calls of the
+    same step; None where nothing tells. evaluation: of the solver, where it takes several per step.
+    """
+
+    time: float | None = None
+    mark: Any = None
+    evaluation: int | None = None
+
+
+NEVER = Moment()
+
+# How a call follows the one before in its state: the next step; the first of a run; another evaluation of the
+# same step, by a solver that is known to need it; a step of a run whose direction in time is not known yet; a call
+# at the same step which may be anybody's.
+How = Literal["next", "begins", "evaluation", "turning", "unclear"]
+NEXT: Final = "next"
+BEGINS: Final = "begins"
+EVALUATION: Final = "evaluation"
+TURNING: Final = "turning"
+UNCLEAR: Final = "unclear"
 
 
 class StepTracker:
-    """The sense of time of one denoiser.
+    """The sense of time of one denoiser."""
 
-    pipeline_ends_runs: a pipeline announces the end of its runs, so a timestep on an accelerator is not read.
-    """
-
-    def __init__(self, forward: Callable, pipeline_ends_runs: bool) -> None:
-        names = parameter_names(forward)
-        self.name = next((n for n in TIMESTEP_NAMES if n in names), None)
-        self.place = names.index(self.name) if self.name else -1
-        self.pipeline_ends_runs = pipeline_ends_runs
-        self.clear()
+    def __init__(self, model: nn.Module) -> None:
+        self.names = parameter_names(timed_forward(model))
+        self.name = next((n for n in TIMESTEP_NAMES if n in self.names), None)
+        self.place = self.names.index(self.name) if self.name else -1
+        named = "hidden_states" in self.names or not self.names
+        self.first = "hidden_states" if named else self.names[0]  # the latents
+        self.ascending = False  # the timesteps grow during a run
+        # all timesteps of a run on a device, once they were looked at
+        self._of: weakref.ref[Tensor] | None = None
+        self._version, self._times = 0, list[float]()
 
     def clear(self) -> None:
-        self.ascending = False  # the model's timesteps grow during a run
-        # per state: runs of one step, each later than the one before
-        self.rises: dict[Any, int] = {}
+        self.ascending = False
+
+    # --- what time it is ------------------------------------------------------------------------------------
 
     def argument(self, args: tuple, kwargs: dict) -> Any:
         """The model's timestep among its arguments; None without one."""
-        if self.name is None:
-            return None
         if self.name in kwargs:
             return kwargs[self.name]
-        return args[self.place] if len(args) > self.place else None
+        if len(args) > self.place >= 0:
+            return args[self.place]
+        if self.name is None:  # a signature that names nothing
+            return next((kwargs[n] for n in TIMESTEP_NAMES if n in kwargs), None)
+        return None
 
-    def told(self, call: Context, callback: Callable[[], Any] | None) -> float | None:
+    def told(self, call: Context | None, callback: Callable[[], Any] | None) -> float | None:
         """The timestep that was told: by the config's callback, read once per step, or by the context."""
         if callback is None or (value := callback()) is None:
-            return call.timestep
+            return None if call is None else call.timestep
         try:
             number = sync.scalar(value)
         except (TypeError, ValueError) as error:
@@ -57,61 +84,122 @@ class StepTracker:
             ) from error
         return number if math.isfinite(number) else None  # not a number: no rule may reuse
 
-    def read(self, state: State, call: Context, args: tuple, kwargs: dict) -> float | None:
-        """The timestep by which runs are told apart, from the model's own argument.
+    def moment(self, told: float | None, generation: Generation | None, value: Any) -> Moment:
+        """When a call is. told: the timestep that was told. value: the model's own argument.
 
-        One on an accelerator is read (one wait) only where nothing else tells runs apart.
+        A tensor on an accelerator is looked at where no pipeline tells which step runs.
         """
-        if call.step_index is not None:
-            return None
-        total = call.num_inference_steps or state.total
-        return self.number(self.argument(args, kwargs), total)
+        tick = None if generation is None else generation.tick()
+        time, mark = None, told
+        if isinstance(value, Tensor):
+            if value.device.type == "cpu" or (tick is None and told is None):
+                time, mark = self.look(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            time = mark = float(value)
+        if time is not None and not math.isfinite(time):
+            time, mark = None, told
+        told = time if told is None else told
+        if generation is None or tick is None or (mark is not None and generation.evaluations == 1):
+            return Moment(told, mark)
+        return Moment(told, generation.step_of(tick) if mark is None else mark, tick)
 
-    def number(self, value: Any, total: int | None) -> float | None:
-        """A timestep argument as a float, where it can be had without a needless wait."""
-        if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-            return None
-        if isinstance(value, Tensor) and (
-            not value.numel()
-            or (value.device.type != "cpu" and (total is not None or self.pipeline_ends_runs))
+    def look(self, value: Tensor) -> tuple[float | None, Any]:
+        """The timestep in a tensor, and what calls of the same step have in common; nothing of an empty one.
+
+        A tensor on a device is waited for, once for all steps where it is a view of all timesteps.
+        """
+        if not value.numel():
+            return None, None
+        if value.device.type == "cpu":
+            return sync.extreme(value, self.ascending)
+        base = value._base
+        if (
+            base is None
+            or base.dim() != 1
+            or any(s and n > 1 for s, n in zip(value.stride(), value.shape, strict=True))
         ):
-            return None
-        number = sync.scalar(value)
-        return number if math.isfinite(number) else None
+            return sync.extreme(value, self.ascending)
+        if self._of is None or self._of() is not base or self._version != base._version:
+            self._of, self._version = weakref.ref(base), base._version
+            self._times = sync.numbers([base])
+        time = self._times[(value.storage_offset() - base.storage_offset()) // base.stride(0)]
+        return time, time
 
-    def index(self, state: State, call: Context, timestep: float | None) -> tuple[int, bool]:
-        """The index of this step, and whether a new run begins with it.
+    # --- which step it is -----------------------------------------------------------------------------------
+
+    def index(
+        self, state: State, call: Context, generation: Generation | None, moment: Moment
+    ) -> tuple[int, How]:
+        """The index of this step, and how it follows the call before.
 
         Raises ValueError where the same explicit step_index comes twice.
         """
         started = state.index > 0
+        if generation is not None and state.serial != generation.serial:
+            return call.step_index or 0, BEGINS
         if call.step_index is None:
-            over = started and self.run_is_over(state, call, timestep)
-            return (0 if over else state.index), over
+            how = self.follows(state, call, generation, moment) if started else NEXT
+            if how == BEGINS:
+                return 0, how
+            return (state.index if how in (NEXT, TURNING) else state.index - 1), how
         last = state.index - 1
-        if started and call.step_index == last and last > 0:
+        if started and call.step_index == last and (last > 0 or call.calls):
             raise ValueError(
                 f"step_index {last} came twice for request {call.request!r}, context {call.name!r}: a second "
                 "call at the same step is another branch, give it a name of its own, as in "
                 "cache.context('uncond', step_index=...)"
             )
-        return call.step_index, started and call.step_index <= last
+        return call.step_index, BEGINS if started and call.step_index <= last else NEXT
 
-    def run_is_over(self, state: State, call: Context, timestep: float | None) -> bool:
-        """Whether this call belongs to the next run: all steps are done, or time has turned back."""
+    def follows(
+        self, state: State, call: Context, generation: Generation | None, moment: Moment
+    ) -> How:
+        """How a call without a step index follows the one before in its state."""
         total = call.num_inference_steps or state.total
-        if timestep is None or state.timestep is None or timestep == state.timestep:
-            return total is not None and state.index >= total
-        if not self.backwards(state.timestep, timestep):
-            self.rises.pop(state.key, None)
-            return False
-        rises = self.rises[state.key] = self.rises.get(state.key, 0) + 1 if state.index == 1 else 0
-        if rises >= RISES:
-            self.ascending = not self.ascending
-            self.rises.clear()
-            return False
-        return True
+        over = generation is None and total is not None and state.index >= total
+        if moment.mark is not None and moment.mark == state.mark:
+            if over and total == 1:
+                return BEGINS
+            again = moment.evaluation is not None and moment.evaluation != state.evaluation
+            return EVALUATION if again else UNCLEAR
+        now, before = moment.time, state.timestep
+        if now is None or before is None or now == before:
+            return BEGINS if over else NEXT
+        if generation is not None and (generation.loops or state.index == 1):
+            state.rising = now > before  # nothing else has begun since
+            return NEXT
+        if generation is not None:
+            return NEXT if (now > before) == state.rising else BEGINS
+        return self._turned(state, before, now)
+
+    def _turned(self, state: State, before: float, now: float) -> How:
+        """Whether time has turned back, where nobody has announced a run."""
+        rising = now > before
+        if rising == self.ascending:
+            return BEGINS if state.turns and state.rising != rising else NEXT
+        if state.index > 1 + state.turns or not _may_turn(before, now):
+            return BEGINS
+        # a run of one step and another one, or a run that goes the other way: computed until that is known
+        return TURNING
+
+    def learn(self, state: State, time: float) -> How:
+        """Count a step against the direction of time; after some, it is the other one."""
+        assert state.timestep is not None
+        state.turns, state.rising = state.turns + 1, time > state.timestep
+        if state.turns < TURNS:
+            return TURNING
+        self.ascending, state.turns = state.rising, 0
+        return NEXT
 
     def backwards(self, before: float, now: float) -> bool:
         """Whether `now` lies earlier in a run than `before`."""
         return now < before if self.ascending else now > before
+
+
+def _may_turn(before: float, now: float) -> bool:
+    """Whether these may be the first timesteps of a run that goes their way: it begins at its own end of the scale,
+    and goes on by less than a leap to where runs begin that go the other way."""
+    scale = 1.0 if max(before, now) <= 1 else 1000.0
+    if now < before:
+        before, now = scale - before, scale - now
+    return before < 0.5 * scale and now < 0.9 * scale

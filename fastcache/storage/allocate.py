@@ -83,6 +83,6 @@ def device_of(signature: tuple) -> torch.device:
 
     A timestep may come from the host, and may come first.
     """
-    devices = [device for _, _, device in signature]
+    devices = [entry[2] for entry in signature if isinstance(entry, tuple)]
     host = torch.device("cpu")
     return next((device for device in devices if device.type != "cpu"), host)

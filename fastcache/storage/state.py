@@ -38,16 +38,23 @@ class State:
     __slots__ = (
         "armed_step",
         "away",
+        "evaluation",
         "evicted",
         "head",
         "held",
         "index",
         "key",
+        "mark",
         "measured",
         "out_of_memory",
+        "passed",
+        "place",
         "records",
+        "rising",
         "runs",
+        "serial",
         "signature",
+        "start",
         "step_timestep",
         "steps_until_full_batch",
         "stream",
@@ -55,7 +62,10 @@ class State:
         "timestep",
         "told",
         "total",
+        "trip",
+        "turns",
         "uncached_step",
+        "unclear",
         "units",
         "used",
     )
@@ -71,6 +81,7 @@ class State:
         self.held = 0  # bytes after the last call, and
         self.used = 0  # number of that call: both kept where there is a budget
         self.stream: Any = None  # the CUDA stream that used the storage last
+        self.trip: Any = None  # what its branches have in common, kept alive by them
         self.begin_run()
 
     def restart(self) -> None:
@@ -88,11 +99,28 @@ class State:
         self.timestep: float | None = None  # of the last step, as the run's clock reads it
         self.step_timestep: float | None = None  # of the running step, as the rules read it
         self.armed_step = 0  # index of the running step
+        self.start = (
+            0  # step index that the run began at, where another denoiser had the steps before
+        )
+        self.mark: Any = None  # what told the step of the last call from others
+        self.evaluation: int | None = None  # of the solver, in the last call
+        self.serial = 0  # of the announced loop that the run belongs to
+        self.turns, self.rising = (
+            0,
+            False,
+        )  # steps against the direction of time, and which way they go
+        self.unclear = False  # the last call may have been another branch's
+        self.passed, self.place = 0, 0.0  # of the last call among those of its request
         # computed steps until a stack's history holds both halves of a guidance batch again
         self.steps_until_full_batch = 0
         self.runs: list[Run] = []  # what each policy remembers
         self.measured: list[Tensor] = []  # magnitude ratios of a calibration, on the device
         self.records: deque[Any] = deque(maxlen=JUDGED)  # of its steps, oldest first
+
+    def doubt(self) -> None:
+        """Forget what this run has computed: it may be of others. The run itself goes on."""
+        self.runs, self.steps_until_full_batch = [], 0
+        self.empty()
 
     def empty(self) -> None:
         """Forget what storage holds, and overwrite it with zeros."""

@@ -62,6 +62,11 @@ class StepControl:
         self.actions: list[str] = []  # those of the decisions, for traced code
         self.weights: list[tuple[float, ...]] = []  # of a reused value's history
 
+    @property
+    def computes(self) -> bool:
+        """Whether it was decided that every rule computes this step."""
+        return all(action == COMPUTE for action in self.actions)
+
     def hold(self, rules: int) -> None:
         """Have room for the decisions of so many rules."""
         self.decisions = [Decision(COMPUTE)] * rules

@@ -1,0 +1,124 @@
+"""What is open around a denoiser call: contexts and generations of a cache, as this thread or task sees them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+
+class Owner(Protocol):
+    """Whom frames belong to: a Cache."""
+
+    lock: Any  # a re-entrant lock
+
+    def prepare(self, frame: Any) -> bool:
+        """Get ready for the call inside; False where it must run eagerly."""
+
+    def commit_prepared(self, frame: Any, failed: bool) -> None:
+        """Account for what happened inside."""
+
+    def ended(self, generation: Any, failed: bool) -> None:
+        """Forget the runs of a generation that is over."""
+
+
+class Own(int):
+    """In place of a request that nobody has named: that of the generation around, else the thread's own, which is
+    0 in the main thread."""
+
+
+OWN: Any = Own(0)
+
+
+class Frame:
+    """Something open: a context or a generation."""
+
+    __slots__ = ("_token", "asked", "cache", "generation", "outer", "request")
+
+    def __init__(self, cache: Any, request: Any) -> None:
+        self.cache = cache
+        self.request = self.asked = request
+        self.outer: Frame | None = None
+        self.generation: Any = None  # the innermost one of the cache
+        self._token: Any = None  # of contextvars, while it is open
+
+    def push(self) -> None:
+        """Open it: find out whose request it serves, and in which generation it lies."""
+        outer = self.outer = _open.get()
+        while outer is not None and outer.cache is not self.cache:
+            outer = outer.outer
+        within = self.generation = None if outer is None else outer.generation
+        if self.asked is OWN:
+            self.request = thread_request() if within is None else within.request
+        self._token = _open.set(self)
+
+    def pop(self) -> None:
+        """Close it; what was open around it is again."""
+        _open.reset(self._token)
+        self._token = None
+
+    @property
+    def context(self) -> Any:
+        """Itself, where it is around one denoiser call and says which branch and step that is; else None."""
+        return None
+
+    def within(self, other: Frame) -> bool:
+        """Whether this one was opened inside `other`."""
+        outer = self.outer
+        while outer is not None and outer is not other:
+            outer = outer.outer
+        return outer is other
+
+
+_open: ContextVar[Frame | None] = ContextVar("fastcache_frames", default=None)
+
+
+def innermost(cache: Owner) -> Any:
+    """What is open of a cache and nothing else of it inside; None without."""
+    frame = _open.get()
+    while frame is not None and frame.cache is not cache:
+        frame = frame.outer
+    return frame
+
+
+def request_of(cache: Owner) -> Any:
+    """The request that calls belong to which name none."""
+    frame = innermost(cache)
+    return thread_request() if frame is None else frame.request
+
+
+# --- threads --------------------------------------------------------------------------------------------
+
+
+class _Thread:
+    """A thread's own request. It goes when the thread does."""
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+
+
+_threads, _numbers = threading.local(), itertools.count(1)
+
+
+def _this_thread() -> _Thread:
+    here = vars(_threads)
+    if "own" not in here:
+        main = threading.current_thread() is threading.main_thread()
+        here["own"] = _Thread(0 if main else ("thread", next(_numbers)))
+    own: _Thread = here["own"]
+    return own
+
+
+def thread_request() -> Any:
+    """The request of calls that nobody names: 0 in the main thread, one of its own in every other."""
+    return _this_thread().request
+
+
+def when_thread_ends(tell: Callable[[Any], object]) -> None:
+    """Have `tell` called with the request of this thread once the thread is gone; never for the main one."""
+    own = _this_thread()
+    if own.request != 0:
+        weakref.finalize(own, tell, own.request).atexit = False

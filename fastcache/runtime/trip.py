@@ -1,0 +1,108 @@
+"""What the branches of one request have in common on one denoiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..storage.state import State
+from .branches import BranchDetector
+from .context import Context
+from .steps import Moment
+
+LONG = 1024  # steps that are remembered
+
+
+class Trip:
+    """The steps that a request takes, whichever branch is called, and the branches that nobody has named.
+
+    Alive as long as one of its states is.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "branches",
+        "contexts",
+        "last",
+        "passed",
+        "places",
+        "request",
+        "serial",
+    )
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+        self.branches = BranchDetector()
+        self.contexts: dict[tuple[str, int], Context] = {}  # in place of those that nobody opens
+        self.last: tuple[Any, Any] = (None, None)  # mark and evaluation of the last unnamed call
+        self.serial = 0  # of the announced loop
+        # where the steps lie, and the branch that was there; None for several
+        self.places: dict[float, tuple | None] = {}
+        self.passed = 0  # steps until now
+
+    def enter(self, serial: int) -> None:
+        """An announced loop runs: what was known of branches is of another one."""
+        if self.serial != serial:
+            self.serial = serial
+            self.clear()
+
+    def clear(self) -> None:
+        self.branches.clear()
+        self.places.clear()
+        self.last = (None, None)
+
+    def context(self, name: str, number: int) -> Context:
+        """In place of a context that nobody has opened: for branch `number` of those under a name."""
+        found = self.contexts.get((name, number))
+        if found is None:
+            label = name if not number else f"{name}#{number + 1}"
+            found = self.contexts[name, number] = Context(None, label, self.request)
+        return found
+
+    def began(self, call: Context) -> None:
+        """Another run began with a call that was the first of its step."""
+        self.places.clear()
+        for (_, number), context in self.contexts.items():
+            if context is call:
+                self.branches.began(number)
+
+    def again(self, moment: Moment) -> bool | None:
+        """Whether an unnamed call belongs to the step of the one before; None where nothing tells."""
+        now, before = (moment.mark, moment.evaluation), self.last
+        self.last = now
+        return None if moment.mark is None else now == before
+
+    def left_out(self, state: State, moment: Moment) -> int:
+        """Steps of the request since the last call of a state, which was not called in them.
+
+        Told by branches that were called at the same steps before; 0 where there is none.
+        """
+        place = _place(moment)
+        if place is None:
+            return 0
+        before, places = state.place, self.places
+        if place not in places:
+            if len(places) == LONG:
+                places.clear()
+            places[place], self.passed = state.key, self.passed + 1
+        elif places[place] != state.key:
+            places[place] = None
+        if (
+            self.passed - state.passed < 2
+            or not state.index
+            or places.get(before, state.key) is not None
+        ):
+            return 0
+        low, high = min(before, place), max(before, place)
+        return sum(low < other < high for other in places)
+
+    def called(self, state: State, moment: Moment) -> None:
+        """Note where a state was called last."""
+        place = _place(moment)
+        if place is not None:
+            state.place, state.passed = place, self.passed
+
+
+def _place(moment: Moment) -> float | None:
+    """Where a step lies among the others of its run."""
+    place = moment.mark if moment.time is None else moment.time
+    return place if isinstance(place, int | float) else None
