@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import math
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fastcache import (
     MagCacheConfig,
     Magnitude,
     Mask,
+    Policy,
     PyramidAttentionBroadcastConfig,
     Recipe,
     Taylor,
@@ -98,6 +100,21 @@ def test_run_without_a_hit_names_the_smallest_change_and_what_to_do():
     assert kind == "nothing"
     assert "no step of 6" in message and "0.2, is above the threshold 0.1" in message
     assert "fewer steps" in message
+
+
+@dataclass(frozen=True)
+class OwnRule(Policy):
+    """A policy of a user's own, which weighs an error."""
+
+    threshold: float = 0.1
+    weighs = "error"
+
+
+def test_a_rule_of_a_users_own_is_judged_by_what_it_weighs():
+    rows = records("CCCCCC", signals=[None, *[0.5] * 4, 0.2])
+    assert "the smallest error seen, 0.2" in verdict(rows, Recipe(OwnRule()))[1]
+    rows = records("C.......", signals=[None, *[0.2] * 7])
+    assert verdict(rows, Recipe(OwnRule(5.0)))[0] == "everything"
 
 
 def test_run_reused_throughout_names_the_largest_change():

@@ -24,9 +24,7 @@ from ..runtime.signature import call_signature
 from ..runtime.steps import NEVER
 from ..runtime.trip import Trip
 from ..storage.history import Timeline, stage
-from ..storage.ring import Ring
 from ..storage.state import State
-from ..storage.table import Table
 from ..targets.control import WHOLE, Stop
 
 STAGED = ("order", "row", "scale", "weights")  # of a history that holds more than one value
@@ -128,8 +126,6 @@ def _put(owner: Any, name: str, value: Tensor) -> None:
         owner[name] = value
         return
     setattr(owner, name, value)
-    if isinstance(owner, Ring | Table):
-        owner.views = list(value.unbind(0))
 
 
 def slots_of(state: State) -> list[tuple[str, Any, str]]:
@@ -138,8 +134,8 @@ def slots_of(state: State) -> list[tuple[str, Any, str]]:
     for i, (units, timeline) in enumerate(zip(state.units, state.timelines, strict=True)):
         for key, unit in units.items():
             for j, stream in enumerate(unit.streams):
-                if isinstance(stream, Ring | Table):
-                    found.append((f"rule{i}.unit{key}.stream{j}", stream, "buffer"))
+                for name in stream.kept:
+                    found.append((f"rule{i}.unit{key}.stream{j}", stream, name))
         if timeline.staged is not None and timeline.depth > 1:
             for name in STAGED:
                 found.append((f"rule{i}.{name}", timeline.staged, name))
@@ -163,9 +159,7 @@ def export_variants(
         )
     rules = denoiser.recipe.rules
     decided_inside = (
-        denoiser.recipe.needs_signal
-        or getattr(rules[0].what, "guide", None)
-        or callable(getattr(rules[0].what, "weight", None))
+        denoiser.recipe.needs_signal or rules[0].what.guide is not None or rules[0].what.per_module
     )
     if denoiser.settings.cache_dtype is not None:
         raise ValueError(

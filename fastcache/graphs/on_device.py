@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ..policies import COMPUTE, REUSE, Decision, FirstBlock, Run
-from ..predictors import Reuse
+from ..policies import COMPUTE, REUSE, Decision, Policy, Run
 from ..storage.allocate import allocate
 from ..storage.state import State
 from ..targets.control import HEAD, REST
-from ..targets.stack.target import StackTarget
 from .export import exported_part, held, recorded_state, slots_of
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ def within(sums: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 class OneStep(nn.Module):
     """A whole step of FirstBlockCache for calls of one signature."""
 
-    def __init__(self, parts: dict[str, nn.Module], rule: FirstBlock) -> None:
+    def __init__(self, parts: dict[str, nn.Module], rule: Any) -> None:
         super().__init__()
         self.head, self.computed, self.reused = parts[HEAD], parts[COMPUTE], parts[REUSE]
         # no limit is a row longer than any run
@@ -90,7 +88,7 @@ class OnDevice:
                 f"compile: on_device=True needs torch 2.12 or later, here it is {torch.__version__}, where "
                 "branches of torch.cond cannot write into the cache; leave on_device out"
             )
-        self.rule = rule_of(denoiser)
+        self.rule: Any = rule_of(denoiser)
         self.denoiser, self.compile = denoiser, compile
         self.programs: dict[Any, Callable] = {}
 
@@ -148,16 +146,12 @@ class OnDevice:
         }
 
 
-def rule_of(denoiser: Denoiser) -> FirstBlock:
+def rule_of(denoiser: Denoiser) -> Policy:
     """The rule to decide by. Raises ValueError where a decision on the device cannot drive the recipe."""
     rules, settings = denoiser.recipe.rules, denoiser.settings
-    when = rules[0].when
-    if (
-        len(rules) > 1
-        or not isinstance(when, FirstBlock)
-        or not isinstance(rules[0].what, Reuse)
-        or not isinstance(denoiser.targets[0], StackTarget)
-    ):
+    when, what = rules[0].when, rules[0].what
+    plain = what.depth == 1 and what.guide is None and not (what.table or what.feeds_back)
+    if len(rules) > 1 or not (when.threshold_alone and plain):
         raise ValueError(
             f"compile: on_device=True is for FirstBlockCacheConfig alone, the model has {denoiser.recipe.name}; "
             "other methods need no decision there, leave on_device out"

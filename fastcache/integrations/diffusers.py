@@ -172,7 +172,8 @@ class Contexts(StateManager):
             return
         names = ("step_index", "num_inference_steps", "timestep", "sigma")
         fields = {k: getattr(context, k) for k in names if getattr(context, k, None) is not None}
-        self.open = self.cache.context(getattr(context, "name", context), **fields)
+        name = context if isinstance(context, str) else context.name
+        self.open = self.cache.context(name, **fields)
         self.open.__enter__()
 
     def reset(self, *args: Any, **kwargs: Any) -> None:

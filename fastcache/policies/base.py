@@ -85,7 +85,9 @@ class Policy:
     """When to reuse. A subclass writes `_judge` and says in class attributes what it needs.
 
     Class attributes: `signal` is what it measures in the model, None for nothing; `needs_timestep`
-    whether it decides on timesteps; `weighs` names what its decisions hold against `threshold`.
+    whether it decides on timesteps; `weighs` names what its decisions hold against `threshold`;
+    `calibrates` whether the magnitude ratio of every residual is measured too; `threshold_alone` whether
+    it reuses wherever no guard applies and its change is within `threshold`, so that the device can decide.
 
     Args:
         warmup: steps that are computed at the start, a count.
@@ -106,6 +108,9 @@ class Policy:
     needs_signal: ClassVar[bool] = False  # follows from `signal`
     needs_timestep: ClassVar[bool] = False
     weighs: ClassVar[Literal["", "change", "error", "misfit"]] = ""
+    threshold = math.inf
+    calibrates: ClassVar[bool] = False
+    threshold_alone: ClassVar[bool] = False
     per_sample = False  # every sample of a batch is judged by itself
     conditional_only = False  # reuses only in calls that see the conditional half alone
 
@@ -140,6 +145,11 @@ class Policy:
         Left as it is, a policy that measures sets no limit, and any other one has to be asked at every step.
         """
         return self.max_skips or (math.inf if self.needs_signal else 0)
+
+    @property
+    def reuses_within(self) -> tuple[float, float] | None:
+        """The open range of timesteps, in the model's scale, outside of which it computes; None: no range."""
+        return None
 
     @property
     def never_reuses(self) -> bool:

@@ -33,6 +33,7 @@ class FirstBlock(Policy):
     per_sample: bool = False
     signal = Signal("first_block", "last_computed", "change")
     weighs = "change"
+    threshold_alone = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

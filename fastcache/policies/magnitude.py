@@ -187,6 +187,8 @@ class _Account:
 class Calibrate(Policy):
     """Compute every step and measure the magnitude ratio of each: what `Magnitude` needs."""
 
+    calibrates = True
+
     @property
     def never_reuses(self) -> bool:
         return True

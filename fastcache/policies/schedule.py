@@ -95,6 +95,10 @@ class TimestepRange(Policy):
     def never_reuses(self) -> bool:
         return self.n == 1
 
+    @property
+    def reuses_within(self) -> tuple[float, float]:
+        return self.timesteps
+
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         lo, hi = self.timesteps
         t = step.timestep

@@ -18,8 +18,8 @@ class Predictor:
     they are extrapolated, so that the recipe's guards are those of a forecast; `table` whether the
     history is a table of differences that a computed step updates in place, kept in `dtype`;
     `feeds_back` whether predicted values enter the history too. `guide` says what is looked at on every
-    step where the device computes the weights, every `tokens`-th token of it; a misfit above
-    `max_misfit` then computes the next step.
+    step where the device computes the weights, every `tokens`-th token of it, with a pull `ridge` toward
+    those of `weights`; a misfit above `max_misfit` then computes the next step.
     """
 
     depth = 1
@@ -27,6 +27,7 @@ class Predictor:
     table = False
     feeds_back = False
     tokens = 1
+    ridge = 0.0
 
     @property
     def per_module(self) -> bool:

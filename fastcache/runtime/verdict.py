@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..policies import REUSE, FirstBlock, Magnitude, TimestepRange
-from ..policies.magnitude import Calibrate
-from ..recipe import Recipe, Rule
+from ..policies import REUSE
+from ..recipe import Recipe
 from .stats import Record
 
 JUDGED = 4  # shorter runs are not judged
@@ -22,7 +21,7 @@ def verdict(records: Sequence[Record], recipe: Recipe) -> tuple[str, str]:
     Wrong is: no step was reused although the settings meant to, or a rule that weighs every step
     reused each one that it was free to choose.
     """
-    if len(records) < JUDGED or all(_means_nothing(rule) for rule in recipe.rules):
+    if len(records) < JUDGED or all(rule.when.never_reuses for rule in recipe.rules):
         return "", ""
     where = f"context {records[0].context!r} of {records[0].model}"
     if not any(r.action == REUSE for r in records):
@@ -30,7 +29,7 @@ def verdict(records: Sequence[Record], recipe: Recipe) -> tuple[str, str]:
         return "nothing", f"no step of {len(records)} was reused in {where}: {reason}"
     when = recipe.rules[0].when
     free = [r for r in records if r.reason not in GUARDS]
-    if not isinstance(when, FirstBlock | Magnitude) or len(free) < JUDGED:
+    if not when.weighs or len(free) < JUDGED:
         return "", ""
     if all(r.action == REUSE for r in free):
         return "everything", (
@@ -39,16 +38,6 @@ def verdict(records: Sequence[Record], recipe: Recipe) -> tuple[str, str]:
             "result hangs on the first steps alone; lower it, or give the policy max_skips"
         )
     return "", ""
-
-
-def _means_nothing(rule: Rule) -> bool:
-    """Whether a rule asks for every step to be computed."""
-    when = rule.when
-    if isinstance(when, Calibrate) or getattr(when, "threshold", None) == 0:
-        return True
-    if isinstance(when, Magnitude):
-        return when.max_skip_steps == 0
-    return getattr(when, "n", None) == 1 or all(getattr(when, "compute", (False,)))
 
 
 def _signal(record: Record) -> float:
@@ -68,16 +57,16 @@ def _why_nothing(records: Sequence[Record], recipe: Recipe) -> str:
             "the cached values did not outlive a step; is a module called twice, or written into?"
         )
     when = recipe.rules[0].when
-    if isinstance(when, TimestepRange):
-        return _why_outside(free, when)
+    if when.reuses_within is not None:
+        return _why_outside(free, *when.reuses_within)
     signals = [s for r in free if math.isfinite(s := _signal(r))]
-    if isinstance(when, FirstBlock | Magnitude) and signals:
+    if when.weighs and signals:
         return (
-            f"the smallest {'change' if isinstance(when, FirstBlock) else 'error'} seen, "
-            f"{min(signals):.3g}, is above the threshold {when.threshold:g}; raise it, and compare "
+            f"the smallest {when.weighs} seen, {min(signals):.3g}, is above the threshold "
+            f"{when.threshold:g}; raise it, and compare "
             "with running fewer steps (`fastcache calibrate` picks a threshold for a target)"
         )
-    if isinstance(when, FirstBlock):
+    if when.weighs == "change":
         return (
             "what it measures was never a finite number: the model produced NaN or infinity, or "
             "its first block adds nothing"
@@ -85,14 +74,13 @@ def _why_nothing(records: Sequence[Record], recipe: Recipe) -> str:
     return f"{_most_common(free)}; see cache.summary() and recipe.plan(num_inference_steps)"
 
 
-def _why_outside(free: Sequence[Record], when: TimestepRange) -> str:
+def _why_outside(free: Sequence[Record], lo: float, hi: float) -> str:
     seen = [r.timestep for r in free if r.timestep is not None]
     if not seen:
         return (
             "no timestep was known; pass timestep= to cache.context, or current_timestep_callback "
             "to the config"
         )
-    lo, hi = when.timesteps
     if not any(lo < t < hi for t in seen):
         return (
             f"its timesteps, {max(seen):.4g} to {min(seen):.4g}, are never inside the range {lo:g} "

@@ -22,6 +22,7 @@ class Quantized(Ring):
     """A ring whose rows lie in float8 e4m3, with one scale per token: a quarter of the bytes of float32."""
 
     __slots__ = ("scales",)
+    kept = ("rows", "scales")
 
     def __init__(self, value: Tensor, timeline: Timeline) -> None:
         super().__init__(value, timeline, FP8)
@@ -63,9 +64,6 @@ class Quantized(Ring):
         rows = self._read(part(self.buffer, like).view(torch.uint8))
         scales = self._read(part(self.scales, like))
         return [q.view(FP8).float() * s[..., None] for q, s in zip(rows, scales, strict=True)]
-
-    def tensors(self) -> list[Tensor]:
-        return [self.buffer, self.scales]
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         super().move(to)

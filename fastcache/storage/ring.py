@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..ops import direct
-from .allocate import stacked, static
+from .allocate import stacked
 from .history import Timeline
+from .stream import Stream
 
 _store = direct("residual_store_")
 
@@ -57,17 +58,16 @@ def picked(rows: Sequence[Tensor], place: Tensor) -> Tensor:
     return row
 
 
-class Ring:
+class Ring(Stream):
     """The last `depth` raw values of one tensor, stacked in one buffer."""
 
-    __slots__ = ("buffer", "dtype", "hand_out_copies", "timeline", "version", "views")
+    __slots__ = ("timeline", "version")
+    kept: ClassVar[tuple[str, ...]] = ("rows",)
 
-    def __init__(self, value: Tensor, timeline: Timeline, kept: torch.dtype | None = None) -> None:
-        self.timeline, self.dtype = timeline, value.dtype
-        self.hand_out_copies = False  # since a consumer has written into what it was handed
-        self.version = 0
-        self.buffer = stacked(value, timeline.depth, kept or value.dtype)
-        self.views = [static(view) for view in self.buffer.unbind(0)]
+    def __init__(self, value: Tensor, timeline: Timeline, dtype: torch.dtype | None = None) -> None:
+        super().__init__(value.dtype)
+        self.timeline, self.version = timeline, 0
+        self.hold(stacked(value, timeline.depth, dtype or value.dtype))
 
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
         """Keep y, or y - x, in the oldest row. A conditional half goes to the second half of the row."""
@@ -84,7 +84,6 @@ class Ring:
         self.mark()
 
     def stored_alias(self, y: Tensor) -> Tensor:
-        """The row that y was just copied to, in its place, so that not both stay alive; y where they differ."""
         row = self.views[self.timeline.next_row]
         alike = type(y) is Tensor and (y.dtype, y.shape) == (row.dtype, row.shape)
         if self.hand_out_copies or y.requires_grad or not alike or y.stride() != row.stride():
@@ -164,7 +163,6 @@ class Ring:
         return out
 
     def mark(self) -> None:
-        """Note the state of the buffer after a store."""
         self.version = self.buffer._version
 
     def unmodified(self) -> bool:
@@ -187,14 +185,9 @@ class Ring:
             total = term if total is None else total + term
         return total.to(self.dtype if base is None else base.dtype)
 
-    def tensors(self) -> list[Tensor]:
-        return [self.buffer]
-
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
-        """Keep everything in other storage from now on."""
         unmodified = self.unmodified()
-        self.buffer = to(self.buffer)
-        self.views = [static(view) for view in self.buffer.unbind(0)]
+        super().move(to)
         self.version = self.buffer._version if unmodified else -1  # -1: never again
 
 

@@ -17,7 +17,6 @@ from ..policies import Run
 from .allocate import device_of, static
 from .history import Timeline
 from .ring import Ring
-from .table import Table
 from .unit import Unit
 
 JUDGED = 1000  # records of a run that its end is judged by, the latest ones
@@ -150,11 +149,13 @@ class State:
             if timeline.staged is not None:
                 for name in ("order", "row", "scale", "weights"):
                     static(getattr(timeline.staged, name))
-        streams = [s for units in self.units for unit in units.values() for s in unit.streams]
-        for held in (*streams, *self.head.values()):
-            if isinstance(held, Ring | Table):
-                for t in (*held.tensors(), *held.views):
-                    static(t)
+        for units in self.units:
+            for unit in units.values():
+                for stream in unit.streams:
+                    stream.make_static()
+        for held in self.head.values():
+            if isinstance(held, Ring):
+                held.make_static()
             elif isinstance(held, Tensor):
                 static(held)
 

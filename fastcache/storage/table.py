@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import direct
-from .allocate import stacked, static
+from .allocate import stacked
 from .history import Timeline
 from .ring import weighted
+from .stream import Stream
 
 _update = direct("taylor_update_")
 
 
-class Table:
+class Table(Stream):
     """A difference table of one tensor, refreshed in place: TaylorSeer's factors."""
 
-    __slots__ = ("buffer", "dtype", "timeline", "views")
+    __slots__ = ("timeline",)
+    kept = ("rows",)
 
     def __init__(self, value: Tensor, timeline: Timeline, dtype: torch.dtype | None) -> None:
-        self.timeline, self.dtype = timeline, value.dtype
-        self.buffer = stacked(value, timeline.depth, dtype or value.dtype)
-        self.views = [static(view) for view in self.buffer.unbind(0)]
+        super().__init__(value.dtype)
+        self.timeline = timeline
+        self.hold(stacked(value, timeline.depth, dtype or value.dtype))
 
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
         value = y if x is None else y - x
@@ -47,33 +49,15 @@ class Table:
             return total.to(self.dtype if base is None else base.dtype)
         return weighted(self.views[: len(weights)], weights, base, self.dtype)
 
-    def stored_alias(self, y: Tensor) -> Tensor:
-        return y
 
-    def mark(self) -> None:
-        """Nothing to note: a table is never handed out."""
-
-    def unmodified(self) -> bool:
-        return True
-
-    def tensors(self) -> list[Tensor]:
-        return [self.buffer]
-
-    def move(self, to: Callable[[Tensor], Tensor]) -> None:
-        self.buffer = to(self.buffer)
-        self.views = [static(view) for view in self.buffer.unbind(0)]
-
-
-class Blank:
+class Blank(Stream):
     """No history: a skipped tensor becomes zeros of the same shape."""
 
-    __slots__ = ("device", "dtype", "shape")
+    __slots__ = ("device", "shape")
 
     def __init__(self, value: Tensor) -> None:
-        self.shape, self.dtype, self.device = value.shape, value.dtype, value.device
-
-    def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
-        """Nothing is kept."""
+        super().__init__(value.dtype)
+        self.shape, self.device = value.shape, value.device
 
     def predict(self, base: Tensor | None, weights: Sequence[float]) -> Tensor:
         return (
@@ -81,18 +65,3 @@ class Blank:
             if base is None
             else base.clone()
         )
-
-    def stored_alias(self, y: Tensor) -> Tensor:
-        return y
-
-    def mark(self) -> None:
-        """Nothing to note."""
-
-    def unmodified(self) -> bool:
-        return True
-
-    def tensors(self) -> list[Tensor]:
-        return []
-
-    def move(self, to: Callable[[Tensor], Tensor]) -> None:
-        """Nothing is held."""

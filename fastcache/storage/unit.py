@@ -12,17 +12,18 @@ from .allocate import FP8
 from .history import Timeline
 from .quantized import Quantized
 from .ring import Ring
+from .stream import Stream
 from .table import Blank, Table
 
 
 def make_store(
     predictor: Predictor, value: Tensor, timeline: Timeline, dtype: torch.dtype | None = None
-) -> Ring | Table | Blank:
+) -> Stream:
     """The storage that a predictor needs for one tensor. dtype: what floating values are kept in."""
     if not predictor.depth:
         return Blank(value)
     if predictor.table:
-        return Table(value, timeline, getattr(predictor, "dtype", None))
+        return Table(value, timeline, predictor.dtype)
     if dtype is None or not value.is_floating_point():
         return Ring(value, timeline)
     return Quantized(value, timeline) if dtype == FP8 else Ring(value, timeline, dtype)
@@ -37,7 +38,7 @@ class Unit:
     __slots__ = ("extra", "first", "last", "shared", "streams", "template", "touched")
 
     def __init__(self) -> None:
-        self.streams: list[Ring | Table | Blank] = []
+        self.streams: list[Stream] = []
         self.template: Any = None
         self.extra: Any = None
         self.shared = False  # its module runs twice in a step: no single value, never reused

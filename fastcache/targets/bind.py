@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -14,8 +14,7 @@ from ..models.adapter import BlockAdapter
 from ..models.attention import block_lists, list_names
 from ..models.table import LIST_NAMES
 from ..policies import Policy
-from ..policies.magnitude import Calibrate
-from ..predictors import Guided, Predictor
+from ..predictors import Predictor
 from ..storage.allocate import FP8
 from ..storage.unit import make_store
 from .control import StepControl
@@ -23,7 +22,7 @@ from .decide import Part
 from .find import find_modules, nothing_to_hook
 from .guidance import GuidanceTarget
 from .modules import ModulesTarget
-from .spec import Guidance, Modules, Stack, Target
+from .spec import Guidance, Modules, Target
 from .stack.target import StackTarget
 
 BoundTarget = StackTarget | ModulesTarget | GuidanceTarget
@@ -47,6 +46,15 @@ class BoundModel:
     modules: list[ModulesTarget] = field(default_factory=list)
     guidance: GuidanceTarget | None = None
     missing: dict[int, NothingToHook] = field(default_factory=dict)
+
+    def add(self, scope: str, target: Any) -> None:
+        """Note a target, also by its kind."""
+        self.targets.append(target)
+        if scope == "guidance":
+            self.guidance = target
+        else:
+            kind: list[Any] = self.stacks if scope == "stack" else self.modules
+            kind.append(target)
 
 
 class Bindable(Protocol):
@@ -88,49 +96,54 @@ def bind_rules(
     for number, rule in enumerate(rules):
         part = Part(len(bound.targets), rule.when, rule.what, bound.control, group)
         kept = kept_dtype(rule, dtype)
+        make = functools.partial(make_store, part.what, dtype=kept)
+        place = Place(part, model, adapter, make, taken, bound.guidance is not None)
         try:
-            bound.targets.append(_bind(bound, model, rule.where, part, adapter, taken, kept))
+            target = BINDERS[rule.where.scope](place, rule.where)
         except NothingToHook as error:
-            if not getattr(rule.where, "fallback", None):
+            if not rule.where.fallback:
                 raise
             bound.missing[number] = error
+            continue
+        bound.add(rule.where.scope, target)
     if bound.missing and not (bound.stacks or bound.modules):
         raise next(iter(bound.missing.values()))
     bound.control.hold(len(bound.targets))
     return bound
 
 
-def _bind(
-    bound: BoundModel,
-    model: nn.Module,
-    where: Target,
-    part: Part,
-    adapter: BlockAdapter,
-    taken: set[int],
-    dtype: torch.dtype | None,
-) -> BoundTarget:
-    """The target of one rule, also noted by its kind; that of guidance decides first and so is bound first.
+class Place(NamedTuple):
+    """Where a rule is bound, and what it is bound with.
 
-    taken: ids of modules that earlier rules have claimed; those found are added.
+    make_store: (value, timeline) -> a stream. taken: ids of modules that earlier rules have claimed; those found
+    are added. halved: an earlier rule skips half of a guidance batch.
     """
-    make = functools.partial(make_store, part.what, dtype=dtype)
-    if isinstance(where, Stack):
-        bound.stacks.append(_stack(model, part, adapter, make))
-        return bound.stacks[-1]
-    if isinstance(where, Guidance):
-        bound.guidance = GuidanceTarget(part, model, where)
-        return bound.guidance
-    assert isinstance(where, Modules)
-    found = [(name, m) for name, m in find_modules(model, where, adapter) if id(m) not in taken]
+
+    part: Part
+    model: nn.Module
+    adapter: BlockAdapter
+    make_store: Callable[[Any, Any], Any]
+    taken: set[int]
+    halved: bool
+
+
+def _modules(place: Place, where: Modules) -> ModulesTarget:
+    model, taken = place.model, place.taken
+    named = find_modules(model, where, place.adapter)
+    found = [(name, m) for name, m in named if id(m) not in taken]
     if not found:
         raise NothingToHook(nothing_to_hook(model, where))
     taken.update(id(m) for _, m in found)
-    halved = bound.guidance is not None and getattr(part.when, "conditional_only", False)
-    bound.modules.append(ModulesTarget(part, found, make, conditional_half=halved))
-    return bound.modules[-1]
+    halved = place.halved and place.part.when.conditional_only
+    return ModulesTarget(place.part, found, place.make_store, conditional_half=halved)
 
 
-def _stack(model: nn.Module, part: Part, adapter: BlockAdapter, make: Any) -> StackTarget:
+def _guidance(place: Place, where: Guidance) -> GuidanceTarget:
+    return GuidanceTarget(place.part, place.model, where)
+
+
+def _stack(place: Place, where: Target) -> StackTarget:
+    part, model, adapter = place.part, place.model, place.adapter
     lists = block_lists(model, adapter)
     if not lists:
         raise NothingToHook(
@@ -138,7 +151,7 @@ def _stack(model: nn.Module, part: Part, adapter: BlockAdapter, make: Any) -> St
             f"{', '.join(LIST_NAMES)}; found lists: {list_names(model)}. Name yours with "
             "adapter=fastcache.BlockAdapter(blocks=(...))"
         )
-    guide = part.what.guide if isinstance(part.what, Guided) else ""
+    guide = part.what.guide
     start = int(part.when.needs_signal or guide == "residual")
     count = sum(len(m) for _, m in lists)
     if count <= start:
@@ -146,7 +159,7 @@ def _stack(model: nn.Module, part: Part, adapter: BlockAdapter, make: Any) -> St
             f"target: {type(model).__name__} has {count} block in {[n for n, _ in lists]}; a rule that looks at "
             "the first block needs at least two"
         )
-    target = StackTarget(part, lists, start, adapter.block, adapter.encoder_read, make)
+    target = StackTarget(part, lists, start, adapter.block, adapter.encoder_read, place.make_store)
     if guide == "modulated" and target.lists[0].first_io.modulation is None:
         raise ValueError(
             f"what: Guided(guide='modulated') needs the normalisation with the timestep in it of "
@@ -154,6 +167,14 @@ def _stack(model: nn.Module, part: Part, adapter: BlockAdapter, make: Any) -> St
             "it with fastcache.Block(modulation=(attribute, keyword, argument))"
         )
     return target
+
+
+# What makes a target of its description, by the scope of that.
+BINDERS: dict[str, Callable[[Place, Any], Any]] = {
+    "stack": _stack,
+    "modules": _modules,
+    "guidance": _guidance,
+}
 
 
 def kept_dtype(rule: Bindable, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -165,9 +186,9 @@ def kept_dtype(rule: Bindable, dtype: torch.dtype | None) -> torch.dtype | None:
         refused = (
             "TaylorSeerCacheConfig keeps its factors in taylor_factors_dtype; set that instead"
         )
-    elif isinstance(rule.when, Calibrate):
+    elif rule.when.calibrates:
         refused = "a calibration measures residuals as they are; leave it out"
-    elif dtype == FP8 and isinstance(rule.what, Guided):
+    elif dtype == FP8 and rule.what.guide is not None:
         refused = (
             "Guided weighs values on the device, which float8 rows cannot be yet; take bfloat16"
         )

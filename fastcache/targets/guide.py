@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops import direct
 from ..policies import COMPUTE, REUSE
-from ..predictors import Guided
+from ..predictors import Predictor
 from ..storage.allocate import allocate
 from ..storage.ring import Ring
 from ..storage.state import State
@@ -18,7 +18,7 @@ _weights = direct("guided_weights")
 class Guide:
     """Keeps guides of computed steps, and on reused ones leaves weights and misfit in static slots."""
 
-    def __init__(self, predictor: Guided) -> None:
+    def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
 
     def of(self, y: Tensor, x: Tensor | None = None) -> Tensor:
@@ -34,7 +34,7 @@ class Guide:
                 head["guides"] = Ring(guide, state.timelines[rule])
                 head["weights"] = allocate((self.predictor.depth + 1,), torch.float32, guide.device)
                 head["misfit"] = allocate((1,), torch.float32, guide.device)
-                head["prior"] = allocate((self.predictor.order,), torch.float32, guide.device)
+                head["prior"] = allocate((self.predictor.depth - 1,), torch.float32, guide.device)
             if action == REUSE:
                 rows = head["guides"].newest_first(guide)
                 weights, misfit = _weights(guide, rows, head["prior"], self.predictor.ridge)

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..policies import COMPUTE, REUSE
-from ..predictors import Extrapolate
 from ..storage.allocate import allocate, static, upload
 from ..storage.history import padded
-from ..storage.ring import Ring
 from ..storage.state import State
 from ..storage.unit import Unit
 from .decide import Part, RuleDecider
@@ -66,8 +64,10 @@ class ModulesTarget:
     ) -> None:
         self.rule, self.control, self.make_store = part.index, part.control, make_store
         self.predictor = predictor = part.what
+        # of one module, where they differ: the values' steps, the running step, the module -> weights
+        self.weigh: Callable[..., tuple[float, ...]] = predictor.weights
         self.nodes = [Node(self, key, name, module) for key, (name, module) in enumerate(modules)]
-        self.per_module = isinstance(predictor, Extrapolate) and callable(predictor.weight)
+        self.per_module = predictor.per_module
         # keep only the second half of a full guidance batch
         self.conditional_half = conditional_half
         self.decider = RuleDecider(part, self.ready, weighted=not self.per_module)
@@ -111,7 +111,6 @@ class ModulesTarget:
         """Hand each module's own weights to compiled code; the first one is of a base, which there is not."""
         state: State = self.control.state
         steps, width = state.timelines[self.rule].steps, 1 + self.predictor.depth
-        assert isinstance(self.predictor, Extrapolate)
         stored = [n for n in self.nodes if n.unit is not None and n.unit.streams]
         if not stored:
             return
@@ -122,7 +121,7 @@ class ModulesTarget:
                 node.weights = static(row[:width])
         rows = [[0.0] * self.table.shape[1] for _ in self.nodes]
         for node in stored:
-            weights = self.predictor.weights(steps, state.armed_step, node.module)
+            weights = self.weigh(steps, state.armed_step, node.module)
             rows[node.key][1 : 1 + len(weights)] = weights
         if rows != self.told:
             self.table.copy_(upload(torch.tensor(rows), self.table.device))
@@ -178,8 +177,7 @@ class ModulesTarget:
             weights = self.control.weights[self.rule]
         else:
             steps = state.timelines[self.rule].steps
-            assert isinstance(self.predictor, Extrapolate)
-            weights = self.predictor.weights(steps, state.armed_step, node.module)
+            weights = self.weigh(steps, state.armed_step, node.module)
         streams: Any = unit.streams
         feeds_back = self.predictor.feeds_back
         if feeds_back and not (traced or self.control.may_be_compiled or unit.touched):
@@ -231,10 +229,10 @@ class ModulesTarget:
         """What the model returns, without storage in it: callers keep it for longer than a step."""
         units = self.control.state.units[self.rule].values()
         rings = {
-            stream.buffer.untyped_storage().data_ptr(): stream
+            held.untyped_storage().data_ptr(): stream
             for unit in units
             for stream in unit.streams
-            if isinstance(stream, Ring)
+            for held in stream.tensors()
         }
 
         def own(leaf: Any) -> Any:

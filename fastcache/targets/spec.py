@@ -23,6 +23,11 @@ class Target:
 
     scope: ClassVar[Literal["stack", "modules", "guidance"]]
 
+    @property
+    def fallback(self) -> Fallback | None:
+        """What stands in where a method's documented defaults match nothing; None: nothing, an error."""
+        return None
+
 
 @dataclass(frozen=True)
 class Stack(Target):

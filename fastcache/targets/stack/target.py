@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from ...models.adapter import Block
 from ...policies import COMPUTE, REUSE
-from ...policies.magnitude import Calibrate
-from ...predictors import Guided
 from ...storage.state import State
 from ..decide import Part, RuleDecider
 from ..guide import Guide
@@ -43,11 +41,11 @@ class StackTarget:
         self.rule, self.control, self.make_store = part.index, part.control, make_store
         self.keeps_text = encoder_read is not False
         # a predictor whose weights come from this step's own blocks
-        self.guide = Guide(part.what) if isinstance(part.what, Guided) else None
+        self.guide = None if part.what.guide is None else Guide(part.what)
         self.decider = RuleDecider(part, self.ready, self.guide)
         self.signal: str = self.decider.measures  # "change", "misfit" or nothing
         # calibration: also measure the magnitude ratio of every residual
-        self.measure = isinstance(part.when, Calibrate)
+        self.measure = part.when.calibrates
         self.lists = [
             BlockList(i, name, modules, row, bool(start) and i == 0)
             for i, (name, modules) in enumerate(lists)
