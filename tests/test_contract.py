@@ -333,7 +333,7 @@ def tensors_of(state: Any) -> list[Tensor]:
     """Every tensor that a state holds."""
     units = [u for rule in state.units for u in rule.values()]
     found = [t for u in units for stream in u.streams for t in stream.tensors()]
-    return found + [t for t in state.head.values() if isinstance(t, Tensor)]
+    return found + [t for group in state.slots for t in group.tensors()]
 
 
 def test_training_mode_with_gradients_is_refused():

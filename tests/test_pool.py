@@ -11,6 +11,7 @@ from fastcache.storage.pool import SPARE, SPARES, Slots
 from fastcache.storage.ring import Ring
 from fastcache.storage.state import State
 from fastcache.storage.unit import Unit
+from fastcache.targets.decide import SignalSlots
 
 SMALL, LARGE = (("small",),), (("large",),)  # signatures of calls
 
@@ -24,8 +25,9 @@ def filled(pool: Slots, key: tuple, signature: tuple = SMALL, steps: int = 1) ->
         unit = Unit()
         unit.streams = [Ring(torch.ones(4 if signature is SMALL else 16), state.timelines[0])]
         state.units[0][0] = unit
-        state.head["kept"] = True
-        state.head["residual"] = allocate((2,), torch.float32, torch.device("cpu"))
+        signal = state.slots[0]
+        signal.kept_reference = True
+        signal.reference = allocate((2,), torch.float32, torch.device("cpu"))
     for step in range(steps):
         buffer_of(state).fill_(1.0)
         state.units[0][0].stored(state.timelines[0].pushes, True)
@@ -40,7 +42,7 @@ def buffer_of(state: State) -> Tensor:
 
 @pytest.fixture
 def pool() -> Slots:
-    return Slots([1])
+    return Slots([1], [SignalSlots])
 
 
 def test_a_state_has_one_history_per_rule():
@@ -67,7 +69,7 @@ def test_storage_that_is_given_back_is_empty(pool):
     buffer = buffer_of(state)
     pool.forget((0, "cond"))
     (spare,) = pool.spares
-    assert not buffer.any() and not spare.timelines[0].steps and "kept" not in spare.head
+    assert not buffer.any() and not spare.timelines[0].steps and not spare.slots[0].kept_reference
     assert not spare.units[0][0].ready(spare.timelines[0])
 
 

@@ -35,11 +35,12 @@ def held(state: State) -> list[Tensor]:
     """Every tensor of a state that a graph may be given."""
     found: list[Tensor] = []
     streams = [s for units in state.units for unit in units.values() for s in unit.streams]
-    for value in (*streams, *state.head.values()):
-        if isinstance(value, Ring | Table):
-            found += [value.buffer, *value.views]
-        elif isinstance(value, Tensor):
-            found.append(value)
+    keepers = [keeper for group in state.slots for _, keeper in group.owners("")]
+    for keeper in (*streams, *keepers):
+        if isinstance(keeper, Ring | Table):
+            found += [keeper.buffer, *keeper.views]
+        else:
+            found += [getattr(keeper, name) for name in keeper.kept]
     for timeline in state.timelines:
         if timeline.staged is not None:
             found += [

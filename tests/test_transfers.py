@@ -39,6 +39,7 @@ from fastcache.storage.ring import Ring
 from fastcache.storage.state import State
 from fastcache.storage.unit import Unit
 from fastcache.targets import modules
+from fastcache.targets.guide import GuideSlots
 
 PACKAGE = Path(fastcache.__file__).parent
 STEPS = 12
@@ -226,15 +227,16 @@ def test_what_is_known_has_an_end() -> None:
 
 
 def test_numbers_written_into_a_state_are_written_again_after_a_restart() -> None:
-    held = State((0, "a"), 1)
-    held.head["prior"] = torch.zeros(2)
+    state, held = State((0, "a"), 1), GuideSlots()
+    state.slots = [held]
+    held.prior = torch.zeros(2)
     held.put("prior", (2.0, 0.5))
     held.put("prior", (3.0, 0.5))
-    assert held.head["prior"].tolist() == [3.0, 0.5]
-    held.restart()
-    assert held.head["prior"].tolist() == [0.0, 0.0]
+    assert held.prior.tolist() == [3.0, 0.5]
+    state.restart()
+    assert held.prior.tolist() == [0.0, 0.0]
     held.put("prior", (3.0, 0.5))
-    assert held.head["prior"].tolist() == [3.0, 0.5]
+    assert held.prior.tolist() == [3.0, 0.5]
 
 
 # Functions of the runtime that make tensors of host numbers: `upload` takes what they make.

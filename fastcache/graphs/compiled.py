@@ -26,8 +26,6 @@ from ..models.pipeline import denoisers_of
 from ..policies import REUSE
 from ..runtime.denoiser import Denoiser
 from ..runtime.patch import ATTACHED
-from ..storage.allocate import allocate
-from ..storage.state import State
 from ..targets.control import HEAD, PENDING, REST, WHOLE, Stop
 from .on_device import OnDevice
 
@@ -140,26 +138,13 @@ class Compiled:
             return self._step(WHOLE, args, kwargs)
         state = control.state
         decider = self._denoiser.targets[probed].decider
-        misfit = decider.measures == "misfit"
-        if not (decider.ready(state) if misfit else self._enter_head(state, decider.when)):
+        if not decider.prepare_head(state):
             return self._denoiser.original(*args, **kwargs)
         if self._decider is not None:
             return self._decider.run(state, args, kwargs)
-        if misfit:
-            decider.upload_prior(state)
         self._step(HEAD, args, kwargs)
-        decider.decide_with(state.head["misfit" if misfit else "sums"])
+        decider.decide_with(decider.left_by_head(state))
         return self._step(REST, args, kwargs)
-
-    def _enter_head(self, state: State, when: Any) -> bool:
-        """Whether the first block has a reference to be compared with."""
-        head = state.head
-        if "kept" not in head:
-            return False
-        if "sums" not in head:
-            shape = when.sums(head["residual"])
-            head["sums"] = allocate(shape, torch.float32, head["hidden"].device)
-        return True
 
     def _step(self, phase: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One phase of a step: its compiled program, or the model's own forward."""

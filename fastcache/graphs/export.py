@@ -94,7 +94,7 @@ class Variant(nn.Module):
             try:
                 return denoiser.original(*args, **kwargs)
             except Stop:
-                return state.head["sums"].clone()
+                return denoiser.targets[0].decider.left_by_head(state).clone()
             finally:
                 control.end_step()
 
@@ -109,23 +109,16 @@ class Borrowed:
     def __enter__(self) -> None:
         self.own = [held(owner, name) for _, owner, name in self.slots]
         for label, owner, name in self.slots:
-            _put(owner, name, self.tensors[label])
+            setattr(owner, name, self.tensors[label])
 
     def __exit__(self, *exc: object) -> None:
         for (_, owner, name), value in zip(self.slots, self.own, strict=True):
-            _put(owner, name, value)
+            setattr(owner, name, value)
 
 
 def held(owner: Any, name: str) -> Tensor:
     """The tensor at a place that `slots_of` names."""
-    return owner[name] if isinstance(owner, dict) else getattr(owner, name)
-
-
-def _put(owner: Any, name: str, value: Tensor) -> None:
-    if isinstance(owner, dict):
-        owner[name] = value
-        return
-    setattr(owner, name, value)
+    return getattr(owner, name)
 
 
 def slots_of(state: State) -> list[tuple[str, Any, str]]:
@@ -139,8 +132,10 @@ def slots_of(state: State) -> list[tuple[str, Any, str]]:
         if timeline.staged is not None and timeline.depth > 1:
             for name in STAGED:
                 found.append((f"rule{i}.{name}", timeline.staged, name))
-    tensors = (name for name, value in state.head.items() if isinstance(value, Tensor))
-    return found + [(f"head.{name}", state.head, name) for name in tensors]
+    for i, group in enumerate(state.slots):
+        for label, keeper in group.owners(f"rule{i}"):
+            found += [(f"{label}.{name}", keeper, name) for name in keeper.kept]
+    return found
 
 
 def export_variants(

@@ -24,6 +24,7 @@ from ..policies import COMPUTE, REUSE, Decision, Policy, Run
 from ..storage.allocate import allocate
 from ..storage.state import State
 from ..targets.control import HEAD, REST
+from ..targets.decide import DecisionSlots
 from .export import exported_part, held, recorded_state, slots_of
 
 if TYPE_CHECKING:
@@ -33,9 +34,18 @@ if TYPE_CHECKING:
 REASON = "decided on the device"
 
 
-# What the device keeps of its decisions, in a state's head: skipped steps in a row, whether the host's guards
-# ask to compute this step, and of the last decision the change and whether it reused.
+# What the device keeps of its decisions, see `DecisionSlots`, and what the exported parts call it.
 KEPT = {"skips": ((1,), torch.int64), "must": ((1,), torch.bool), "seen": ((2,), torch.float64)}
+LABEL = "rule0.decision"
+
+
+def slots_to_decide(state: State, device: torch.device) -> DecisionSlots:
+    """The slots of the only rule, allocated at their first use."""
+    slots: DecisionSlots = state.slots[0].decision
+    for name, (shape, dtype) in KEPT.items():
+        if getattr(slots, name) is None:
+            setattr(slots, name, allocate(shape, dtype, device))
+    return slots
 
 
 # Whether branches of torch.cond may write into storage.
@@ -65,10 +75,10 @@ class OneStep(nn.Module):
     def forward(self, cache: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
         sums = self.head(cache, *args, **kwargs)
         change, small = within(sums, self.threshold)
-        skips = cache["head.skips"]
-        reuse = small & ~cache["head.must"] & (skips < self.longest)
+        skips = cache[f"{LABEL}.skips"]
+        reuse = small & ~cache[f"{LABEL}.must"] & (skips < self.longest)
         skips.copy_(torch.where(reuse, skips + 1, 0))
-        cache["head.seen"].copy_(torch.cat([change, reuse.double()]))
+        cache[f"{LABEL}.seen"].copy_(torch.cat([change, reuse.double()]))
 
         def replay() -> Any:
             return self.reused(cache, *args, **kwargs)
@@ -94,12 +104,10 @@ class OnDevice:
 
     def run(self, state: State, args: tuple, kwargs: dict) -> Any:
         """One step whose storage exists and whose first block has a reference; nothing is read back."""
-        denoiser, head, rule = self.denoiser, state.head, self.rule
-        for name, (shape, dtype) in KEPT.items():
-            if name not in head:
-                head[name] = allocate(shape, dtype, head["hidden"].device)
+        denoiser, rule = self.denoiser, self.rule
+        slots = slots_to_decide(state, state.slots[0].own.hidden.device)
         control = denoiser.control
-        head["must"].fill_(bool(rule.must_compute(Run(), control.step)))
+        slots.must.fill_(bool(rule.must_compute(Run(), control.step)))
         program = self._program(state, args, kwargs)
         cache = {label: held(owner, name) for label, owner, name in slots_of(state)}
         with torch.no_grad():
@@ -132,11 +140,9 @@ class OnDevice:
     def _exported(self, args: tuple, kwargs: dict) -> dict[str, nn.Module]:
         denoiser = self.denoiser
         state = recorded_state(denoiser, args, kwargs)
-        device = state.head["hidden"].device
-        state.head["kept"] = True
-        state.head["sums"] = allocate(self.rule.sums(state.head["residual"]), torch.float32, device)
-        for name, (shape, dtype) in KEPT.items():
-            state.head[name] = allocate(shape, dtype, device)
+        state.slots[0].signal.kept_reference = True
+        denoiser.targets[0].decider.prepare_head(state)
+        slots_to_decide(state, state.slots[0].own.hidden.device)
         places = {HEAD: (COMPUTE, HEAD), COMPUTE: (COMPUTE, REST), REUSE: (REUSE, REST)}
         return {
             name: exported_part(denoiser, state, action, phase, args, kwargs).module(

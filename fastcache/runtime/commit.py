@@ -86,9 +86,9 @@ class Committer:
 
     def _late_signal(self, state: State, decision: Decision) -> Any:
         """What a reused step was decided by, where only the device knows; None otherwise."""
-        target = self.targets[self.control.decisions.index(decision)]
-        if target.decider.guide is not None:
-            return state.head["misfit"].clone()
-        if "seen" in state.head:  # the device has decided
-            return state.head["seen"].clone()
+        slots = state.slots[self.control.decisions.index(decision)]
+        if slots.guide is not None:
+            return slots.guide.misfit.clone()
+        if slots.decision.seen is not None:  # the device has decided
+            return slots.decision.seen.clone()
         return None

@@ -48,7 +48,7 @@ class Decider:
             if decider.weighted:
                 weights[i] = decider.weigh(state.timelines[i].steps, step.index)
                 if decider.guide is not None:
-                    decider.guide.stage(state, weights[i])
+                    decider.guide.stage(state, i, weights[i])
             elif decider.halves:
                 step = step._replace(guidance_skipped=True)
                 control.batch = "half"

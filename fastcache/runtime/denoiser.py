@@ -62,7 +62,10 @@ class Denoiser:
             warn(f"fastcache: {nothing}")
         fitting = [rule for i, rule in enumerate(recipe.rules) if i not in bound.missing]
         self.recipe = Recipe.of(fitting, recipe.name)
-        self.pool = Slots([rule.what.depth for rule in fitting])
+        self.pool = Slots(
+            [rule.what.depth for rule in fitting],
+            [target.decider.new_slots for target in bound.targets],
+        )
         _, self.original = place_of(model)
         control, targets, pool = self.control, self.targets, self.pool
         self.executor = Executor(settings, self.original, bound, pool)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .allocate import allocate, device_of
+from .group import SlotGroup
 from .history import Timeline
 from .state import EndedRun, State
 
@@ -18,10 +19,15 @@ SPARE = "for the next run"  # what a picture calls storage that no run uses
 
 
 class Slots:
-    """The states of one denoiser. depths: values per history, one per rule."""
+    """The states of one denoiser.
 
-    def __init__(self, depths: Sequence[int]) -> None:
-        self.depths = tuple(depths)
+    depths: values per history, one per rule. groups: what makes what a rule keeps else, one per rule.
+    """
+
+    def __init__(
+        self, depths: Sequence[int], groups: Sequence[Callable[[], SlotGroup]] = ()
+    ) -> None:
+        self.depths, self.groups = tuple(depths), tuple(groups)
         self.ended: list[EndedRun] = []  # runs that are over, for whoever accounts for them
         self.states: dict[tuple[Any, str], State] = {}
         self.spares: list[State] = []
@@ -33,6 +39,7 @@ class Slots:
     def new(self, key: tuple[Any, str]) -> State:
         state = State(key, len(self.depths))
         state.timelines = [Timeline(depth) for depth in self.depths]
+        state.slots = [make() for make in self.groups]
         return state
 
     def add(self, key: tuple[Any, str]) -> State:
@@ -146,9 +153,8 @@ class Slots:
 
     @staticmethod
     def _take(state: State, other: State) -> None:
-        state.units, state.timelines, state.head = other.units, other.timelines, other.head
+        state.units, state.timelines, state.slots = other.units, other.timelines, other.slots
         state.held, state.away, state.stream = other.held, other.away, other.stream
-        state.told = other.told
 
 
 def follow(state: State) -> None:

@@ -7,7 +7,7 @@ code may hold its addresses. Whether it holds anything valid is a host fact kept
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..policies import Run
 from .allocate import device_of, static
+from .group import Keeps
 from .history import Timeline
-from .ring import Ring
 from .unit import Unit
 
 JUDGED = 1000  # records of a run that its end is judged by, the latest ones
@@ -39,7 +39,6 @@ class State:
         "away",
         "evaluation",
         "evicted",
-        "head",
         "held",
         "index",
         "key",
@@ -54,12 +53,12 @@ class State:
         "serial",
         "signature",
         "start",
+        "slots",
         "step_timestep",
         "steps_until_full_batch",
         "stream",
         "timelines",
         "timestep",
-        "told",
         "total",
         "trip",
         "turns",
@@ -74,8 +73,7 @@ class State:
         self.signature: Any = None
         self.units: list[dict[Any, Unit]] = [{} for _ in range(rules)]
         self.timelines: list[Timeline] = []
-        self.head: dict[str, Any] = {}
-        self.told: dict[str, tuple[float, ...]] = {}  # what `put` has written
+        self.slots: list[Any] = []  # per rule a SlotGroup: what else it keeps
         self.away = 0  # bytes that lie in host memory for the time being
         self.held = 0  # bytes after the last call, and
         self.used = 0  # number of that call: both kept where there is a budget
@@ -123,25 +121,15 @@ class State:
 
     def empty(self) -> None:
         """Forget what storage holds, and overwrite it with zeros."""
-        self.told = {}
-        self.head.pop("kept", None)
-        self.head.pop("guided", None)
         for timeline in self.timelines:
             timeline.clear()
         for units in self.units:
             for unit in units.values():
                 unit.forget()
+        for group in self.slots:
+            group.forget()
         for t in self.tensors():
             t.zero_()
-
-    def put(self, name: str, values: tuple[float, ...]) -> None:
-        """Write numbers into a small tensor of `head`, as arguments of kernels: nothing is copied to the device."""
-        before = self.told.get(name, ())
-        if values != before:
-            for i, value in enumerate(values):
-                if before[i : i + 1] != (value,):
-                    self.head[name][i].fill_(value)
-            self.told[name] = values
 
     def make_static(self) -> None:
         """Tell compiled code of storage that was allocated before anything was compiled."""
@@ -149,15 +137,8 @@ class State:
             if timeline.staged is not None:
                 for name in ("order", "row", "scale", "weights"):
                     static(getattr(timeline.staged, name))
-        for units in self.units:
-            for unit in units.values():
-                for stream in unit.streams:
-                    stream.make_static()
-        for held in self.head.values():
-            if isinstance(held, Ring):
-                held.make_static()
-            elif isinstance(held, Tensor):
-                static(held)
+        for keeper in self._keepers():
+            keeper.make_static()
 
     @property
     def device(self) -> torch.device:
@@ -175,21 +156,16 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """All cached tensors."""
-        streams = (s for units in self.units for unit in units.values() for s in unit.streams)
-        return [*(t for stream in streams for t in stream.tensors()), *self._head_tensors()]
+        return [t for keeper in self._keepers() for t in keeper.tensors()]
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         """Keep all cached tensors in other storage from now on; compiled code must not know the old one."""
+        for keeper in self._keepers():
+            keeper.move(to)
+
+    def _keepers(self) -> Iterator[Keeps]:
+        """What keeps cached tensors."""
         for units in self.units:
             for unit in units.values():
-                for stream in unit.streams:
-                    stream.move(to)
-        for name, held in self.head.items():
-            if isinstance(held, Ring):
-                held.move(to)
-            elif isinstance(held, Tensor):
-                self.head[name] = to(held)
-
-    def _head_tensors(self) -> list[Tensor]:
-        held = (v.buffer if isinstance(v, Ring) else v for v in self.head.values())
-        return [v for v in held if isinstance(v, Tensor)]
+                yield from unit.streams
+        yield from self.slots

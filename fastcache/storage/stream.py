@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +59,13 @@ class Stream:
     def unmodified(self) -> bool:
         """Whether nobody else has written into the buffer since."""
         return True
+
+    def forget(self) -> None:
+        """Nothing to do: whether a row is valid is known beside it."""
+
+    def owners(self, label: str) -> Iterator[tuple[str, Stream]]:
+        """Itself, by name."""
+        yield label, self
 
     def tensors(self) -> list[Tensor]:
         """All that is held."""

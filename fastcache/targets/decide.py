@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from .. import sync
 from ..ops import direct
 from ..policies import COMPUTE, REUSE, Decision, Policy, Run, Step
 from ..predictors import Predictor
+from ..storage.allocate import allocate
+from ..storage.group import SlotGroup
 from ..storage.history import stage
 from ..storage.ring import tail
 from ..storage.state import State
 from .control import HEAD, PENDING, StepControl
-from .guide import Guide
+from .guide import Guide, GuideSlots
 
 residual_change = direct("residual_l1")
 
@@ -34,6 +36,43 @@ class Part(NamedTuple):
     what: Predictor
     control: StepControl
     group: Any = None  # ranks that share a sample
+
+
+class SignalSlots(SlotGroup):
+    """reference: the value that a change is measured against. sums: of the change, for a step in two parts.
+    kept_reference: it is that of a step that went well."""
+
+    __slots__ = ("kept_reference", "reference", "sums")
+    holds = ("reference", "sums")
+    facts: ClassVar[dict[str, Any]] = {"kept_reference": False}
+    reference: Any
+    sums: Any
+    kept_reference: bool
+
+
+class DecisionSlots(SlotGroup):
+    """What the device keeps where it decides: skipped steps in a row, [1] int64; whether the host's guards ask to
+    compute this step, [1] bool; of the last decision the change and whether it reused, [2] float64."""
+
+    __slots__ = ("must", "seen", "skips")
+    holds = ("skips", "must", "seen")
+    must: Any
+    seen: Any
+    skips: Any
+
+
+class RuleSlots(SlotGroup):
+    """All that a rule keeps for a run beside its histories; guide and own are None where it has none.
+
+    own: those of its target.
+    """
+
+    __slots__ = ("decision", "guide", "own", "signal")
+    parts = ("signal", "decision", "guide", "own")
+    decision: DecisionSlots
+    guide: Any
+    own: Any
+    signal: SignalSlots
 
 
 class RuleDecider:
@@ -53,6 +92,7 @@ class RuleDecider:
         "max_misfit",
         "measures",
         "oldest",
+        "own",
         "per_sample",
         "ready",
         "uploads",
@@ -69,9 +109,10 @@ class RuleDecider:
         guide: Guide | None = None,
         weighted: bool = True,
         halves: bool = False,
+        own: Callable[[], SlotGroup] | None = None,
     ) -> None:
         self.index, self.when, self.what, self.control, self.group = part
-        self.ready, self.guide, self.halves = ready, guide, halves
+        self.ready, self.guide, self.halves, self.own = ready, guide, halves, own
         self.weighted = weighted and bool(part.what.depth)
         self.uploads = part.what.depth > 1 or part.what.table
         self.measures = part.when.measures if part.when.needs_signal else ""
@@ -80,6 +121,12 @@ class RuleDecider:
         self._decide = part.when.decide
         self.oldest = part.when.oldest
         self.weigh = part.what.weights  # of the values computed at these steps, for this one
+
+    def new_slots(self) -> RuleSlots:
+        """What the rule keeps for a run beside its histories."""
+        guide = None if self.guide is None else GuideSlots()
+        own = None if self.own is None else self.own()
+        return RuleSlots(signal=SignalSlots(), decision=DecisionSlots(), guide=guide, own=own)
 
     def decide(self, state: State, step: Step, signal: float | None = None) -> Decision:
         """The decision for a step; a wish to reuse is granted where there is something valid to reuse."""
@@ -105,7 +152,7 @@ class RuleDecider:
         """Whether the step before was reused and its guide explained too badly; reads one number then."""
         if run.in_a_row < 2:
             return False
-        return not sync.mean(state.head["misfit"], self.group) <= most
+        return not sync.mean(state.slots[self.index].guide.misfit, self.group) <= most
 
     # --- inside the model's forward -----------------------------------------------------------------------
 
@@ -117,10 +164,12 @@ class RuleDecider:
         state: State = control.state
         if self.measures == "misfit":
             measured = self._misfit(state, hidden, x)
-        elif "kept" in state.head:  # a computed step has left a residual
-            measured = first_change(hidden, x, tail(state.head["residual"], x), self.per_sample)
-            if control.phase == HEAD:
-                tail(state.head["sums"], measured).copy_(measured)
+        else:
+            slots: SignalSlots = state.slots[self.index].signal
+            if slots.kept_reference:  # a computed step has left a residual
+                measured = first_change(hidden, x, tail(slots.reference, x), self.per_sample)
+                if control.phase == HEAD:
+                    tail(slots.sums, measured).copy_(measured)
         if control.phase != HEAD:
             self.decide_with(measured)
 
@@ -132,7 +181,7 @@ class RuleDecider:
                 return None
             self.upload_prior(state)
         self.guide.see(state, self.index, REUSE, self.guide.of(hidden, x))
-        return state.head["misfit"]
+        return state.slots[self.index].guide.misfit
 
     def decide_with(self, measured: Tensor | None) -> None:
         """Decide the running step with what was measured; the one device read of a step."""
@@ -145,14 +194,14 @@ class RuleDecider:
             weights = self.weigh(state.timelines[self.index].steps, step.index)
             control.weights[self.index] = weights
             if self.guide is not None:
-                self.guide.stage(state, weights)
+                self.guide.stage(state, self.index, weights)
 
     def _read(self, state: State, measured: Tensor | None) -> float | None:
         """What was measured as a number; ranks that share a sample agree on it."""
         group = self.group
         if group is not None and (measured is None or not self.ready(state)):
             # the other ranks wait for a number: join them with none, so that all compute
-            held = state.head.get("residual")  # without one, no rank has one
+            held = state.slots[self.index].signal.reference  # without one, no rank has one
             shape = (1,) if held is None else self.when.sums(held)
             sync.agreed(torch.full(shape, math.nan, device=state.device), group)
             return None
@@ -180,7 +229,28 @@ class RuleDecider:
     def upload_prior(self, state: State) -> None:
         """Give the guide the weights that its ridge pulls toward, and compiled code the order of its rows."""
         assert self.guide is not None
-        self.guide.stage(state, self.weigh(state.timelines[self.index].steps, state.armed_step))
+        steps = state.timelines[self.index].steps
+        self.guide.stage(state, self.index, self.weigh(steps, state.armed_step))
+
+    def prepare_head(self, state: State) -> bool:
+        """Get ready for a step in two parts; False where there is nothing yet to decide it by."""
+        if self.measures == "misfit":
+            if not self.ready(state):
+                return False
+            self.upload_prior(state)
+            return True
+        slots: SignalSlots = state.slots[self.index].signal
+        if not slots.kept_reference:
+            return False
+        if slots.sums is None:
+            shape = self.when.sums(slots.reference)
+            slots.sums = allocate(shape, torch.float32, slots.reference.device)
+        return True
+
+    def left_by_head(self, state: State) -> Tensor:
+        """What the first part of a step has measured."""
+        slots: RuleSlots = state.slots[self.index]
+        return slots.guide.misfit if self.measures == "misfit" else slots.signal.sums
 
     def compute_instead(self, reason: str) -> None:
         """Turn the decision of the running step into computing."""

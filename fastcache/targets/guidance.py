@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..models.block_io import parameter_names
 from ..ops import direct
 from ..policies import REUSE
 from ..storage.allocate import allocate
+from ..storage.group import SlotGroup
 from ..storage.state import State
 from .decide import Part, RuleDecider
 from .frequency import low_pass
@@ -40,12 +41,26 @@ COORDINATES = re.compile(r"(img|image|txt|text|video|audio)_ids$")
 LAYERS_FIRST = ("encoder_hidden_states_llama3",)  # inputs of shape [layers, batch, ...]
 
 
+class GuidanceSlots(SlotGroup):
+    """low, high: both parts of the difference, float32. bands: the weights of a step, [2], for compiled code.
+    held: the parts are those of a step that went well. products: of the weights, over the skips in a row."""
+
+    __slots__ = ("bands", "held", "high", "low", "products")
+    holds = ("low", "high", "bands")
+    facts: ClassVar[dict[str, Any]] = {"held": False, "products": (1.0, 1.0)}
+    low: Any
+    high: Any
+    bands: Any
+    held: bool
+    products: tuple[float, float]
+
+
 class GuidanceTarget:
     """The guidance batch of one model, bound to one rule of a recipe."""
 
     def __init__(self, part: Part, model: nn.Module, where: Guidance) -> None:
         self.rule, self.control, self.model, self.where = part.index, part.control, model, where
-        self.decider = RuleDecider(part, self.ready, weighted=False, halves=True)
+        self.decider = RuleDecider(part, self.ready, weighted=False, halves=True, own=GuidanceSlots)
         self.bands = (1.0, 1.0)  # weights of the low and the high part in the running step
         self.names = parameter_names(type(model).forward)
         self.split: list[str] = []  # inputs cut in half at the last skipped call
@@ -74,26 +89,30 @@ class GuidanceTarget:
             return
         self.bands = (self._band(self.where.low, state), self._band(self.where.high, state))
         if self.where.compounding:
-            before = state.head["products"]
+            before = self._slots(state).products
             self.bands = (before[0] * self.bands[0], before[1] * self.bands[1])
         if control.may_be_compiled:
-            state.put("bands", self.bands)
+            self._slots(state).put("bands", self.bands)
+
+    def _slots(self, state: State) -> GuidanceSlots:
+        return state.slots[self.rule].own
 
     def finish(self) -> None:
         """Called by the runtime after the model's forward."""
 
     def commit(self, state: State, action: str) -> None:
         """Called by the runtime after a step that went well."""
-        state.head["guided"] = True
-        state.head["products"] = self.bands if action == REUSE else (1.0, 1.0)
+        slots = self._slots(state)
+        slots.held = True
+        slots.products = self.bands if action == REUSE else (1.0, 1.0)
 
     def recorded(self, state: State) -> bool:
         """Whether storage exists."""
-        return "low" in state.head
+        return self._slots(state).low is not None
 
     def ready(self, state: State) -> bool:
         """Whether a difference to rebuild from is held."""
-        return state.head.get("guided", False)
+        return self._slots(state).held
 
     def refuse(self, names: set[str]) -> None:
         """Raise where a request's contexts say that the two halves come in calls of their own."""
@@ -107,7 +126,7 @@ class GuidanceTarget:
 
     def around(self, run: Callable, args: tuple, kwargs: dict) -> Any:
         """The model's forward on the full batch, or on its conditional half with the other one rebuilt."""
-        head = self.control.state.head
+        slots = self._slots(self.control.state)
         if self.control.actions[self.rule] != REUSE:
             output = run(*args, **kwargs)
             value = first_tensor(output)
@@ -117,28 +136,28 @@ class GuidanceTarget:
                     f"has batch {value.shape[0]}; run guidance batched, or leave the Guidance target out"
                 )
             with torch.no_grad():
-                self._refresh(head, value.detach())
+                self._refresh(slots, value.detach())
             return output
         args, kwargs = self._halved(args, kwargs, self._batch(args, kwargs))
         output = run(*args, **kwargs)
         value = first_tensor(output)
-        if value.shape != head["low"].shape:
+        if value.shape != slots.low.shape:
             raise ValueError(
                 f"target: the conditional half has shape {tuple(value.shape)}, expected "
-                f"{tuple(head['low'].shape)}; {self.where.label} does not name every input that holds both "
+                f"{tuple(slots.low.shape)}; {self.where.label} does not name every input that holds both "
                 f"halves, split were {self.split}"
             )
         with torch.no_grad():
-            return replace_first(output, self._rebuilt(head, value.detach()))
+            return replace_first(output, self._rebuilt(slots, value.detach()))
 
-    def _rebuilt(self, head: dict[str, Any], cond: Tensor) -> Tensor:
+    def _rebuilt(self, slots: GuidanceSlots, cond: Tensor) -> Tensor:
         """[unconditional; conditional] from the conditional half."""
         if torch.compiler.is_compiling():
-            low, high = head["bands"].unbind(0)
-            uncond = cond.float() + low * head["low"] + high * head["high"]
+            low, high = slots.bands.unbind(0)
+            uncond = cond.float() + low * slots.low + high * slots.high
             return torch.cat([uncond.to(cond.dtype), cond])
         both = cond.new_empty((2 * cond.shape[0], *cond.shape[1:]))
-        _rebuild(both, cond, head["low"], head["high"], *self.bands)
+        _rebuild(both, cond, slots.low, slots.high, *self.bands)
         return both
 
     # --- inputs -------------------------------------------------------------------------------------------
@@ -191,19 +210,19 @@ class GuidanceTarget:
 
     # --- the difference -----------------------------------------------------------------------------------
 
-    def _refresh(self, head: dict[str, Any], value: Tensor) -> None:
+    def _refresh(self, slots: GuidanceSlots, value: Tensor) -> None:
         """Keep the low and the high frequency part of unconditional - conditional."""
         uncond, cond = value.chunk(2)
         if not torch.compiler.is_compiling() and (
-            "low" not in head or head["low"].shape != cond.shape
+            slots.low is None or slots.low.shape != cond.shape
         ):
-            head["low"] = allocate(cond.shape, torch.float32, cond.device)
-            head["high"] = allocate(cond.shape, torch.float32, cond.device)
-            head["bands"] = allocate((2,), torch.float32, cond.device)
+            slots.low = allocate(cond.shape, torch.float32, cond.device)
+            slots.high = allocate(cond.shape, torch.float32, cond.device)
+            slots.bands = allocate((2,), torch.float32, cond.device)
         difference = uncond.float() - cond.float()
         low = low_pass(difference, self.where)
-        head["low"].copy_(low)
-        head["high"].copy_(difference - low)
+        slots.low.copy_(low)
+        slots.high.copy_(difference - low)
 
     def _band(self, weight: Any, state: State) -> float:
         if weight is None:

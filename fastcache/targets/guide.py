@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,24 @@ from ..ops import direct
 from ..policies import COMPUTE, REUSE
 from ..predictors import Predictor
 from ..storage.allocate import allocate
+from ..storage.group import SlotGroup
 from ..storage.ring import Ring
 from ..storage.state import State
 
 _weights = direct("guided_weights")
+
+
+class GuideSlots(SlotGroup):
+    """guides: their history. weights: of a base, 1, and of depth values, float32. misfit: of the last forecast, [1].
+    prior: what the ridge pulls toward, [depth - 1]."""
+
+    __slots__ = ("guides", "misfit", "prior", "weights")
+    holds = ("weights", "misfit", "prior")
+    parts = ("guides",)
+    guides: Any
+    misfit: Any
+    prior: Any
+    weights: Any
 
 
 class Guide:
@@ -29,20 +45,21 @@ class Guide:
     def see(self, state: State, rule: int, action: str, guide: Tensor) -> None:
         """Take in the guide of the running step: keep it, or read the weights off it."""
         with torch.no_grad():
-            head = state.head
-            if not torch.compiler.is_compiling() and "guides" not in head:
-                head["guides"] = Ring(guide, state.timelines[rule])
-                head["weights"] = allocate((self.predictor.depth + 1,), torch.float32, guide.device)
-                head["misfit"] = allocate((1,), torch.float32, guide.device)
-                head["prior"] = allocate((self.predictor.depth - 1,), torch.float32, guide.device)
+            slots: GuideSlots = state.slots[rule].guide
+            if not torch.compiler.is_compiling() and slots.guides is None:
+                depth, device = self.predictor.depth, guide.device
+                slots.guides = Ring(guide, state.timelines[rule])
+                slots.weights = allocate((depth + 1,), torch.float32, device)
+                slots.misfit = allocate((1,), torch.float32, device)
+                slots.prior = allocate((depth - 1,), torch.float32, device)
             if action == REUSE:
-                rows = head["guides"].newest_first(guide)
-                weights, misfit = _weights(guide, rows, head["prior"], self.predictor.ridge)
-                head["weights"].copy_(weights[0])
-                head["misfit"].copy_(misfit)
+                rows = slots.guides.newest_first(guide)
+                weights, misfit = _weights(guide, rows, slots.prior, self.predictor.ridge)
+                slots.weights.copy_(weights[0])
+                slots.misfit.copy_(misfit)
             elif action == COMPUTE:
-                head["guides"].store(guide, None, 0)
+                slots.guides.store(guide, None, 0)
 
-    def stage(self, state: State, prior: tuple[float, ...]) -> None:
+    def stage(self, state: State, rule: int, prior: tuple[float, ...]) -> None:
         """Have the device hold the prior of this step."""
-        state.put("prior", prior)
+        state.slots[rule].guide.put("prior", prior)

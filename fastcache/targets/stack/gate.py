@@ -14,7 +14,7 @@ from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import kept_output, look_at_input, look_at_output, note_decided
 from .recording import Recorder
 from .residual import keep, predict
-from .roles import BLOCK, ROLES, BlockStandIn, roles_of
+from .roles import BLOCK, PROBED, ROLES, BlockStandIn, roles_of
 
 NOTHING = Entered(None, None)
 
@@ -114,7 +114,7 @@ class BlockListHook:
         if not self.probed:  # taking turns with the first list: not yet decided
             yield from self._undecided(0)
             return
-        yield self.stand_ins["run_first"][0]
+        yield self.stand_ins[PROBED[WHOLE]][0]
         action = self.control.actions[self.stack.rule]
         if action == REUSE:
             yield from (self._made_for_reuse() if self.reused is None else self.reused)[1:]
@@ -189,7 +189,9 @@ class BlockListHook:
     def restore_first(self, *args: Any, **kwargs: Any) -> Any:
         """The first block of the stack, where it has run already in the head region of this step."""
         x, encoder = self.first_io.read(args, kwargs)
-        hidden, encoder, now = kept_output(self.control.state.head, x, encoder)
+        hidden, encoder, now = kept_output(
+            self.control.state.slots[self.stack.rule].own, x, encoder
+        )
         note_decided(self.stack, hidden, x, now)
         self._go_on(hidden, encoder)
         return self.returns.build(hidden, encoder, {})
@@ -234,7 +236,7 @@ class BlockListHook:
         """The weights of this step, which a guide or compiled code has on the device."""
         stack, control = self.stack, self.control
         if stack.guide is not None:
-            return control.state.head["weights"]
+            return control.state.slots[stack.rule].guide.weights
         # where nothing is compiled, nothing asks whether this is traced
         return (
             ()

@@ -10,10 +10,11 @@ from torch import Tensor
 from ...ops import direct
 from ...policies import COMPUTE
 from ...storage.allocate import allocate, strides_of
+from ...storage.group import SlotGroup
 from ...storage.ring import tail
 from ...storage.state import State
 from ..control import HEAD, Stop
-from ..guide import Guide
+from ..decide import RuleSlots, SignalSlots
 from ..outputs import ReturnLayout
 from .layout import BlockList, Stack
 
@@ -32,7 +33,7 @@ def look_at_output(
     control, guide = stack.control, stack.guide
     now = None if guide is None else guide.of(hidden, x)
     if control.phase == HEAD:
-        keep_output(control.state.head, hidden, encoder, now)
+        keep_output(control.state.slots[stack.rule].own, hidden, encoder, now)
         raise Stop
     action = control.actions[stack.rule]
     if action == COMPUTE or now is not None:
@@ -40,7 +41,7 @@ def look_at_output(
     if control.may_be_compiled and action == COMPUTE:
         if lacks_slots(stack, control.state):
             text = None if returns.encoder is None else encoder
-            allocate_slots(control.state.head, hidden, text, guide)
+            allocate_slots(control.state.slots[stack.rule], hidden, text)
 
 
 def note_decided(stack: Stack, hidden: Tensor, x: Tensor, now: Tensor | None) -> None:
@@ -50,7 +51,7 @@ def note_decided(stack: Stack, hidden: Tensor, x: Tensor, now: Tensor | None) ->
     """
     state, action = stack.control.state, stack.control.actions[stack.rule]
     if action == COMPUTE and stack.signal == "change":
-        keep_residual(state.head, hidden.detach(), x.detach())
+        keep_residual(state.slots[stack.rule].signal, hidden.detach(), x.detach())
     if now is not None and stack.guide is not None:
         stack.guide.see(state, stack.rule, action, now)
 
@@ -68,49 +69,58 @@ def look_at_input(stack: Stack, blocks: BlockList, args: tuple, kwargs: dict) ->
     guide.see(control.state, stack.rule, control.actions[stack.rule], guide.of(value))
 
 
-def keep_residual(head: dict[str, Any], hidden: Tensor, x: Tensor) -> None:
+def keep_residual(slots: SignalSlots, hidden: Tensor, x: Tensor) -> None:
     """Keep the first block's residual: what later steps are compared with."""
     if torch.compiler.is_compiling():
-        tail(head["residual"], x).copy_(hidden - x)
+        tail(slots.reference, x).copy_(hidden - x)
         return
-    held = head.get("residual")
+    held = slots.reference
     if held is None or held.shape[1:] != x.shape[1:] or held.shape[0] < x.shape[0]:
-        head["residual"] = allocate(x.shape, x.dtype, x.device, strides_of(hidden))
-    _store(tail(head["residual"], x), hidden, x)
+        slots.reference = allocate(x.shape, x.dtype, x.device, strides_of(hidden))
+    _store(tail(slots.reference, x), hidden, x)
 
 
-# A step in two parts keeps what the first block has returned, for its second part to start from.
+class ProbeSlots(SlotGroup):
+    """What a step in two parts keeps of its first block, for its second part to start from: its hidden states,
+    its text stream where the block returns it, and the guide of the step where there is one."""
+
+    __slots__ = ("encoder", "hidden", "now")
+    holds = ("hidden", "encoder", "now")
+    encoder: Any
+    hidden: Any
+    now: Any
 
 
 def lacks_slots(stack: Stack, state: State) -> bool:
     """Whether such a step has nowhere to keep it."""
-    return stack.signal != "" and "hidden" not in state.head
+    return stack.signal != "" and state.slots[stack.rule].own.hidden is None
 
 
-def allocate_slots(head: dict[str, Any], hidden: Tensor, encoder: Any, guide: Guide | None) -> None:
+def allocate_slots(rule: RuleSlots, hidden: Tensor, encoder: Any) -> None:
     """Make room for it. encoder: None where the block does not return it."""
-    like = head.get("residual", hidden)
-    head["hidden"] = allocate(like.shape, like.dtype, like.device, strides_of(like))
+    slots: ProbeSlots = rule.own
+    like = hidden if rule.signal.reference is None else rule.signal.reference
+    slots.hidden = allocate(like.shape, like.dtype, like.device, strides_of(like))
     if isinstance(encoder, Tensor):
         layout = strides_of(encoder)
-        head["encoder"] = allocate(encoder.shape, encoder.dtype, encoder.device, layout)
-    if guide is not None:
-        now = head["guides"].views[0]
-        head["now"] = allocate(now.shape, now.dtype, now.device, strides_of(now))
+        slots.encoder = allocate(encoder.shape, encoder.dtype, encoder.device, layout)
+    if rule.guide is not None:
+        now = rule.guide.guides.views[0]
+        slots.now = allocate(now.shape, now.dtype, now.device, strides_of(now))
 
 
-def keep_output(head: dict[str, Any], hidden: Tensor, encoder: Any, now: Tensor | None) -> None:
+def keep_output(slots: ProbeSlots, hidden: Tensor, encoder: Any, now: Tensor | None) -> None:
     """now: the guide of this step; None without one."""
-    tail(head["hidden"], hidden).copy_(hidden)
-    if "encoder" in head:
-        tail(head["encoder"], encoder).copy_(encoder)
+    tail(slots.hidden, hidden).copy_(hidden)
+    if slots.encoder is not None:
+        tail(slots.encoder, encoder).copy_(encoder)
     if now is not None:
-        tail(head["now"], now).copy_(now)
+        tail(slots.now, now).copy_(now)
 
 
-def kept_output(head: dict[str, Any], x: Tensor, encoder: Any) -> tuple[Tensor, Any, Tensor | None]:
+def kept_output(slots: ProbeSlots, x: Tensor, encoder: Any) -> tuple[Tensor, Any, Tensor | None]:
     """What `keep_output` has kept, for a call with these streams."""
-    if "encoder" in head:
-        encoder = tail(head["encoder"], x)
-    now = tail(head["now"], x) if "now" in head else None
-    return tail(head["hidden"], x), encoder, now
+    if slots.encoder is not None:
+        encoder = tail(slots.encoder, x)
+    now = None if slots.now is None else tail(slots.now, x)
+    return tail(slots.hidden, x), encoder, now

@@ -20,7 +20,7 @@ from ..guide import Guide
 from ..install import hooked_class
 from .gate import BlockListHook
 from .layout import BlockList, Layout
-from .probe import lacks_slots
+from .probe import ProbeSlots, lacks_slots
 from .recording import Recorder
 from .residual import allocate_unit, keep
 from .routing import HOOK, RoutedModuleList
@@ -42,7 +42,7 @@ class StackTarget:
         self.keeps_text = encoder_read is not False
         # a predictor whose weights come from this step's own blocks
         self.guide = None if part.what.guide is None else Guide(part.what)
-        self.decider = RuleDecider(part, self.ready, self.guide)
+        self.decider = RuleDecider(part, self.ready, self.guide, own=ProbeSlots)
         self.signal: str = self.decider.measures  # "change", "misfit" or nothing
         # calibration: also measure the magnitude ratio of every residual
         self.measure = part.when.calibrates
@@ -120,7 +120,7 @@ class StackTarget:
         half = self.control.batch == "half"
         state.steps_until_full_batch = state.timelines[self.rule].depth if half else max(left, 0)
         if self.signal == "change":
-            state.head["kept"] = True
+            state.slots[self.rule].signal.kept_reference = True
 
     def finish(self) -> None:
         """Called by the runtime after a forward: take over what a recording call has learnt."""
