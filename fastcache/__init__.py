@@ -40,7 +40,9 @@ from .recipe import Recipe, Rule
 from .reporting.progress import progress
 from .runtime.notices import FastcacheWarning
 from .runtime.stats import Record, Stats
-from .targets.spec import Guidance, Modules, Stack
+from .targets.base import BoundTarget
+from .targets.bind import register_target
+from .targets.spec import Guidance, Modules, Stack, Target
 from .tools.batching import split_batch
 from .tools.inspect import inspect_model as inspect
 from .tools.measure import calibrate
@@ -51,6 +53,7 @@ __all__ = [
     "FLUX_MAG_RATIOS",
     "Block",
     "BlockAdapter",
+    "BoundTarget",
     "Broadcast",
     "Cache",
     "Calibration",
@@ -80,6 +83,7 @@ __all__ = [
     "Stack",
     "Stats",
     "Step",
+    "Target",
     "Taylor",
     "TaylorSeerCacheConfig",
     "TaylorTable",
@@ -97,5 +101,6 @@ __all__ = [
     "presets",
     "progress",
     "register_adapter",
+    "register_target",
     "split_batch",
 ]

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 from .checks import whole
@@ -149,18 +150,13 @@ class Recipe:
         Raises:
             ValueError: there is no rule, or the rules cannot share a model.
         """
-        scopes = [rule.where.scope for rule in rules]
         if not rules:
             raise ValueError("Recipe: no rule, give at least one when × what × where")
-        if "stack" in scopes and (scopes.count("stack") > 1 or "modules" in scopes):
-            raise ValueError(
-                "Recipe: where: a Stack skips every block, so no second Stack and no Modules inside it can be "
-                "combined with it; a Guidance target can"
-            )
-        if scopes.count("guidance") > 1:
-            raise ValueError("Recipe: where: only one Guidance target makes sense")
+        for one, other in permutations((rule.where for rule in rules), 2):
+            if other.scope in one.excludes:
+                raise ValueError(f"Recipe: where: {one.excludes[other.scope]}")
         # the guidance rule decides first: the others see only the conditional half where it skips
-        rules = sorted(rules, key=lambda rule: rule.where.scope != "guidance")
+        rules = sorted(rules, key=lambda rule: not rule.where.halves)
         recipe = object.__new__(cls)
         object.__setattr__(recipe, "rules", tuple(rules))
         object.__setattr__(recipe, "name", name)
@@ -222,7 +218,7 @@ class Recipe:
                     rule.when.computed(runs[k], step)
                     action = COMPUTE
                 rows[k].append(action)
-                skipped |= rule.where.scope == "guidance" and action == REUSE
+                skipped |= rule.where.halves and action == REUSE
         return Plan(tuple(map(tuple, rows)), tuple(_label(r) for r in self.rules))
 
 

@@ -160,7 +160,7 @@ def export_variants(
         raise ValueError(
             "export_variants: an exported cache keeps values as they are; leave cache_dtype out"
         )
-    if decided_inside or denoiser.executor.guidance is not None or len(rules) > 1:
+    if decided_inside or denoiser.executor.wrappers or len(rules) > 1:
         raise ValueError(
             f"export_variants: {denoiser.recipe.name} has {len(rules)} rules or decides from values inside the "
             "step, so a host schedule of two variants cannot drive it; use one rule that decides beforehand, "

@@ -128,6 +128,13 @@ class BlockIO:
         return output[hidden_at], None if encoder_at is None else output[encoder_at], extra
 
 
+def model_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The latents among the arguments of a model's call: `hidden_states`, else what comes first."""
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"]
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
 def declared(returns: Sequence[str]) -> Positions:
     """The places of the image and the text stream in a tuple of these."""
     at = {name: i for i, name in enumerate(returns)}

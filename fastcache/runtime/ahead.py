@@ -133,8 +133,8 @@ class Ahead:
             if not self.control.may_be_compiled:
                 self.expect_graphs()
                 self.upload(self.control.state)
-                for target in self.executor.modules:
-                    target.begin()
+                for target in self.targets:
+                    target.graph_begins()
         elif self.prepared is None and not self.control.may_be_compiled:
             frame = innermost(self.owner)
             # no waiting: torch holds a lock of its own here

@@ -9,7 +9,7 @@ from ..policies import COMPUTE, REUSE, Decision, Step
 from ..recipe import Recipe
 from ..storage.pool import Slots
 from ..storage.state import State
-from ..targets.bind import BoundTarget
+from ..targets.base import BoundTarget
 from ..targets.control import StepControl
 from .settings import Settings
 from .stats import Record

@@ -9,7 +9,7 @@ from .. import sync
 from ..policies import REUSE, Step
 from ..recipe import Recipe
 from ..storage.state import State
-from ..targets.bind import BoundTarget
+from ..targets.base import BoundTarget
 from ..targets.control import PENDING, PENDING_DECISION, WHOLE, StepControl
 from .settings import Settings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..ops import dispatch
@@ -27,13 +28,14 @@ class Executor:
         pool: Slots,
     ) -> None:
         self.original, self.pool = original, pool
-        self.control, self.targets, self.guidance = bound.control, bound.targets, bound.guidance
-        self.stacks, self.modules = bound.stacks, bound.modules
+        self.control, self.targets = bound.control, bound.targets
+        # what stands around the forward, the innermost first
+        self.wrappers = [target for target in reversed(bound.targets) if target.wraps]
         self.budget, self.group = settings.budget, settings.process_group
         self.notices, self.kernels = settings.notices, settings.backend
         self.lock, self.stats = settings.lock, settings.stats
         # nothing stands around the forward of a step whose storage exists
-        self.plain = self.guidance is None and self.kernels == dispatch.AUTO
+        self.plain = not self.wrappers and self.kernels == dispatch.AUTO
         self.cuts: tuple = ()  # how stacks were cut by the last recording call
 
     def execute(self, state: State, args: tuple, kwargs: dict, run: Callable | None) -> Any:
@@ -71,15 +73,16 @@ class Executor:
             output = self.around(self.original, args, kwargs)
             for target in self.targets:
                 target.finish()  # which may store what it has seen
-        for target in self.modules:
+        for target in self.targets:
             output = target.unalias_outputs(output)
-        self.cuts = tuple(target.layout_key for target in self.stacks)
+        self.cuts = tuple(target.layout_key for target in self.targets)
         return output
 
     def around(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        if self.guidance is None:
-            return forward(*args, **kwargs)
-        return self.guidance.around(forward, args, kwargs)
+        """The model's output, by the forward with what stands around it."""
+        for target in self.wrappers:
+            forward = partial(target.around, forward)
+        return forward(*args, **kwargs)
 
     def backend(self) -> contextlib.AbstractContextManager:
         """The kernels that the cache was enabled with, in force."""

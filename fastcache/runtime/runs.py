@@ -16,7 +16,7 @@ from ..policies import Step
 from ..recipe import Recipe
 from ..storage.pool import Slots, follow
 from ..storage.state import State
-from ..targets.guidance import GuidanceTarget
+from ..targets.base import BoundTarget
 from .context import Context
 from .frames import Frame, thread_request, when_thread_ends
 from .notices import LOG
@@ -45,9 +45,10 @@ class Runs:
         recipe: Recipe,
         adapter: BlockAdapter,
         pool: Slots,
-        guidance: GuidanceTarget | None,
+        targets: Iterable[BoundTarget],
     ) -> None:
-        self.model, self.name, self.pool, self.guidance = model, name, pool, guidance
+        self.model, self.name, self.pool = model, name, pool
+        self.one_batch = [target for target in targets if target.one_batch]
         self.callback, self.pools, self.notices = (
             settings.timestep_callback,
             settings.pools,
@@ -82,7 +83,7 @@ class Runs:
             call.first = None if known else (moment, args, kwargs)
         else:
             call, unclear, first = self.unnamed(frame, moment, args, kwargs)
-        if self.guidance is not None or torch.is_grad_enabled():
+        if self.one_batch or torch.is_grad_enabled():
             self.refuse(call)
         key = (call.request, call.name)
         state = self.pool.states.get(key) or self.add(key)
@@ -138,12 +139,8 @@ class Runs:
                 around.first = None
         again = trip.again(moment)
         number = self.branch(trip, again, args, kwargs)
-        if number and self.guidance is not None:
-            raise ValueError(
-                "target: the same latents came twice at one timestep, so guidance runs sequentially, and "
-                "FasterCache's guidance half needs both halves in one batch; open cache.context('cond') "
-                "and cache.context('uncond') around the calls, or set is_guidance_distilled=True"
-            )
+        for target in self.one_batch if number else ():
+            target.refuse_branch()
         return trip.context(name, number), trip.branches.unclear, not again
 
     def branch(self, trip: Trip, again: bool | None, args: tuple, kwargs: dict) -> int:
@@ -252,10 +249,11 @@ class Runs:
 
     def refuse(self, call: Context) -> None:
         """Raise where a call cannot be cached: one of guidance that comes apart, or one that is trained on."""
-        if self.guidance is not None:
+        if self.one_batch:
             states = self.pool.states.values()
             began = {s.key[1] for s in states if s.index and s.key[0] == call.request}
-            self.guidance.refuse({call.name, *began})
+            for target in self.one_batch:
+                target.refuse({call.name, *began})
         training = torch.is_grad_enabled() and self.model.training
         if training and any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(

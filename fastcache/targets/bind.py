@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from ..policies import Policy
 from ..predictors import Predictor
 from ..storage.allocate import FP8
 from ..storage.unit import make_store
+from .base import Binding, BoundTarget, NothingToHook
 from .control import StepControl
 from .decide import Part
 from .find import find_modules, nothing_to_hook
@@ -25,36 +26,18 @@ from .modules import ModulesTarget
 from .spec import Guidance, Modules, Target
 from .stack.target import StackTarget
 
-BoundTarget = StackTarget | ModulesTarget | GuidanceTarget
-
-
-class NothingToHook(ValueError):
-    """A target means no module of this model."""
-
 
 @dataclass
 class BoundModel:
     """What the rules of a recipe mean in one model.
 
-    control: what the running step is written into. targets: of the rules that fit, in their order, and the
-    same by kind. missing: by number, why a rule was left out.
+    control: what the running step is written into. targets: of the rules that fit, in their order. missing: by
+    number, why a rule was left out.
     """
 
     control: StepControl = field(default_factory=StepControl)
     targets: list[BoundTarget] = field(default_factory=list)
-    stacks: list[StackTarget] = field(default_factory=list)
-    modules: list[ModulesTarget] = field(default_factory=list)
-    guidance: GuidanceTarget | None = None
     missing: dict[int, NothingToHook] = field(default_factory=dict)
-
-    def add(self, scope: str, target: Any) -> None:
-        """Note a target, also by its kind."""
-        self.targets.append(target)
-        if scope == "guidance":
-            self.guidance = target
-        else:
-            kind: list[Any] = self.stacks if scope == "stack" else self.modules
-            kind.append(target)
 
 
 class Bindable(Protocol):
@@ -97,53 +80,37 @@ def bind_rules(
         part = Part(len(bound.targets), rule.when, rule.what, bound.control, group)
         kept = kept_dtype(rule, dtype)
         make = functools.partial(make_store, part.what, dtype=kept)
-        place = Place(part, model, adapter, make, taken, bound.guidance is not None)
+        halved = any(target.decider.halves for target in bound.targets)
+        binding = Binding(part, model, adapter, make, taken, halved)
         try:
-            target = BINDERS[rule.where.scope](place, rule.where)
+            bound.targets.append(_binder(rule.where)(binding, rule.where))
         except NothingToHook as error:
             if not rule.where.fallback:
                 raise
             bound.missing[number] = error
-            continue
-        bound.add(rule.where.scope, target)
-    if bound.missing and not (bound.stacks or bound.modules):
+    if bound.missing and all(target.decider.halves for target in bound.targets):
         raise next(iter(bound.missing.values()))
     bound.control.hold(len(bound.targets))
     return bound
 
 
-class Place(NamedTuple):
-    """Where a rule is bound, and what it is bound with.
-
-    make_store: (value, timeline) -> a stream. taken: ids of modules that earlier rules have claimed; those found
-    are added. halved: an earlier rule skips half of a guidance batch.
-    """
-
-    part: Part
-    model: nn.Module
-    adapter: BlockAdapter
-    make_store: Callable[[Any, Any], Any]
-    taken: set[int]
-    halved: bool
-
-
-def _modules(place: Place, where: Modules) -> ModulesTarget:
-    model, taken = place.model, place.taken
-    named = find_modules(model, where, place.adapter)
+def _modules(binding: Binding, where: Modules) -> ModulesTarget:
+    model, taken = binding.model, binding.taken
+    named = find_modules(model, where, binding.adapter)
     found = [(name, m) for name, m in named if id(m) not in taken]
     if not found:
         raise NothingToHook(nothing_to_hook(model, where))
     taken.update(id(m) for _, m in found)
-    halved = place.halved and place.part.when.conditional_only
-    return ModulesTarget(place.part, found, place.make_store, conditional_half=halved)
+    halved = binding.halved and binding.part.when.conditional_only
+    return ModulesTarget(binding.part, found, binding.make_store, conditional_half=halved)
 
 
-def _guidance(place: Place, where: Guidance) -> GuidanceTarget:
-    return GuidanceTarget(place.part, place.model, where)
+def _guidance(binding: Binding, where: Guidance) -> GuidanceTarget:
+    return GuidanceTarget(binding.part, binding.model, where)
 
 
-def _stack(place: Place, where: Target) -> StackTarget:
-    part, model, adapter = place.part, place.model, place.adapter
+def _stack(binding: Binding, where: Target) -> StackTarget:
+    part, model, adapter = binding.part, binding.model, binding.adapter
     lists = block_lists(model, adapter)
     if not lists:
         raise NothingToHook(
@@ -159,7 +126,9 @@ def _stack(place: Place, where: Target) -> StackTarget:
             f"target: {type(model).__name__} has {count} block in {[n for n, _ in lists]}; a rule that looks at "
             "the first block needs at least two"
         )
-    target = StackTarget(part, lists, start, adapter.block, adapter.encoder_read, place.make_store)
+    target = StackTarget(
+        part, lists, start, adapter.block, adapter.encoder_read, binding.make_store
+    )
     if guide == "modulated" and target.lists[0].first_io.modulation is None:
         raise ValueError(
             f"what: Guided(guide='modulated') needs the normalisation with the timestep in it of "
@@ -170,11 +139,47 @@ def _stack(place: Place, where: Target) -> StackTarget:
 
 
 # What makes a target of its description, by the scope of that.
-BINDERS: dict[str, Callable[[Place, Any], Any]] = {
+BINDERS: dict[str, Callable[[Binding, Any], BoundTarget]] = {
     "stack": _stack,
     "modules": _modules,
     "guidance": _guidance,
 }
+
+
+def register_target(scope: str, bind: Callable[[Binding, Any], BoundTarget]) -> None:
+    """Make targets of a kind of one's own known, for this process.
+
+    Args:
+        scope: the word that the description, a subclass of `fastcache.Target`, has as its `scope`.
+        bind: (binding, description) -> a `fastcache.BoundTarget`; it changes nothing in the model yet, and
+            raises ValueError where the description means nothing in it.
+    Raises:
+        TypeError: `scope` is no string or `bind` cannot be called.
+        ValueError: `scope` is that of a target of the package.
+    """
+    if not isinstance(scope, str) or not callable(bind):
+        raise TypeError(
+            f"register_target: scope is {scope!r} and bind {bind!r}, must be a string and a function of "
+            "(binding, description)"
+        )
+    if scope in OURS:
+        raise ValueError(
+            f"register_target: scope is {scope!r}, which is taken; find another word than {list(OURS)}"
+        )
+    BINDERS[scope] = bind
+
+
+OURS = tuple(BINDERS)
+
+
+def _binder(where: Target) -> Callable[[Binding, Any], BoundTarget]:
+    found = BINDERS.get(where.scope)
+    if found is None:
+        raise ValueError(
+            f"where: {type(where).__name__} has the scope {where.scope!r}, and nothing binds that; call "
+            f"fastcache.register_target({where.scope!r}, bind) first"
+        )
+    return found
 
 
 def kept_dtype(rule: Bindable, dtype: torch.dtype | None) -> torch.dtype | None:

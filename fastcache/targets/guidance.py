@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..models.block_io import parameter_names
+from ..models.block_io import model_input, parameter_names
 from ..ops import direct
 from ..policies import REUSE
 from ..storage.allocate import allocate
 from ..storage.group import SlotGroup
 from ..storage.state import State
-from .decide import Part, RuleDecider
+from .base import BoundTarget
+from .decide import Part
 from .frequency import low_pass
 from .outputs import first_tensor, replace_first
 from .spec import Guidance
@@ -55,12 +56,16 @@ class GuidanceSlots(SlotGroup):
     products: tuple[float, float]
 
 
-class GuidanceTarget:
+class GuidanceTarget(BoundTarget):
     """The guidance batch of one model, bound to one rule of a recipe."""
 
+    wraps = True
+    one_batch = True
+    own_slots = GuidanceSlots
+
     def __init__(self, part: Part, model: nn.Module, where: Guidance) -> None:
-        self.rule, self.control, self.model, self.where = part.index, part.control, model, where
-        self.decider = RuleDecider(part, self.ready, weighted=False, halves=True, own=GuidanceSlots)
+        super().__init__(part, weighted=False, halves=True)
+        self.model, self.where = model, where
         self.bands = (1.0, 1.0)  # weights of the low and the high part in the running step
         self.names = parameter_names(type(model).forward)
         self.split: list[str] = []  # inputs cut in half at the last skipped call
@@ -72,17 +77,11 @@ class GuidanceTarget:
                 f"inputs are {list(takes)[1:]}"
             )
 
-    def install(self) -> None:
-        """Nothing: the runtime calls `around`."""
-
-    def remove(self) -> None:
-        """Nothing was installed."""
-
     def hooked(self) -> list[str]:
         return ["unconditional half of the guidance batch"]
 
     def begin(self) -> None:
-        """Called by the runtime before the model's forward: the weights of this step, on the host."""
+        """Work out the weights of this step, on the host."""
         control = self.control
         state: State = control.state
         if control.actions[self.rule] != REUSE:
@@ -97,11 +96,7 @@ class GuidanceTarget:
     def _slots(self, state: State) -> GuidanceSlots:
         return state.slots[self.rule].own
 
-    def finish(self) -> None:
-        """Called by the runtime after the model's forward."""
-
     def commit(self, state: State, action: str) -> None:
-        """Called by the runtime after a step that went well."""
         slots = self._slots(state)
         slots.held = True
         slots.products = self.bands if action == REUSE else (1.0, 1.0)
@@ -124,7 +119,14 @@ class GuidanceTarget:
                 "them, or use FasterCacheConfig(is_guidance_distilled=True) for its attention part alone"
             )
 
-    def around(self, run: Callable, args: tuple, kwargs: dict) -> Any:
+    def refuse_branch(self) -> None:
+        raise ValueError(
+            "target: the same latents came twice at one timestep, so guidance runs sequentially, and "
+            "FasterCache's guidance half needs both halves in one batch; open cache.context('cond') "
+            "and cache.context('uncond') around the calls, or set is_guidance_distilled=True"
+        )
+
+    def around(self, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """The model's forward on the full batch, or on its conditional half with the other one rebuilt."""
         slots = self._slots(self.control.state)
         if self.control.actions[self.rule] != REUSE:
@@ -163,7 +165,7 @@ class GuidanceTarget:
     # --- inputs -------------------------------------------------------------------------------------------
 
     def _batch(self, args: tuple, kwargs: dict) -> int:
-        first = kwargs.get("hidden_states", args[0] if args else None)
+        first = model_input(args, kwargs)
         if not isinstance(first, Tensor):
             first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         return first.shape[0]

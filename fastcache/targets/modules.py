@@ -18,7 +18,8 @@ from ..storage.allocate import allocate, static, upload
 from ..storage.history import padded
 from ..storage.state import State
 from ..storage.unit import Unit
-from .decide import Part, RuleDecider
+from .base import BoundTarget
+from .decide import Part
 from .install import hooked_class, refuse_copy
 from .outputs import rebuilt, template_of, tensors
 
@@ -52,7 +53,7 @@ class Node:
         self.weights: Tensor | None = None  # its own, on the device, for compiled code
 
 
-class ModulesTarget:
+class ModulesTarget(BoundTarget):
     """The chosen modules of one model, bound to one rule of a recipe."""
 
     def __init__(
@@ -62,15 +63,15 @@ class ModulesTarget:
         make_store: Callable[[Tensor, Any], Any],
         conditional_half: bool = False,
     ) -> None:
-        self.rule, self.control, self.make_store = part.index, part.control, make_store
-        self.predictor = predictor = part.what
+        predictor = part.what
+        super().__init__(part, weighted=not predictor.per_module)
+        self.predictor, self.make_store = predictor, make_store
         # of one module, where they differ: the values' steps, the running step, the module -> weights
         self.weigh: Callable[..., tuple[float, ...]] = predictor.weights
         self.nodes = [Node(self, key, name, module) for key, (name, module) in enumerate(modules)]
         self.per_module = predictor.per_module
         # keep only the second half of a full guidance batch
         self.conditional_half = conditional_half
-        self.decider = RuleDecider(part, self.ready, weighted=not self.per_module)
         # the modules' own weights on the device, a row each, and as numbers: for compiled code
         self.table: Tensor | None = None
         self.told: list[list[float]] = []
@@ -96,7 +97,7 @@ class ModulesTarget:
         return [node.name for node in self.nodes]
 
     def begin(self) -> None:
-        """Called by the runtime before the model's forward: point every module to its unit.
+        """Point every module to its unit.
 
         A look-up by number inside traced code would compile every module for itself.
         """
@@ -106,6 +107,9 @@ class ModulesTarget:
         control = self.control
         if self.per_module and control.may_be_compiled and control.actions[self.rule] == REUSE:
             self._stage_weights()
+
+    def graph_begins(self) -> None:
+        self.begin()
 
     def _stage_weights(self) -> None:
         """Hand each module's own weights to compiled code; the first one is of a base, which there is not."""
@@ -126,16 +130,6 @@ class ModulesTarget:
         if rows != self.told:
             self.table.copy_(upload(torch.tensor(rows), self.table.device))
             self.told = rows
-
-    def finish(self) -> None:
-        """Called by the runtime after the model's forward."""
-
-    def commit(self, state: State, action: str) -> None:
-        """Called by the runtime after a step that went well."""
-
-    def recorded(self, state: State) -> bool:
-        """Whether storage exists."""
-        return bool(state.units[self.rule])
 
     def ready(self, state: State) -> bool:
         """Whether a step can be reused from this state; in eager each module is asked again."""

@@ -19,14 +19,27 @@ Band = Callable[[Any, "float | None"], float]
 
 @dataclass(frozen=True)
 class Target:
-    """What a rule skips. `scope` says which part of a model that is."""
+    """What a rule skips, as users write it. A subclass describes one kind of part that a model can have.
 
-    scope: ClassVar[Literal["stack", "modules", "guidance"]]
+    Class attributes: `scope` is the word by which it is bound (`register_target`); `halves` says that a
+    reused step sees half of a guidance batch, so that the rule decides before the others; `excludes` has the
+    scopes that make no sense beside it in a recipe, each with the reason.
+    """
+
+    scope: ClassVar[str]
+    halves: ClassVar[bool] = False
+    excludes: ClassVar[dict[str, str]] = {}
 
     @property
     def fallback(self) -> Fallback | None:
         """What stands in where a method's documented defaults match nothing; None: nothing, an error."""
         return None
+
+
+_WHOLE = (
+    "a Stack skips every block, so no second Stack and no Modules inside it can be combined with it; a "
+    "Guidance target can"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ class Stack(Target):
     """
 
     scope = "stack"
+    excludes: ClassVar[dict[str, str]] = {"stack": _WHOLE, "modules": _WHOLE}
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,8 @@ class Guidance(Target):
     compounding: bool = True
     label: str = "inputs"
     scope = "guidance"
+    halves = True
+    excludes: ClassVar[dict[str, str]] = {"guidance": "only one Guidance target makes sense"}
 
     def __post_init__(self) -> None:
         if self.tensor_format not in FORMATS:

@@ -174,9 +174,9 @@ def _graphs(plan: Plan | None) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 def _reentry(denoiser: Denoiser) -> str | None:
     """Whether graphs may enter the model's code twice in a step, as those of FirstBlock do."""
-    for stack in denoiser.executor.stacks:
-        if stack.decider.measures:
-            found = happens_twice(denoiser.original, [blocks.name for blocks in stack.lists])
+    for target in denoiser.targets:
+        if target.decider.measures:
+            found = happens_twice(denoiser.original, target.block_lists)
             if found is None:
                 return "not known from its source whether graphs may enter its code twice in a step"
             if found:

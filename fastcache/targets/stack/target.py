@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ...models.adapter import Block
 from ...policies import COMPUTE, REUSE
 from ...storage.state import State
-from ..decide import Part, RuleDecider
+from ..base import BoundTarget
+from ..decide import Part
 from ..guide import Guide
 from ..install import hooked_class
 from .gate import BlockListHook
@@ -26,8 +27,10 @@ from .residual import allocate_unit, keep
 from .routing import HOOK, RoutedModuleList
 
 
-class StackTarget:
+class StackTarget(BoundTarget):
     """The block lists of one model, bound to one rule of a recipe."""
+
+    own_slots = ProbeSlots
 
     def __init__(
         self,
@@ -38,11 +41,10 @@ class StackTarget:
         encoder_read: bool | None,
         make_store: Callable[[Tensor, Any], Any],
     ) -> None:
-        self.rule, self.control, self.make_store = part.index, part.control, make_store
-        self.keeps_text = encoder_read is not False
         # a predictor whose weights come from this step's own blocks
         self.guide = None if part.what.guide is None else Guide(part.what)
-        self.decider = RuleDecider(part, self.ready, self.guide, own=ProbeSlots)
+        super().__init__(part, self.guide)
+        self.make_store, self.keeps_text = make_store, encoder_read is not False
         self.signal: str = self.decider.measures  # "change", "misfit" or nothing
         # calibration: also measure the magnitude ratio of every residual
         self.measure = part.when.calibrates
@@ -71,15 +73,17 @@ class StackTarget:
     def hooked(self) -> list[str]:
         return [f"{blocks.name} ({len(blocks)} blocks)" for blocks in self.lists]
 
+    @property
+    def block_lists(self) -> list[str]:
+        return [blocks.name for blocks in self.lists]
+
     # --- one call ---------------------------------------------------------------------------------------
 
     @property
     def layout_key(self) -> tuple:
-        """What later recording calls may change of how the lists are driven."""
         return self.layout.key
 
     def begin(self) -> None:
-        """Called by the runtime before the model's forward."""
         units = self.control.state.units[self.rule]
         if self.layout.number not in units:
             units.clear()  # what is there is from before the stack was cut anew
@@ -93,13 +97,12 @@ class StackTarget:
             hook.watch(recorder)
 
     def recorded(self, state: State) -> bool:
-        """Whether storage exists, so that a graph may use it; measuring is done eagerly."""
+        """Whether storage exists, so that a graph may use it; a calibration measures eagerly."""
         if self.measure or self.layout.number not in state.units[self.rule]:
             return False
         return not (self.control.may_be_compiled and lacks_slots(self, state))
 
     def ready(self, state: State) -> bool:
-        """Whether a step can be reused from this state."""
         units, timeline = state.units[self.rule], state.timelines[self.rule]
         if self.control.batch == "full" and state.steps_until_full_batch:
             return False  # steps of the conditional half alone have left the other half behind
@@ -113,7 +116,6 @@ class StackTarget:
         return True
 
     def commit(self, state: State, action: str) -> None:
-        """Called by the runtime after a step that went well."""
         if action != COMPUTE:
             return
         left = state.steps_until_full_batch - 1
@@ -123,7 +125,7 @@ class StackTarget:
             state.slots[self.rule].signal.kept_reference = True
 
     def finish(self) -> None:
-        """Called by the runtime after a forward: take over what a recording call has learnt."""
+        """Take over what a recording call has learnt."""
         recorder = self.recorder
         if recorder is None:
             return

@@ -1,0 +1,183 @@
+"""What a target is: a part of one model that a rule skips, as the runtime and compiled steps see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
+
+from ..models.adapter import BlockAdapter
+from ..storage.group import SlotGroup
+from ..storage.state import State
+from .decide import Part, RuleDecider
+from .guide import Guide
+
+
+class NothingToHook(ValueError):
+    """A target means no module of this model."""
+
+
+class Binding(NamedTuple):
+    """What a target is made with.
+
+    part: its rule. model: whose part it is. adapter: how blocks are found and driven. make_store: (value,
+    timeline) -> a stream that keeps such values as the rule's predictor wants them. taken: ids of modules that
+    earlier rules have claimed; whoever claims some adds them. halved: an earlier rule skips half of a guidance
+    batch.
+    """
+
+    part: Part
+    model: nn.Module
+    adapter: BlockAdapter
+    make_store: Callable[[Any, Any], Any]
+    taken: set[int]
+    halved: bool
+
+
+class BoundTarget:
+    """A part of one model, bound to one rule of a recipe.
+
+    A subclass says how the part is hooked, and when there is something valid to reuse; the other methods do
+    nothing unless it writes them. In a call they come in this order: `ready` while the step is decided, `begin`,
+    then the model's forward inside `around`, `finish` after a call that had no storage yet, `commit` once the
+    step has gone well. Whatever raises leaves the run forgotten.
+
+    Class attributes: `wraps` says that `around` stands around the model's forward; `one_batch` that guidance has
+    to come in one call, so `refuse` and `refuse_branch` are asked; `own_slots` makes what the target keeps for
+    a run beside the histories, found in `state.slots[rule].own`.
+
+    Args:
+        part: the rule, and what the targets of a model share.
+        guide: where the weights of a prediction come from this step's own blocks.
+        weighted: one set of weights serves the whole target.
+        halves: a reused step sees half of a guidance batch.
+    """
+
+    wraps: ClassVar[bool] = False
+    one_batch: ClassVar[bool] = False
+    own_slots: ClassVar[type[SlotGroup] | None] = None
+
+    def __init__(
+        self, part: Part, guide: Guide | None = None, weighted: bool = True, halves: bool = False
+    ) -> None:
+        self.rule, self.control = part.index, part.control
+        self.decider = RuleDecider(part, self.ready, guide, weighted, halves, self.own_slots)
+
+    # --- on the model -----------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Hook the model; what was done is undone by `remove`, also after a failure half way."""
+
+    def remove(self) -> None:
+        """Leave the model as it was found. May be called without `install`."""
+
+    def hooked(self) -> list[str]:
+        """What is hooked.
+
+        Returns:
+            Names, for people.
+        """
+        return []
+
+    @property
+    def block_lists(self) -> list[str]:
+        """Names of the lists whose blocks are skipped together."""
+        return []
+
+    def refuse(self, names: set[str]) -> None:
+        """Raise where a request cannot be cached, by what its contexts are called.
+
+        Args:
+            names: of the contexts of one request so far.
+        Raises:
+            ValueError: the message says what to do.
+        """
+
+    def refuse_branch(self) -> None:
+        """Called where the same latents come twice at one timestep: raise if that cannot be cached.
+
+        Raises:
+            ValueError: the message says what to do.
+        """
+
+    # --- one call ---------------------------------------------------------------------------------------
+
+    def ready(self, state: State) -> bool:
+        """Whether a step can be reused: here, where all units have followed their timeline.
+
+        Args:
+            state: of the running request and context.
+        Returns:
+            Whether there is something valid.
+        """
+        units, timeline = state.units[self.rule], state.timelines[self.rule]
+        usable = [unit.ready(timeline) for unit in units.values()]  # all of them are asked
+        return bool(usable) and all(usable)
+
+    def begin(self) -> None:
+        """Get ready for the model's forward, the step being decided; `control` holds it."""
+
+    def recorded(self, state: State) -> bool:
+        """Whether all storage exists, so that compiled code may run: here, once there is a unit.
+
+        Args:
+            state: of the running request and context.
+        Returns:
+            False where the call has to be a recording one.
+        """
+        return bool(state.units[self.rule])
+
+    def around(self, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, where `wraps`. torch.compile(model) traces it, and finds weights on the device.
+
+        Args:
+            run: the model's forward; it may be left out.
+            args, kwargs: of the call.
+        Returns:
+            What the model returns, or what stands in for it.
+        """
+        return run(*args, **kwargs)
+
+    def finish(self) -> None:
+        """Take over what a call that allocated storage has shown."""
+
+    def unalias_outputs(self, output: Any) -> Any:
+        """What the model returns after such a call, without storage in it, since callers may keep it.
+
+        Args:
+            output: as the model has returned it.
+        Returns:
+            The same, tensors that lie in storage copied.
+        """
+        return output
+
+    def commit(self, state: State, action: str) -> None:
+        """Note that a step went well: a computed one, and where it `halves` a batch a reused one too.
+
+        Args:
+            state: of the running request and context.
+            action: "compute" or "reuse".
+        """
+
+    # --- compiled steps ---------------------------------------------------------------------------------
+
+    @property
+    def layout_key(self) -> tuple:
+        """What a call that allocated storage may have changed of how the model is driven, hashable."""
+        return ()
+
+    def graph_begins(self) -> None:
+        """Some of the model is about to be traced, in the middle of a call."""
+
+    # --- what it takes ----------------------------------------------------------------------------------
+
+    def bytes_for(self, shapes: Any) -> int:
+        """Bytes that it will hold for a context, as far as sizes of hidden states tell; 0 where not known.
+
+        Args:
+            shapes: sizes of hidden states, a `fastcache.tools.memory.Shapes`.
+        Returns:
+            A count of bytes.
+        """
+        return 0
