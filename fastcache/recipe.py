@@ -11,9 +11,9 @@ from typing import Any
 
 from .checks import whole
 from .plan import Plan
-from .policies import COMPUTE, REUSE, Action, FirstBlock, Policy, Step
+from .policies import COMPUTE, REUSE, Action, Policy, Step
 from .predictors import Extrapolate, Predictor, Reuse, TaylorTable, Zeros
-from .targets.spec import Guidance, Modules, Stack, Target
+from .targets.spec import Stack, Target
 
 # What a forecast needs that plain reuse does not, measured on the shipped model (docs/architecture.md).
 FORECAST_GUARDS = {"warmup": 4, "max_skips": 0, "last": True}
@@ -22,18 +22,6 @@ REUSE_GUARDS = {"warmup": 0, "max_skips": 0, "last": False}
 
 # Combinations that make no sense, and why: (kind of when, of what, of where) with None for any.
 REFUSED: tuple[tuple[type | None, type | None, type | None, str], ...] = (
-    (
-        FirstBlock,
-        None,
-        Modules,
-        "FirstBlock decides after the first block has run; its target is Stack()",
-    ),
-    (
-        FirstBlock,
-        None,
-        Guidance,
-        "FirstBlock decides after the first block has run; its target is Stack()",
-    ),
     (
         None,
         Zeros,
@@ -109,6 +97,11 @@ class Recipe:
                 for kind, value in ((policy, when), (predictor, what), (target, where))
             ):
                 raise ValueError(f"Recipe: when, what and where do not go together: {reason}")
+        if when.decides_inside and where.scope != "stack":
+            raise ValueError(
+                f"Recipe: when, what and where do not go together: {type(when).__name__} decides after the first "
+                "block has run; its target is Stack()"
+            )
         if when.measures == "misfit" and what.guide != "residual":
             raise ValueError(
                 "Recipe: when and what do not go together: Misfit measures how well a guide is explained; its "
@@ -167,6 +160,11 @@ class Recipe:
         """Whether a decision reads the device."""
         return any(r.when.needs_signal for r in self.rules)
 
+    @property
+    def decides_inside(self) -> bool:
+        """Whether a decision falls inside the model's forward."""
+        return any(r.when.decides_inside for r in self.rules)
+
     def digest(self, *facts: Any) -> bytes:
         """A hash that ranks can compare; callables count by name.
 
@@ -194,8 +192,9 @@ class Recipe:
         n = whole("plan", "num_inference_steps", num_inference_steps, 1)
         for rule in self.rules:
             if rule.when.needs_signal:
+                seen = "what the first block returns" if rule.when.decides_inside else "the latents"
                 raise ValueError(
-                    f"plan: {type(rule.when).__name__} decides on what the first block returns, so its schedule "
+                    f"plan: {type(rule.when).__name__} decides on {seen}, so its schedule "
                     "exists only after the run; see cache.stats"
                 )
         times = (

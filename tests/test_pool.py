@@ -11,7 +11,7 @@ from fastcache.storage.pool import SPARE, SPARES, Slots
 from fastcache.storage.ring import Ring
 from fastcache.storage.state import State
 from fastcache.storage.unit import Unit
-from fastcache.targets.decide import SignalSlots
+from fastcache.targets.meters.base import SignalSlots
 
 SMALL, LARGE = (("small",),), (("large",),)  # signatures of calls
 

@@ -115,7 +115,7 @@ class Compiled:
         self._programs: dict[tuple, Callable] = {}
         self._decider = OnDevice(denoiser, self._compiled) if self._on_device else None
         self._probed = next(
-            (i for i, rule in enumerate(denoiser.recipe.rules) if rule.when.needs_signal), None
+            (i for i, rule in enumerate(denoiser.recipe.rules) if rule.when.decides_inside), None
         )
         denoiser.ahead.owns_graphs = True
         denoiser.ahead.expect_graphs()

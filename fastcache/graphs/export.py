@@ -186,7 +186,7 @@ def recorded_state(denoiser: Denoiser, args: tuple, kwargs: dict) -> State:
     state.signature = call_signature(args, kwargs)
     call = Context(None)
     state.trip = Trip(call.request)
-    denoiser.decider.decide(state, denoiser.runs.step(state, call, None, NEVER))
+    denoiser.decider.decide(state, denoiser.runs.step(state, call, None, NEVER), args, kwargs)
     denoiser.decider.upload(state)
     control.inside = True
     control.begin_step(denoiser.targets)

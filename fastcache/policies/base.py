@@ -129,6 +129,11 @@ class Policy:
             )
 
     @property
+    def decides_inside(self) -> bool:
+        """Whether the decision falls inside the model's forward, where its signal is seen."""
+        return self.signal is not None and self.signal.inside
+
+    @property
     def measures(self) -> Measure:
         """How the signal becomes a number: "change" or "misfit"."""
         return self.signal.measure if self.signal is not None else "change"

@@ -49,7 +49,14 @@ class Ahead:
         self.runs, self.decider, self.executor, self.committer = rooms
         self.pool, self.targets = self.runs.pool, self.executor.targets
         self.timed = any(rule.when.needs_timestep for rule in recipe.rules)
-        self.decides_inside = recipe.needs_signal  # asked for in every context
+        self.looks = (
+            recipe.needs_signal
+        )  # asked for in every context: a decision needs the call itself
+        self.looks_where = (
+            "FirstBlockCache decides inside the forward"
+            if recipe.decides_inside
+            else f"{recipe.name} decides by what the model is called with"
+        )
         self.owns_graphs = False  # fastcache.compile drives this model
         self.untraceable = False  # torch.compile(model) has given up on the forward
         self.prepared: Prepared | None = None
@@ -59,9 +66,9 @@ class Ahead:
     def traced(self, args: tuple, kwargs: dict) -> Any:
         """The model's forward inside a graph: a context outside it has prepared everything."""
         control = self.control
-        if self.decides_inside:
+        if self.looks:
             raise RuntimeError(
-                "fastcache: FirstBlockCache decides inside the forward, which torch.compile(model) cannot "
+                f"fastcache: {self.looks_where}, which torch.compile(model) cannot "
                 "trace; use fastcache.compile(model)"
             )
         if not control.active:
@@ -82,14 +89,10 @@ class Ahead:
 
     def note_untraced(self) -> None:
         """torch.compile(model) could not trace the forward: all of it runs uncompiled."""
-        self.untraceable = self.decides_inside  # further contexts do not try again
+        self.untraceable = self.looks  # further contexts do not try again
         self.settings.notices.once(
             f"fastcache: {self.name} runs uncompiled inside torch.compile(model), because "
-            + (
-                "FirstBlockCache decides inside the forward"
-                if self.untraceable
-                else "no context is open around the call"
-            )
+            + (self.looks_where if self.untraceable else "no context is open around the call")
             + "; use fastcache.compile(model)"
         )
 
@@ -107,7 +110,7 @@ class Ahead:
 
         Where nothing was ever traced there is nothing to do: `graph_begins` says when that changes.
         """
-        if self.owns_graphs or self.decides_inside:
+        if self.owns_graphs or self.looks:
             return self.owns_graphs or not self.untraceable
         compiled = self.control.may_be_compiled
         if compiled:

@@ -13,6 +13,8 @@ from ..targets.base import BoundTarget
 from ..targets.control import PENDING, PENDING_DECISION, WHOLE, StepControl
 from .settings import Settings
 
+NONE: dict[str, Any] = {}
+
 
 class Decider:
     """The rules of one denoiser."""
@@ -27,22 +29,31 @@ class Decider:
         self.recipe, self.control, self.settings = recipe, control, settings
         self.policies = [rule.when for rule in recipe.rules]
         self.deciders = tuple(target.decider for target in targets)
-        # place, whether it decides inside the call, its decider
-        self.rows = tuple((i, d.measures != "", d) for i, d in enumerate(self.deciders))
+        # place, whether it decides inside the call, its decider, and what looks at the call's arguments for it
+        self.rows = tuple(
+            (i, d.inside, d, d.look if d.meter is not None and not d.inside else None)
+            for i, d in enumerate(self.deciders)
+        )
 
-    def decide(self, state: State, step: Step) -> None:
-        """Decide for every rule, and write the running step into `control`."""
+    def decide(self, state: State, step: Step, args: tuple = (), kwargs: Any = NONE) -> None:
+        """Decide for every rule, and write the running step into `control`.
+
+        args, kwargs: of the call; left out where it has not come yet, which rules that look at it do not allow.
+        """
         if not state.runs:
             self._begin(state, step)
         control = self.control
         control.state, control.batch, control.phase = state, "full", WHOLE
         decisions, actions, weights = control.decisions, control.actions, control.weights
-        for i, inside, decider in self.rows:
+        for i, inside, decider, look in self.rows:
             if inside:
                 decisions[i], actions[i] = PENDING_DECISION, PENDING
                 continue
-            decision = decisions[i] = decider.decide(state, step)
+            signal = None if look is None else look(state, args, kwargs)
+            decision = decisions[i] = decider.decide(state, step, signal)
             actions[i] = decision.action
+            if look is not None:
+                decider.note_looked_at(state, decision.action)
             if decision.action != REUSE:
                 continue
             if decider.weighted:

@@ -93,7 +93,7 @@ class Denoiser:
             try:
                 if self.ahead.prepared is None:
                     state, step = self._locate(frame, args, kwargs)
-                    self._decide(state, step)
+                    self._decide(state, step, args, kwargs)
                 else:
                     state, step = self._prepared(frame, args, kwargs)
                 if self.control.may_be_compiled:
@@ -119,7 +119,7 @@ class Denoiser:
         if state is not None:
             return state, step
         state, step = self._locate(frame, args, kwargs, told=step)
-        self._decide(state, step)
+        self._decide(state, step, args, kwargs)
         return state, step
 
     def untraced(self, args: tuple, kwargs: dict) -> Any:

@@ -66,7 +66,7 @@ def _why_nothing(records: Sequence[Record], recipe: Recipe) -> str:
             f"{when.threshold:g}; raise it, and compare "
             "with running fewer steps (`fastcache calibrate` picks a threshold for a target)"
         )
-    if when.weighs == "change":
+    if when.weighs == "change" and when.decides_inside:
         return (
             "what it measures was never a finite number: the model produced NaN or infinity, or "
             "its first block adds nothing"

@@ -38,6 +38,11 @@ class Signal:
                 )
 
     @property
+    def inside(self) -> bool:
+        """Whether the value is there only once the model's forward runs."""
+        return self.at != "model_input"
+
+    @property
     def numbers(self) -> int:
         """How many numbers the device gives per decision: both sums of a change, or one misfit."""
         return 2 if self.measure == "change" else 1

@@ -119,7 +119,7 @@ def _stack(binding: Binding, where: Target) -> StackTarget:
             "adapter=fastcache.BlockAdapter(blocks=(...))"
         )
     guide = part.what.guide
-    start = int(part.when.needs_signal or guide == "residual")
+    start = int(part.when.decides_inside or guide == "residual")
     count = sum(len(m) for _, m in lists)
     if count <= start:
         raise ValueError(

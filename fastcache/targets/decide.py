@@ -1,4 +1,4 @@
-"""Deciding for one rule: beforehand, or inside the model's forward with what its first block shows.
+"""Deciding for one rule: beforehand, or inside the model's forward with what is seen there.
 
 A policy says what it wants. What it wants to reuse is confirmed here, by looking whether there is something
 valid to reuse; the weights of its prediction are a step of their own.
@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import sync
-from ..ops import direct
 from ..policies import COMPUTE, REUSE, Decision, Policy, Run, Step
 from ..predictors import Predictor
-from ..storage.allocate import allocate
 from ..storage.group import SlotGroup
 from ..storage.history import stage
-from ..storage.ring import tail
 from ..storage.state import State
 from .control import HEAD, PENDING, StepControl
 from .guide import Guide, GuideSlots
-
-residual_change = direct("residual_l1")
+from .meters import meter_for
+from .meters.base import SignalSlots
 
 
 class Part(NamedTuple):
@@ -36,18 +33,6 @@ class Part(NamedTuple):
     what: Predictor
     control: StepControl
     group: Any = None  # ranks that share a sample
-
-
-class SignalSlots(SlotGroup):
-    """reference: the value that a change is measured against. sums: of the change, for a step in two parts.
-    kept_reference: it is that of a step that went well."""
-
-    __slots__ = ("kept_reference", "reference", "sums")
-    holds = ("reference", "sums")
-    facts: ClassVar[dict[str, Any]] = {"kept_reference": False}
-    reference: Any
-    sums: Any
-    kept_reference: bool
 
 
 class DecisionSlots(SlotGroup):
@@ -78,8 +63,10 @@ class RuleSlots(SlotGroup):
 class RuleDecider:
     """How one rule decides.
 
-    ready: whether a state holds something valid to reuse. guide: where weights come from this step's own blocks.
-    weighted: one set of weights serves the whole target. halves: a reused step sees half of a guidance batch.
+    ready: whether a state holds something valid to reuse. meter: measures what the policy looks at, None where it
+    looks at nothing. inside: that is seen only inside the model's forward. guide: where weights come from this step's
+    own blocks. weighted: one set of weights serves the whole target. halves: a reused step sees half of a guidance
+    batch.
     """
 
     __slots__ = (
@@ -89,11 +76,12 @@ class RuleDecider:
         "guide",
         "halves",
         "index",
+        "inside",
+        "looked_at",
         "max_misfit",
-        "measures",
+        "meter",
         "oldest",
         "own",
-        "per_sample",
         "ready",
         "uploads",
         "weigh",
@@ -115,8 +103,9 @@ class RuleDecider:
         self.ready, self.guide, self.halves, self.own = ready, guide, halves, own
         self.weighted = weighted and bool(part.what.depth)
         self.uploads = part.what.depth > 1 or part.what.table
-        self.measures = part.when.measures if part.when.needs_signal else ""
-        self.per_sample: bool = part.when.per_sample
+        self.meter = meter_for(part.when, part.index, guide)
+        self.inside = part.when.decides_inside
+        self.looked_at: Tensor | None = None  # by a rule that decides before the forward
         self.max_misfit: float | None = None if guide is None else guide.predictor.max_misfit
         self._decide = part.when.decide
         self.oldest = part.when.oldest
@@ -154,34 +143,41 @@ class RuleDecider:
             return False
         return not sync.mean(state.slots[self.index].guide.misfit, self.group) <= most
 
-    # --- inside the model's forward -----------------------------------------------------------------------
+    # --- with what a signal shows ---------------------------------------------------------------------------
 
-    def measure(self, hidden: Tensor, x: Tensor) -> None:
-        """Measure what the first block made of x, and decide by it unless compiled code waits for the number."""
-        if not self.measures:
+    def look(self, state: State, args: tuple, kwargs: dict) -> float | None:
+        """The number that a call shows before its forward begins; None without one."""
+        meter = self.meter
+        assert meter is not None
+        self.looked_at = meter.of_call(args, kwargs)
+        return self._read(state, meter.measure(state, self.looked_at, None))
+
+    def note_looked_at(self, state: State, action: str) -> None:
+        """Have later steps measured against what was looked at, the decision having fallen."""
+        meter, value, self.looked_at = self.meter, self.looked_at, None
+        if meter is not None and value is not None and (action == COMPUTE or meter.every_step):
+            meter.keep(state, value, None)
+
+    def measure(self, y: Tensor, x: Tensor | None) -> None:
+        """Measure y, or y - x, inside the forward, and decide by it unless compiled code waits for the number."""
+        if not self.inside:
             return
-        control, measured = self.control, None
+        control, meter, measured = self.control, self.meter, None
+        assert meter is not None
         state: State = control.state
-        if self.measures == "misfit":
-            measured = self._misfit(state, hidden, x)
-        else:
-            slots: SignalSlots = state.slots[self.index].signal
-            if slots.kept_reference:  # a computed step has left a residual
-                measured = first_change(hidden, x, tail(slots.reference, x), self.per_sample)
-                if control.phase == HEAD:
-                    tail(slots.sums, measured).copy_(measured)
-        if control.phase != HEAD:
-            self.decide_with(measured)
-
-    def _misfit(self, state: State, hidden: Tensor, x: Tensor) -> Tensor | None:
-        """How well this step's guide follows from its history, on the device; None without a history."""
-        assert self.guide is not None
-        if self.control.phase != HEAD:
-            if not self.ready(state):
-                return None
+        if (
+            control.phase == HEAD
+        ):  # `prepare_head` has seen that there is something to measure against
+            measured = meter.measure(state, y, x)
+            if measured is not None:
+                meter.leave(state, measured)
+            return
+        if not meter.needs_history:
+            measured = meter.measure(state, y, x)
+        elif self.ready(state):
             self.upload_prior(state)
-        self.guide.see(state, self.index, REUSE, self.guide.of(hidden, x))
-        return state.slots[self.index].guide.misfit
+            measured = meter.measure(state, y, x)
+        self.decide_with(measured)
 
     def decide_with(self, measured: Tensor | None) -> None:
         """Decide the running step with what was measured; the one device read of a step."""
@@ -198,18 +194,13 @@ class RuleDecider:
 
     def _read(self, state: State, measured: Tensor | None) -> float | None:
         """What was measured as a number; ranks that share a sample agree on it."""
-        group = self.group
+        meter, group = self.meter, self.group
+        assert meter is not None
         if group is not None and (measured is None or not self.ready(state)):
             # the other ranks wait for a number: join them with none, so that all compute
-            held = state.slots[self.index].signal.reference  # without one, no rank has one
-            shape = (1,) if held is None else self.when.sums(held)
-            sync.agreed(torch.full(shape, math.nan, device=state.device), group)
+            sync.agreed(torch.full(meter.shape(state), math.nan, device=state.device), group)
             return None
-        if measured is None:
-            return None
-        if self.measures == "misfit":
-            return sync.mean(measured, group)
-        return sync.relative_change(measured, group)
+        return None if measured is None else meter.read(measured, group)
 
     # --- for compiled code, and without storage -------------------------------------------------------------
 
@@ -234,23 +225,19 @@ class RuleDecider:
 
     def prepare_head(self, state: State) -> bool:
         """Get ready for a step in two parts; False where there is nothing yet to decide it by."""
-        if self.measures == "misfit":
-            if not self.ready(state):
-                return False
-            self.upload_prior(state)
-            return True
-        slots: SignalSlots = state.slots[self.index].signal
-        if not slots.kept_reference:
+        meter = self.meter
+        assert meter is not None
+        if not meter.needs_history:
+            return meter.prepare_head(state)
+        if not self.ready(state):
             return False
-        if slots.sums is None:
-            shape = self.when.sums(slots.reference)
-            slots.sums = allocate(shape, torch.float32, slots.reference.device)
-        return True
+        self.upload_prior(state)
+        return meter.prepare_head(state)
 
     def left_by_head(self, state: State) -> Tensor:
         """What the first part of a step has measured."""
-        slots: RuleSlots = state.slots[self.index]
-        return slots.guide.misfit if self.measures == "misfit" else slots.signal.sums
+        assert self.meter is not None
+        return self.meter.left(state)
 
     def compute_instead(self, reason: str) -> None:
         """Turn the decision of the running step into computing."""
@@ -261,10 +248,3 @@ class RuleDecider:
             self.when.computed(control.state.runs[index], control.step)
         control.actions[index] = COMPUTE
         control.decisions[index] = control.decisions[index]._replace(action=COMPUTE, reason=reason)
-
-
-def first_change(hidden: Tensor, x: Tensor, before: Tensor, per_sample: bool = False) -> Tensor:
-    """The two sums of the residual hidden - x against the one before, [2], or per sample [B, 2]."""
-    hidden = hidden.detach() if hidden.requires_grad else hidden
-    x = x.detach() if x.requires_grad else x
-    return residual_change(hidden, x, before, per_sample)

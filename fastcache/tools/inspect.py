@@ -126,7 +126,7 @@ def inspect_model(
         known = shapes or Shapes()
         known = replace(known, width=known.width or stream_width(denoiser))
         plan = _plan(cache, steps)
-        graphs = _graphs(plan)
+        graphs = _graphs(plan, cache.recipe.decides_inside)
         rules = denoiser.recipe.rules
         return Inspection(
             type(denoiser.model).__name__,
@@ -160,8 +160,10 @@ def _plan(cache: Cache, steps: int) -> Plan | None:
     return None if cache.recipe.needs_signal else cache.recipe.plan(steps)
 
 
-def _graphs(plan: Plan | None) -> dict[str, tuple[str, tuple[str, ...]]]:
+def _graphs(plan: Plan | None, inside: bool) -> dict[str, tuple[str, tuple[str, ...]]]:
     """The programs of a compiled model by name, each with its phase and actions: one per combination that occurs."""
+    if plan is None and not inside:  # what the call brings decides before it
+        return {"compute": (WHOLE, (COMPUTE,)), "reuse": (WHOLE, (REUSE,))}
     if plan is None:
         return {
             "first block": (HEAD, (PENDING,)),
@@ -175,7 +177,7 @@ def _graphs(plan: Plan | None) -> dict[str, tuple[str, tuple[str, ...]]]:
 def _reentry(denoiser: Denoiser) -> str | None:
     """Whether graphs may enter the model's code twice in a step, as those of FirstBlock do."""
     for target in denoiser.targets:
-        if target.decider.measures:
+        if target.decider.inside:
             found = happens_twice(denoiser.original, target.block_lists)
             if found is None:
                 return "not known from its source whether graphs may enter its code twice in a step"

@@ -17,6 +17,7 @@ from ...models.block_io import BlockIO, Positions
 from ..control import StepControl
 from ..decide import RuleDecider
 from ..guide import Guide
+from ..meters.base import Meter
 from ..outputs import BARE, ReturnLayout
 
 
@@ -124,14 +125,16 @@ class Stack(Protocol):
     """What the rooms of a stack read of it.
 
     rule: number of the recipe's rule. keeps_text: the text stream is read after the stack. guide: gives the
-    weights where they come from this step's own blocks. decider: decides by the first block. signal: what it
-    measures there, "change", "misfit" or nothing. measure: note the magnitude ratio of every residual.
+    weights where they come from this step's own blocks. decider: decides by the first block. meter: measures
+    what is decided by, None where that is nothing inside the stack. every_step: a reused step is measured
+    against too. measure: note the magnitude ratio of every residual.
     """
 
     rule: int
     control: StepControl
     keeps_text: bool
     guide: Guide | None
-    signal: str
+    meter: Meter | None
+    every_step: bool
     measure: bool
     decider: RuleDecider

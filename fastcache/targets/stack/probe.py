@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...ops import direct
 from ...policies import COMPUTE
 from ...storage.allocate import allocate, strides_of
 from ...storage.group import SlotGroup
 from ...storage.ring import tail
 from ...storage.state import State
 from ..control import HEAD, Stop
-from ..decide import RuleSlots, SignalSlots
+from ..decide import RuleSlots
 from ..outputs import ReturnLayout
 from .layout import BlockList, Stack
-
-_store = direct("residual_store_")
 
 
 def look_at_output(
@@ -36,7 +32,7 @@ def look_at_output(
         keep_output(control.state.slots[stack.rule].own, hidden, encoder, now)
         raise Stop
     action = control.actions[stack.rule]
-    if action == COMPUTE or now is not None:
+    if action == COMPUTE or now is not None or stack.every_step:
         note_decided(stack, hidden, x, now)
     if control.may_be_compiled and action == COMPUTE:
         if lacks_slots(stack, control.state):
@@ -50,8 +46,8 @@ def note_decided(stack: Stack, hidden: Tensor, x: Tensor, now: Tensor | None) ->
     now: the guide of this step; None without one.
     """
     state, action = stack.control.state, stack.control.actions[stack.rule]
-    if action == COMPUTE and stack.signal == "change":
-        keep_residual(state.slots[stack.rule].signal, hidden.detach(), x.detach())
+    if stack.meter is not None and (action == COMPUTE or stack.every_step):
+        stack.meter.keep(state, hidden.detach(), x.detach())
     if now is not None and stack.guide is not None:
         stack.guide.see(state, stack.rule, action, now)
 
@@ -69,17 +65,6 @@ def look_at_input(stack: Stack, blocks: BlockList, args: tuple, kwargs: dict) ->
     guide.see(control.state, stack.rule, control.actions[stack.rule], guide.of(value))
 
 
-def keep_residual(slots: SignalSlots, hidden: Tensor, x: Tensor) -> None:
-    """Keep the first block's residual: what later steps are compared with."""
-    if torch.compiler.is_compiling():
-        tail(slots.reference, x).copy_(hidden - x)
-        return
-    held = slots.reference
-    if held is None or held.shape[1:] != x.shape[1:] or held.shape[0] < x.shape[0]:
-        slots.reference = allocate(x.shape, x.dtype, x.device, strides_of(hidden))
-    _store(tail(slots.reference, x), hidden, x)
-
-
 class ProbeSlots(SlotGroup):
     """What a step in two parts keeps of its first block, for its second part to start from: its hidden states,
     its text stream where the block returns it, and the guide of the step where there is one."""
@@ -93,7 +78,7 @@ class ProbeSlots(SlotGroup):
 
 def lacks_slots(stack: Stack, state: State) -> bool:
     """Whether such a step has nowhere to keep it."""
-    return stack.signal != "" and state.slots[stack.rule].own.hidden is None
+    return stack.meter is not None and state.slots[stack.rule].own.hidden is None
 
 
 def allocate_slots(rule: RuleSlots, hidden: Tensor, encoder: Any) -> None:

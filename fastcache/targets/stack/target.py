@@ -45,7 +45,8 @@ class StackTarget(BoundTarget):
         self.guide = None if part.what.guide is None else Guide(part.what)
         super().__init__(part, self.guide)
         self.make_store, self.keeps_text = make_store, encoder_read is not False
-        self.signal: str = self.decider.measures  # "change", "misfit" or nothing
+        self.meter = self.decider.meter if self.decider.inside else None
+        self.every_step = self.meter is not None and self.meter.every_step
         # calibration: also measure the magnitude ratio of every residual
         self.measure = part.when.calibrates
         self.lists = [
@@ -121,8 +122,8 @@ class StackTarget(BoundTarget):
         left = state.steps_until_full_batch - 1
         half = self.control.batch == "half"
         state.steps_until_full_batch = state.timelines[self.rule].depth if half else max(left, 0)
-        if self.signal == "change":
-            state.slots[self.rule].signal.kept_reference = True
+        if self.meter is not None:
+            self.meter.went_well(state)
 
     def finish(self) -> None:
         """Take over what a recording call has learnt."""

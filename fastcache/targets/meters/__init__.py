@@ -1,0 +1,35 @@
+"""How signals are measured: a file per kind of signal, and its row here."""
+
+from __future__ import annotations
+
+from ...policies import Policy
+from ..guide import Guide
+from .base import Meter
+from .change import Change
+from .misfit import GuideMisfit
+from .model_input import InputChange
+
+# What measures a signal, by where its value is taken and how that becomes a number.
+METERS: dict[tuple[str, str], type[Meter]] = {
+    ("first_block", "change"): Change,
+    ("first_block", "misfit"): GuideMisfit,
+    ("model_input", "change"): InputChange,
+}
+
+
+def meter_for(when: Policy, rule: int, guide: Guide | None) -> Meter | None:
+    """What measures a policy's signal for a rule, by its number; None where it looks at nothing.
+
+    Raises ValueError where nothing measures such a signal.
+    """
+    signal = when.signal
+    if signal is None:
+        return None
+    kind = METERS.get((signal.at, signal.measure))
+    if kind is None:
+        known = ", ".join(f"{measure} of {at}" for at, measure in METERS)
+        raise ValueError(
+            f"when: {type(when).__name__} looks at the {signal.measure} of {signal.at}, which nothing measures "
+            f"yet; known are {known}"
+        )
+    return kind(when, rule, guide)

@@ -1,0 +1,81 @@
+"""What a meter is: it measures the signal of one rule, and keeps what later steps are measured against."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ... import sync
+from ...policies import Policy
+from ...storage.group import SlotGroup
+from ...storage.state import State
+from ..guide import Guide
+
+
+class SignalSlots(SlotGroup):
+    """reference: the value that a change is measured against. sums: of the change, for a step in two parts.
+    nothing: zeros, of which a value that is no residual is one. kept_reference: a reference is there."""
+
+    __slots__ = ("kept_reference", "nothing", "reference", "sums")
+    holds = ("reference", "sums", "nothing")
+    facts: ClassVar[dict[str, Any]] = {"kept_reference": False}
+    reference: Any
+    sums: Any
+    nothing: Any
+    kept_reference: bool
+
+
+class Meter:
+    """Measures one signal for one rule.
+
+    One that looks at the arguments of a call has `of_call`, and decides before the model's forward begins; the
+    others are shown tensors inside it, also by traced code. The number itself stays on the device until `read`.
+
+    Class attributes: `needs_history` says that it measures only what the rule's full history explains.
+    """
+
+    needs_history: ClassVar[bool] = False
+
+    def __init__(self, when: Policy, rule: int, guide: Guide | None) -> None:
+        self.when, self.rule, self.guide = when, rule, guide
+        self.per_sample: bool = when.per_sample
+        # the reference is that of the step before, whatever became of it
+        self.every_step = when.signal is not None and when.signal.against == "previous"
+
+    def of_call(self, args: tuple, kwargs: dict) -> Tensor:
+        """The value of a call that has not begun, for a signal that is there by then."""
+        raise NotImplementedError
+
+    def measure(self, state: State, y: Tensor, x: Tensor | None) -> Tensor | None:
+        """What the device gives for y, or for y - x; None where there is nothing to measure it against."""
+        raise NotImplementedError
+
+    def keep(self, state: State, y: Tensor, x: Tensor | None) -> None:
+        """Have later steps measured against y, or y - x."""
+
+    def went_well(self, state: State) -> None:
+        """Take what traced code has kept for valid, the step having been computed."""
+
+    # --- a step in two parts ------------------------------------------------------------------------------
+
+    def prepare_head(self, state: State) -> bool:
+        """Make room for what the first part measures; False where there is nothing to measure it against."""
+        return True
+
+    def leave(self, state: State, measured: Tensor) -> None:
+        """Keep what the first part has measured, where that is not its place already."""
+
+    def left(self, state: State) -> Tensor:
+        """What the first part has measured."""
+        raise NotImplementedError
+
+    # --- the number ---------------------------------------------------------------------------------------
+
+    def shape(self, state: State) -> tuple[int, ...]:
+        """Shape of what is measured, for a rank that has nothing to measure while the others wait for it."""
+        return (1,)
+
+    def read(self, measured: Tensor, group: Any) -> float:
+        """The number, averaged over the ranks of a group; the one device read of a step."""
+        return sync.mean(measured, group)

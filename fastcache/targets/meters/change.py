@@ -1,0 +1,74 @@
+"""The relative L1 change of a value, here of the first block's residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import sync
+from ...ops import direct
+from ...storage.allocate import allocate, strides_of
+from ...storage.ring import tail
+from ...storage.state import State
+from .base import Meter, SignalSlots
+
+_sums = direct("residual_l1")
+_store = direct("residual_store_")
+
+
+class Change(Meter):
+    """sum|v - v'| / sum|v'|, v' the reference: both sums in one pass over memory."""
+
+    def _slots(self, state: State) -> SignalSlots:
+        return state.slots[self.rule].signal
+
+    def measure(self, state: State, y: Tensor, x: Tensor | None) -> Tensor | None:
+        slots: SignalSlots = state.slots[self.rule].signal
+        if not slots.kept_reference:
+            return None
+        y = y.detach() if y.requires_grad else y
+        if x is None:
+            x = slots.nothing
+        elif x.requires_grad:
+            x = x.detach()
+        return _sums(y, x, tail(slots.reference, y), self.per_sample)
+
+    def keep(self, state: State, y: Tensor, x: Tensor | None) -> None:
+        slots = self._slots(state)
+        if torch.compiler.is_compiling():
+            tail(slots.reference, y).copy_(y if x is None else y - x)
+            return
+        held = slots.reference
+        if held is None or held.shape[1:] != y.shape[1:] or held.shape[0] < y.shape[0]:
+            slots.reference = allocate(y.shape, y.dtype, y.device, strides_of(y))
+        if x is None:
+            tail(slots.reference, y).copy_(y, non_blocking=True)
+        else:
+            _store(tail(slots.reference, y), y, x)
+
+    def went_well(self, state: State) -> None:
+        self._slots(state).kept_reference = True
+
+    def prepare_head(self, state: State) -> bool:
+        slots = self._slots(state)
+        if not slots.kept_reference:
+            return False
+        if slots.sums is None:
+            shape, device = self.when.sums(slots.reference), slots.reference.device
+            slots.sums = allocate(shape, torch.float32, device)
+        return True
+
+    def leave(self, state: State, measured: Tensor) -> None:
+        tail(self._slots(state).sums, measured).copy_(measured)
+
+    def left(self, state: State) -> Tensor:
+        return self._slots(state).sums
+
+    def shape(self, state: State) -> tuple[int, ...]:
+        held = self._slots(state).reference  # without one, no rank has one
+        return (1,) if held is None else self.when.sums(held)
+
+    def read(self, measured: Tensor, group: Any) -> float:
+        return sync.relative_change(measured, group)
