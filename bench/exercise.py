@@ -16,7 +16,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ran = 0
     for backend in ("cpp", "triton", "cuda"):
-        if dispatch.status(backend) is not True or device not in dispatch._DEVICES[backend]:
+        if dispatch.status(backend) is not True or not dispatch.BACKENDS[backend].reads(device):
             continue
         for op in OPS:
             for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -128,7 +128,7 @@ def _contenders(op: Op, setting: Setting) -> dict[str, Callable[[Buffers], Any]]
             runs[name] = torch.compile(chain, dynamic=False)
     for backend, label in BACKENDS.items():
         usable = dispatch.status(backend) is True
-        if usable and (backend == "reference" or setting.device in dispatch._DEVICES[backend]):
+        if usable and dispatch.BACKENDS[backend].reads(setting.device):
             runs[label] = _forced(op, backend)
     return runs
 

@@ -88,7 +88,7 @@ def has_kernel(op: Op, backend: str) -> bool:
     """Whether a backend has a kernel for the op, or lends the reference's."""
     name = op.name.split()[0].replace("guided_weights", "guided_sums")
     module = dispatch.function(backend, name).__module__
-    return module != dispatch.MODULES[dispatch.REFERENCE]
+    return module != dispatch.BACKENDS[dispatch.REFERENCE].module
 
 
 def forced(op: Op, backend: str, given: Buffers) -> Any:

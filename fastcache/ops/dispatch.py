@@ -1,14 +1,12 @@
 """Which implementation of an op runs, and on which views of its tensors: the only place that knows layouts.
 
-A table from device to backends, one override, and one rule for layouts that every op goes through.
-Backends are modules that export the functions of `reference.py` under the same names. They are imported
-on first use, so importing fastcache touches no device and builds nothing.
+The table of backends (`backends/table.py`), one override, and one rule for layouts that every op goes through.
+Backends are imported on first use, so importing fastcache touches no device and builds nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import os
 import weakref
@@ -17,25 +15,11 @@ from contextvars import ContextVar
 from functools import cache, lru_cache
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from .backends.table import BACKENDS, REFERENCE
+
 AUTO = "auto"
-
-
-REFERENCE = "reference"
-
-
-MODULES = {
-    REFERENCE: "fastcache.ops.reference",
-    "cpp": "fastcache.ops.backends.cpp",
-    "triton": "fastcache.triton_kernels",
-    "cuda": "fastcache.ops.backends.cuda",
-}
-
-
-# What "auto" tries on a device, best first. CUDA C++ stays behind Triton until a GPU run shows it ahead.
-PREFERENCE = {"cpu": ("cpp", REFERENCE), "cuda": ("triton", "cuda", REFERENCE)}
 
 
 _forced: ContextVar[str] = ContextVar(
@@ -44,55 +28,22 @@ _forced: ContextVar[str] = ContextVar(
 )
 
 
-def _triton_status() -> bool | str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
-        return True
-    return "no GPU is visible (set TRITON_INTERPRET=1 before the start to run the kernels in the interpreter)"
-
-
-def _native_status() -> bool | str:
-    return importlib.import_module(MODULES["cpp"]).available()
-
-
-def _cuda_status() -> bool | str:
-    return importlib.import_module(MODULES["cuda"]).available()
-
-
-_STATUS: dict[str, Callable[[], bool | str]] = {
-    REFERENCE: lambda: True,
-    "cpp": _native_status,
-    "triton": _triton_status,
-    "cuda": _cuda_status,
-}
-
-
-# Devices whose tensors a backend can read. Triton's interpreter reads CPU tensors.
-_DEVICES = {
-    "cpp": ("cpu",),
-    "cuda": ("cuda",),
-    "triton": ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
-}
-
-
-@cache
 def status(name: str) -> bool | str:
     """True, or the reason why backend `name` cannot run here."""
-    return _STATUS[name]()
+    return BACKENDS[name].status
 
 
 def backends() -> dict[str, bool | str]:
     """Every backend by name: True where it works, else the reason why not."""
-    return {name: status(name) for name in MODULES}
+    return {name: row.status for name, row in BACKENDS.items()}
 
 
 def check_backend(name: str) -> None:
     """Raise a ValueError unless `name` is "auto" or a backend that works here."""
     if name == AUTO:
         return
-    if not isinstance(name, str) or name not in MODULES:
-        raise ValueError(f"backend is {name!r}, must be one of {[AUTO, *MODULES]}")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}, must be one of {[AUTO, *BACKENDS]}")
     reason = status(name)
     if reason is not True:
         raise ValueError(f"backend {name!r} does not work here: {reason}")
@@ -115,7 +66,7 @@ def backend(name: str) -> Iterator[None]:
 
 @cache
 def _preferred(device: str) -> str:
-    return next(n for n in PREFERENCE.get(device, (REFERENCE,)) if status(n) is True)
+    return next(n for n, row in BACKENDS.items() if row.wanted_on(device) and row.status is True)
 
 
 def active(device: str = "cpu") -> str:
@@ -123,7 +74,7 @@ def active(device: str = "cpu") -> str:
     forced = _forced.get()
     if forced == AUTO:
         return _preferred(device)
-    if forced != REFERENCE and device not in _DEVICES[forced]:
+    if not BACKENDS[forced].reads(device):
         raise ValueError(f"backend {forced!r} cannot run on {device} tensors; use backend('auto')")
     check_backend(forced)
     return forced
@@ -132,8 +83,10 @@ def active(device: str = "cpu") -> str:
 @cache
 def function(backend_name: str, op: str) -> Callable:
     """An op of a backend; ops that a backend does not have run on the reference."""
-    module = importlib.import_module(MODULES[backend_name])
-    return getattr(module, op, None) or getattr(importlib.import_module(MODULES[REFERENCE]), op)
+    found = BACKENDS[backend_name].kernel(op) or BACKENDS[REFERENCE].kernel(op)
+    if found is None:
+        raise AttributeError(f"op {op!r} has no reference")
+    return found
 
 
 def dense_rows(t: Tensor) -> bool:
@@ -243,7 +196,7 @@ def resolve(
         if views is not None:
             return run, views
         lack = "has no kernel that writes to this layout"
-    if name in _ON_GPU:
+    if BACKENDS[name].on_gpu:
         _report(op, tensors, f"backend {name!r} {lack}")
     return function(REFERENCE, op), tensors
 
@@ -257,17 +210,13 @@ def _kernel(name: str, op: str) -> Callable | None:
 
 def _takes_dtypes(name: str, op: str, tensors: list[Tensor]) -> bool:
     """Whether a kernel takes this mix of dtypes."""
-    mixed = getattr(importlib.import_module(MODULES[name]), "takes_dtypes", None)
-    return mixed is None or mixed(op, [t.dtype for t in tensors])
+    return BACKENDS[name].takes(op, [t.dtype for t in tensors])
 
 
 class Watcher(Protocol):
     """Who wants to know where the reference ran in place of a kernel."""
 
     def fell_back(self, op: str, why: str) -> None: ...
-
-
-_ON_GPU = ("triton", "cuda")
 
 
 LARGE = 2**20  # bytes of a tensor from which on the passes of the reference are worth a word
