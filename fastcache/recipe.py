@@ -99,8 +99,14 @@ class Recipe:
                 raise ValueError(f"Recipe: when, what and where do not go together: {reason}")
         if when.decides_inside and where.scope != "stack":
             raise ValueError(
-                f"Recipe: when, what and where do not go together: {type(when).__name__} decides after the first "
-                "block has run; its target is Stack()"
+                f"Recipe: when, what and where do not go together: {type(when).__name__} decides "
+                f"{'after the first block has run' if when.runs_first_block else 'by what the first block is given'}; "
+                "its target is Stack()"
+            )
+        if when.decides_inside and not when.runs_first_block and what.guide == "residual":
+            raise ValueError(
+                f"Recipe: when and what do not go together: {type(when).__name__} decides before the first block runs, "
+                "and guide='residual' needs it on every step; use guide='modulated' or 'input'"
             )
         if when.measures == "misfit" and what.guide != "residual":
             raise ValueError(
@@ -192,7 +198,11 @@ class Recipe:
         n = whole("plan", "num_inference_steps", num_inference_steps, 1)
         for rule in self.rules:
             if rule.when.needs_signal:
-                seen = "what the first block returns" if rule.when.decides_inside else "the latents"
+                seen = (
+                    "what the first block returns"
+                    if rule.when.runs_first_block
+                    else "data of the run"
+                )
                 raise ValueError(
                     f"plan: {type(rule.when).__name__} decides on {seen}, so its schedule "
                     "exists only after the run; see cache.stats"

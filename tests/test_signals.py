@@ -304,9 +304,99 @@ def test_the_first_block_may_be_held_against_the_step_before(way):
 
 
 def test_a_plan_and_an_export_need_what_only_the_run_shows():
-    with pytest.raises(ValueError, match="Latents decides on the latents"):
+    with pytest.raises(ValueError, match="Latents decides on data of the run"):
         Recipe(Latents()).plan(STEPS)
     model, calls = toys.model(), calls_of()
     said = pytest.raises(ValueError, match="one rule that decides beforehand")
     with fastcache.enable(model, Recipe(Latents())), said:
         fastcache.export_variants(model, (), calls[0])
+
+
+# --- what enters the first block --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Modulated(Latents):
+    """Reuse while the first block's modulated input has changed little since the last computed step."""
+
+    signal = Signal("block_input", "last_computed")
+
+
+@dataclass(frozen=True)
+class ModulatedSteps(Latents):
+    """The same against the step before."""
+
+    signal = Signal("block_input", "previous")
+
+
+class Norm(nn.Module):
+    """Shifted by the timestep, as adaLN is."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:]) * (1 + emb) - emb
+
+
+class ModulatedBlock(toys.Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Norm()
+
+    def forward(self, hidden_states, temb=None):  # type: ignore[override]
+        return hidden_states + self.change(self.norm(hidden_states, temb))
+
+
+class ModulatedModel(toys.Model):
+    def __init__(self, walk: str = "iterate", lists: tuple[str, ...] = ("blocks",)) -> None:
+        super().__init__(block=ModulatedBlock, walk=walk, lists=lists)
+
+    def forward(self, hidden_states, timestep=None):
+        hidden, temb = self.embed(hidden_states), torch.sin(timestep / 300).reshape(-1, 1, 1)
+        for block in self._blocks():
+            hidden = block(hidden, temb=temb)
+        return self.proj_out(hidden)
+
+
+ADAPTER = fastcache.BlockAdapter(
+    blocks=("blocks",), block=fastcache.Block(modulation=("norm", "emb", "temb"))
+)
+
+
+def run_modulated(model: nn.Module, recipe: Recipe, calls: list, way: str = "eager") -> tuple:
+    with fastcache.enable(model, recipe, adapter=ADAPTER) as cache:
+        outputs = toys.run(cache, WAYS[way](model), calls)
+        return outputs, toys.actions(cache), [r.signal for r in cache.stats]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("what", [Reuse(), Taylor(1)], ids=["reuse", "taylor"])
+@pytest.mark.parametrize("walk", ["iterate", "index", "listed", "zip"])
+@pytest.mark.parametrize("policy", [Modulated(0.3), ModulatedSteps(0.2)], ids=["last", "previous"])
+def test_the_modulated_input_decides_before_any_block(policy, walk, what, way):
+    calls, model, seen = calls_of(), ModulatedModel(walk), []
+    model.blocks[0].norm.register_forward_hook(lambda _, args, out: seen.append(out))
+    toys.plain(model, calls)
+    policy = replace(policy, warmup=0, last=False)
+    actions, signals = simulated(seen, policy)
+    assert 2 < actions.count("C") < STEPS - 2
+    model, ran = ModulatedModel(walk), []
+    if way == "eager":
+        model.blocks[0].register_forward_hook(lambda *_: ran.append(0))
+    outputs, taken, numbers = run_modulated(model, Recipe(policy, what), calls, way)
+    assert taken == actions and numbers[1:] == pytest.approx(signals[1:], rel=1e-3)
+    assert len(ran) == (actions.count("C") if way == "eager" else 0)
+    mask = fastcache.Mask(tuple(a == "C" for a in actions), warmup=0, last=False)
+    wanted, _, _ = run_modulated(ModulatedModel(walk), Recipe(mask, what), calls, way)
+    for a, b in zip(outputs, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_block_whose_modulation_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"Modulated needs the normalisation.*fastcache\.Block"):
+        fastcache.enable(toys.model(), Recipe(Modulated()))
+
+
+def test_what_cannot_decide_by_the_first_blocks_input_is_refused():
+    with pytest.raises(ValueError, match="its target is Stack"):
+        Recipe(Modulated(), Reuse(), Modules())
+    with pytest.raises(ValueError, match="guide='residual' needs it on every step"):
+        Recipe(Modulated(), fastcache.Guided(1))

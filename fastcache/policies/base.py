@@ -134,6 +134,11 @@ class Policy:
         return self.signal is not None and self.signal.inside
 
     @property
+    def runs_first_block(self) -> bool:
+        """Whether the first block runs on every step, for its residual to be seen."""
+        return self.signal is not None and self.signal.at == "first_block"
+
+    @property
     def measures(self) -> Measure:
         """How the signal becomes a number: "change" or "misfit"."""
         return self.signal.measure if self.signal is not None else "change"

@@ -119,7 +119,7 @@ def _stack(binding: Binding, where: Target) -> StackTarget:
             "adapter=fastcache.BlockAdapter(blocks=(...))"
         )
     guide = part.what.guide
-    start = int(part.when.decides_inside or guide == "residual")
+    start = int(part.when.runs_first_block or guide == "residual")
     count = sum(len(m) for _, m in lists)
     if count <= start:
         raise ValueError(
@@ -129,12 +129,21 @@ def _stack(binding: Binding, where: Target) -> StackTarget:
     target = StackTarget(
         part, lists, start, adapter.block, adapter.encoder_read, binding.make_store
     )
-    if guide == "modulated" and target.lists[0].first_io.modulation is None:
-        raise ValueError(
-            f"what: Guided(guide='modulated') needs the normalisation with the timestep in it of "
-            f"{type(lists[0][1][0]).__name__}, and none is known; use guide='residual' or 'input', or name "
-            "it with fastcache.Block(modulation=(attribute, keyword, argument))"
+    if target.lists[0].first_io.modulation is None:
+        needed = "needs the normalisation with the timestep in it of"
+        block, named = (
+            type(lists[0][1][0]).__name__,
+            "fastcache.Block(modulation=(attribute, keyword, argument))",
         )
+        if guide == "modulated":
+            raise ValueError(
+                f"what: Guided(guide='modulated') {needed} {block}, and none is known; use guide='residual' or "
+                f"'input', or name it with {named}"
+            )
+        if target.meter is not None and target.meter.at_input:
+            raise ValueError(
+                f"when: {type(part.when).__name__} {needed} {block}, and none is known; name it with {named}"
+            )
     return target
 
 

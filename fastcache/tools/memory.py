@@ -83,8 +83,9 @@ def _stack_bytes(denoiser: Denoiser, rule: Rule, target: StackTarget, shapes: Sh
     returned = last.returns is not None and ENCODER in last.returns
     texted = target.keeps_text and last.encoder_at is not None and returned
     held = rule.what.depth * (image + texted * text)
-    if rule.when.decides_inside and rule.when.measures == "change":  # the first block's residual
-        held += image
+    if rule.when.decides_inside and rule.when.measures == "change":
+        # the first block's residual; or its input, and as many zeros
+        held += image if rule.when.runs_first_block else 2 * image
     if rule.what.guide is not None:
         # its history, and in float32 depth + 1 weights, one misfit and depth - 1 weights of the prior
         depth, thinned = rule.what.depth, -(-shapes.tokens // rule.what.tokens)

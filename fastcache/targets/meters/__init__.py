@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...policies import Policy
 from ..guide import Guide
 from .base import Meter
+from .block_input import BlockInputChange
 from .change import Change
 from .misfit import GuideMisfit
 from .model_input import InputChange
@@ -13,6 +14,7 @@ from .model_input import InputChange
 METERS: dict[tuple[str, str], type[Meter]] = {
     ("first_block", "change"): Change,
     ("first_block", "misfit"): GuideMisfit,
+    ("block_input", "change"): BlockInputChange,
     ("model_input", "change"): InputChange,
 }
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ... import sync
+from ...models.block_io import BlockIO
 from ...policies import Policy
 from ...storage.group import SlotGroup
 from ...storage.state import State
@@ -32,10 +33,12 @@ class Meter:
     One that looks at the arguments of a call has `of_call`, and decides before the model's forward begins; the
     others are shown tensors inside it, also by traced code. The number itself stays on the device until `read`.
 
-    Class attributes: `needs_history` says that it measures only what the rule's full history explains.
+    Class attributes: `needs_history` says that it measures only what the rule's full history explains;
+    `at_input` that it is shown what the first block is called with, before that runs, and not what it returns.
     """
 
     needs_history: ClassVar[bool] = False
+    at_input: ClassVar[bool] = False
 
     def __init__(self, when: Policy, rule: int, guide: Guide | None) -> None:
         self.when, self.rule, self.guide = when, rule, guide
@@ -45,6 +48,10 @@ class Meter:
 
     def of_call(self, args: tuple, kwargs: dict) -> Tensor:
         """The value of a call that has not begun, for a signal that is there by then."""
+        raise NotImplementedError
+
+    def of_block(self, io: BlockIO, block: Any, args: tuple, kwargs: dict) -> Tensor:
+        """The value of a call of the first block that has not begun, where `at_input`."""
         raise NotImplementedError
 
     def measure(self, state: State, y: Tensor, x: Tensor | None) -> Tensor | None:

@@ -30,7 +30,7 @@ class Change(Meter):
             return None
         y = y.detach() if y.requires_grad else y
         if x is None:
-            x = slots.nothing
+            x = tail(slots.nothing, y)
         elif x.requires_grad:
             x = x.detach()
         return _sums(y, x, tail(slots.reference, y), self.per_sample)
@@ -43,6 +43,8 @@ class Change(Meter):
         held = slots.reference
         if held is None or held.shape[1:] != y.shape[1:] or held.shape[0] < y.shape[0]:
             slots.reference = allocate(y.shape, y.dtype, y.device, strides_of(y))
+            if x is None:
+                slots.nothing = allocate(y.shape, y.dtype, y.device, strides_of(y))
         if x is None:
             tail(slots.reference, y).copy_(y, non_blocking=True)
         else:

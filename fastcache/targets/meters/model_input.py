@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...models.block_io import model_input
-from ...storage.allocate import NoRoom, allocate
+from ...storage.allocate import NoRoom
 from ...storage.state import State
 from .change import Change
 
@@ -46,8 +46,6 @@ class InputChange(Change):
         slots = self._slots(state)
         try:
             super().keep(state, y, x)
-            if slots.nothing is None or slots.nothing.shape != y.shape:
-                slots.nothing = allocate(y.shape, y.dtype, y.device, slots.reference.stride())
             slots.kept_reference = True
         except NoRoom:
             slots.kept_reference = False

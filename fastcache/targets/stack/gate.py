@@ -11,10 +11,10 @@ import torch
 from ...policies import COMPUTE, REUSE
 from ..control import WHOLE
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
-from .probe import kept_output, look_at_input, look_at_output, note_decided
+from .probe import decide_by_input, kept_output, look_at_input, look_at_output, note_decided
 from .recording import Recorder
 from .residual import keep, predict
-from .roles import BLOCK, PROBED, ROLES, BlockStandIn, roles_of
+from .roles import ASKING, BLOCK, PROBED, ROLES, BlockStandIn, roles_of
 
 NOTHING = Entered(None, None)
 
@@ -31,6 +31,7 @@ class BlockListHook:
         self.first_io, self.last_io = blocks.first_io, blocks.last_io
         self.replaced_io = blocks.replaced_io
         self.modules, self.probed = blocks.modules, blocks.probed
+        self.asks = not blocks.index and stack.meter is not None and stack.meter.at_input
         self._take(Layout(), Place())
         self.opener = self  # the hook of the list that opens its segment
         self.recorder: Recorder | None = None  # of the running call
@@ -90,6 +91,7 @@ class BlockListHook:
             closes=self.closes,
             probed=self.probed,
             loop_does_more=self.loop_does_more,
+            asks=self.asks,
         )
 
     def _roles_of_all(self) -> list[str]:
@@ -110,11 +112,11 @@ class BlockListHook:
         return self.reused
 
     def _route_undecided(self) -> Iterator:
-        """Where the decision falls after the first block of the first list has run (eager only)."""
-        if not self.probed:  # taking turns with the first list: not yet decided
+        """Where the decision falls at or after the first block of the first list (eager only)."""
+        if not (self.probed or self.asks):  # taking turns with the first list: not yet decided
             yield from self._undecided(0)
             return
-        yield self.stand_ins[PROBED[WHOLE]][0]
+        yield self.stand_ins[ASKING if self.asks else PROBED[WHOLE]][0]
         action = self.control.actions[self.stack.rule]
         if action == REUSE:
             yield from (self._made_for_reuse() if self.reused is None else self.reused)[1:]
@@ -173,6 +175,11 @@ class BlockListHook:
         entered = self.opener._take_entered()
         keep(state, stack.rule, self.segment, entered, left, stack.measure)
 
+    def decide_first(self, *args: Any, **kwargs: Any) -> Any:
+        """The first block of the stack, where what enters it decides whether it runs."""
+        decide_by_input(self.stack, self.blocks, args, kwargs)
+        return getattr(self, self._roles_of_all()[0])(*args, **kwargs)
+
     # --- roles of the block that always runs --------------------------------------------------------------
 
     def run_first(self, *args: Any, **kwargs: Any) -> Any:
@@ -207,7 +214,7 @@ class BlockListHook:
     def predict_segment(self, *args: Any, **kwargs: Any) -> Any:
         """All blocks of a segment: its input plus the predicted residual."""
         stack, control = self.stack, self.control
-        if stack.guide is not None:
+        if stack.guide is not None or stack.every_step:
             look_at_input(stack, self.blocks, args, kwargs)
         hidden, encoder = self.replaced_io.read(args, kwargs)
         unit = control.state.units[stack.rule][self.segment]

@@ -11,7 +11,7 @@ from ...storage.allocate import allocate, strides_of
 from ...storage.group import SlotGroup
 from ...storage.ring import tail
 from ...storage.state import State
-from ..control import HEAD, Stop
+from ..control import HEAD, REST, Stop
 from ..decide import RuleSlots
 from ..outputs import ReturnLayout
 from .layout import BlockList, Stack
@@ -52,16 +52,35 @@ def note_decided(stack: Stack, hidden: Tensor, x: Tensor, now: Tensor | None) ->
         stack.guide.see(state, stack.rule, action, now)
 
 
+def decide_by_input(stack: Stack, blocks: BlockList, args: tuple, kwargs: dict) -> None:
+    """Have the step decided by what enters the stack, where its meter looks there. Traced by torch.compile.
+
+    In the head region of a compiled step it raises Stop: no block runs there.
+    """
+    meter, control = stack.meter, stack.control
+    if meter is None or not meter.at_input or blocks.index:
+        return
+    value = meter.of_block(blocks.first_io, blocks.blocks()[0], args, kwargs)
+    stack.decider.measure(value, None)
+    if control.phase == HEAD:
+        raise Stop
+    if stack.every_step or control.actions[stack.rule] == COMPUTE:
+        meter.keep(control.state, value, None)
+
+
 def look_at_input(stack: Stack, blocks: BlockList, args: tuple, kwargs: dict) -> None:
-    """Show the guide what enters the stack, where that is what it looks at."""
-    guide = stack.guide
+    """Keep what enters the stack, where that has decided in another region of this step, and show it to the guide."""
+    guide, meter, control = stack.guide, stack.meter, stack.control
+    if control.phase == REST and meter is not None and meter.at_input and not blocks.index:
+        if stack.every_step or control.actions[stack.rule] == COMPUTE:
+            value = meter.of_block(blocks.first_io, blocks.blocks()[0], args, kwargs)
+            meter.keep(control.state, value, None)
     if guide is None or blocks.index or blocks.probed:
         return
     if guide.predictor.guide == "modulated":
         value = blocks.first_io.modulated(blocks.blocks()[0], args, kwargs)
     else:
         value = blocks.first_io.read(args, kwargs)[0]
-    control = stack.control
     guide.see(control.state, stack.rule, control.actions[stack.rule], guide.of(value))
 
 
@@ -78,7 +97,8 @@ class ProbeSlots(SlotGroup):
 
 def lacks_slots(stack: Stack, state: State) -> bool:
     """Whether such a step has nowhere to keep it."""
-    return stack.meter is not None and state.slots[stack.rule].own.hidden is None
+    meter = stack.meter
+    return meter is not None and not meter.at_input and state.slots[stack.rule].own.hidden is None
 
 
 def allocate_slots(rule: RuleSlots, hidden: Tensor, encoder: Any) -> None:

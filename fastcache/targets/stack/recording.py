@@ -16,7 +16,7 @@ from ... import sync
 from ...models.block_io import BlockIO, Positions
 from ..outputs import BARE, ReturnLayout
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
-from .probe import look_at_input, look_at_output
+from .probe import decide_by_input, look_at_input, look_at_output
 from .roles import BlockStandIn
 from .segments import ENTER, LEAVE, Event, alone, continues_previous, cut
 
@@ -78,6 +78,7 @@ class Recorder:
         if index:
             self._note_arrival(at, hidden, encoder)
         else:
+            decide_by_input(self.stack, blocks, args, kwargs)
             look_at_input(self.stack, blocks, args, kwargs)
             self._enter(at, hidden, encoder)
         output = block(*args, **kwargs)

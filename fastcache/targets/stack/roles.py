@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...policies import REUSE
+from ...policies import COMPUTE, REUSE
 from ..control import HEAD, REST, WHOLE
 
 # The roles, by the names of the methods of `BlockListHook` that play them; "" is the block itself.
@@ -16,6 +16,7 @@ ROLES = (
     "first",
     "last",
     "only",
+    "decide_first",
     "run_first",
     "restore_first",
     "predict_segment",
@@ -29,6 +30,8 @@ COMPUTED = ("first", BLOCK, "last")
 CALLED = ("enter_segment", "pass_through", "leave_segment")
 # The role of a block that opens and closes its segment alone.
 ALONE = {COMPUTED: "only", CALLED: "predict_segment"}
+# The role of the first block where what enters it decides.
+ASKING = "decide_first"
 # The role of the block that always runs.
 PROBED = {WHOLE: "run_first", HEAD: "run_first", REST: "restore_first"}
 
@@ -42,12 +45,14 @@ def roles_of(
     closes: bool,
     probed: bool,
     loop_does_more: bool,
+    asks: bool = False,
 ) -> list[str]:
     """What a list of blocks hands out, in order: fewer items than blocks where one stands for many.
 
     Compiled code guards what is asked for here: `blocks` are counted only where each of them has a role.
     action: anything but a reuse computes. opens, closes: the list opens or closes a segment. probed: its first
-    block is the one that always runs. loop_does_more: the model's loop has to call every block.
+    block is the one that always runs. asks: what enters its first block decides, where that is still open.
+    loop_does_more: the model's loop has to call every block.
     """
     if action == REUSE and not loop_does_more:
         first = [PROBED[phase]] if probed else []
@@ -61,6 +66,8 @@ def roles_of(
         handed[0] = ALONE[roles] if closes and len(blocks) == 1 else opening
     if probed:
         handed[0] = PROBED[phase]
+    elif asks and action not in (COMPUTE, REUSE):
+        handed[0] = ASKING
     return handed
 
 
