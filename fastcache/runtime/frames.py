@@ -104,11 +104,11 @@ _threads, _numbers = threading.local(), itertools.count(1)
 
 
 def _this_thread() -> _Thread:
-    here = vars(_threads)
-    if "own" not in here:
+    try:
+        own: _Thread = _threads.own
+    except AttributeError:
         main = threading.current_thread() is threading.main_thread()
-        here["own"] = _Thread(0 if main else ("thread", next(_numbers)))
-    own: _Thread = here["own"]
+        own = _threads.own = _Thread(0 if main else ("thread", next(_numbers)))
     return own
 
 

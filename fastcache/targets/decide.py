@@ -120,7 +120,7 @@ class RuleDecider:
     def decide(self, state: State, step: Step, signal: float | None = None) -> Decision:
         """The decision for a step; a wish to reuse is granted where there is something valid to reuse."""
         run = state.runs[self.index]
-        if step.again and not self.measures and run.decision is not None:
+        if step.again and self.meter is None and run.decision is not None:
             return run.decision  # a solver's further evaluation of a step
         before = run.computed_at + run.in_a_row
         decision = self._decide(run, step, signal)
