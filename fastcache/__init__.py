@@ -27,6 +27,7 @@ from .policies import (
     Broadcast,
     Decision,
     FirstBlock,
+    Growing,
     Interval,
     Magnitude,
     Mask,
@@ -34,6 +35,7 @@ from .policies import (
     Policy,
     Step,
     TimestepRange,
+    steps_mask,
 )
 from .predictors import Extrapolate, Guided, Predictor, Reuse, Taylor, TaylorTable, Zeros
 from .recipe import Recipe, Rule
@@ -64,6 +66,7 @@ __all__ = [
     "FasterCacheConfig",
     "FirstBlock",
     "FirstBlockCacheConfig",
+    "Growing",
     "Guidance",
     "Guided",
     "Interval",
@@ -103,4 +106,5 @@ __all__ = [
     "register_adapter",
     "register_target",
     "split_batch",
+    "steps_mask",
 ]

@@ -3,8 +3,9 @@
 from .base import COMPUTE, REUSE, Action, Decision, Policy, Run, Step
 from .first_block import FirstBlock
 from .magnitude import Calibrate, Magnitude
+from .masks import steps_mask
 from .misfit import Misfit
-from .schedule import Broadcast, Interval, Mask, TimestepRange
+from .schedule import Broadcast, Growing, Interval, Mask, TimestepRange
 
 __all__ = [
     "COMPUTE",
@@ -14,6 +15,7 @@ __all__ = [
     "Calibrate",
     "Decision",
     "FirstBlock",
+    "Growing",
     "Interval",
     "Magnitude",
     "Mask",
@@ -22,4 +24,5 @@ __all__ = [
     "Run",
     "Step",
     "TimestepRange",
+    "steps_mask",
 ]

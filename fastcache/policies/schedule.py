@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
+from math import isqrt
 
 from ..checks import interval_of, real, whole
 from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
@@ -55,6 +56,51 @@ class Interval(Policy):
             return Decision(COMPUTE, reason="past stop")
         due = (step.index - phase) % self.n == 0
         return Decision(COMPUTE, reason="interval") if due else Decision(REUSE, reason="interval")
+
+
+@dataclass(frozen=True)
+class Growing(Policy):
+    """Compute the first steps, then leave gaps that grow by one step up to `n`: 1, 1, 1, 2, 3, ... n, n.
+
+    With n 4 and first 4 computed are 0, 1, 2, 3, 5, 8, 12, 16, 20, ...
+
+    Args:
+        n: largest distance of computed steps, a count >= 1; 1 computes every step.
+        first: steps computed at the start, a count >= 1.
+        last: whether the last step is computed, in runs whose length is known.
+        warmup, max_skips: guards of every `Policy`; `first` is the warm-up of this one.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is out of its range; the message names it.
+    Source: ours, from searches of schedules on the trained models.
+    """
+
+    n: int = 4
+    first: int = 4
+    warmup: int | None = field(default=0, kw_only=True)
+    last: bool | None = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n", "first"):
+            object.__setattr__(self, name, whole("Growing", name, getattr(self, name), 1))
+
+    @property
+    def never_reuses(self) -> bool:
+        return self.n == 1
+
+    def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
+        if guard or step.index < self.first:
+            return Decision(COMPUTE, reason=guard or "first steps")
+        past = step.index - self.first + 1
+        largest = self.n * (self.n + 1) // 2 - 1
+        if past <= largest:
+            # 2 + 3 + ... + k is a triangular number less one, and eight of those plus one are a square
+            square = 8 * (past + 1) + 1
+            due = isqrt(square) ** 2 == square
+        else:
+            due = (past - largest) % self.n == 0
+        return Decision(COMPUTE if due else REUSE, reason="growing gaps")
 
 
 @dataclass(frozen=True)
@@ -176,8 +222,9 @@ class Mask(Policy):
     """Compute exactly the steps marked True (or 1); steps past the end compute.
 
     Args:
-        compute: one entry per step, True (1) for a computed and False (0) for a reused one.
-        warmup, max_skips, last: guards of every `Policy`.
+        compute: one entry per step, True (1) for a computed and False (0) for a reused one;
+            `fastcache.steps_mask` writes some by name.
+        warmup, max_skips, last: guards of every `Policy`, none unless given: the mask says it all.
     Raises:
         TypeError: a field is of another type; the message names it.
         ValueError: `compute` is empty or holds another number; the message names it.
@@ -185,6 +232,8 @@ class Mask(Policy):
     """
 
     compute: Sequence[bool | int] = ()
+    warmup: int | None = field(default=0, kw_only=True)
+    last: bool | None = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
