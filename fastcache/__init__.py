@@ -37,7 +37,18 @@ from .policies import (
     TimestepRange,
     steps_mask,
 )
-from .predictors import Extrapolate, Guided, Predictor, Reuse, Taylor, TaylorTable, Zeros
+from .predictors import (
+    DMD,
+    Chebyshev,
+    Extrapolate,
+    Guided,
+    Hermite,
+    Predictor,
+    Reuse,
+    Taylor,
+    TaylorTable,
+    Zeros,
+)
 from .recipe import Recipe, Rule
 from .reporting.progress import progress
 from .runtime.notices import FastcacheWarning
@@ -52,6 +63,7 @@ from .tools.measure import calibrate
 __version__ = "0.1.0"
 
 __all__ = [
+    "DMD",
     "FLUX_MAG_RATIOS",
     "Block",
     "BlockAdapter",
@@ -60,6 +72,7 @@ __all__ = [
     "Cache",
     "Calibration",
     "CalibrationError",
+    "Chebyshev",
     "Decision",
     "Extrapolate",
     "FastcacheWarning",
@@ -69,6 +82,7 @@ __all__ = [
     "Growing",
     "Guidance",
     "Guided",
+    "Hermite",
     "Interval",
     "MagCacheConfig",
     "Magnitude",

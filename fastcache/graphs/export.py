@@ -57,7 +57,9 @@ class Exported:
         planned: list[tuple[str, dict[str, Tensor]]] = []
         for i, action in enumerate(Recipe.of([rule]).plan(steps, timesteps).rows[0]):
             reused = action == REUSE and rule.what.depth
-            stage(timeline, rule.what.weights(timeline.steps, i) if reused else (), i, cpu)
+            known = (steps,) if rule.what.per_run else ()
+            weights: Any = rule.what.weights
+            stage(timeline, weights(timeline.steps, i, *known) if reused else (), i, cpu)
             facts = {
                 label: getattr(timeline.staged, label.rpartition(".")[2]).clone()
                 for label in self.buffers
@@ -154,7 +156,10 @@ def export_variants(
         )
     rules = denoiser.recipe.rules
     decided_inside = (
-        denoiser.recipe.needs_signal or rules[0].what.guide is not None or rules[0].what.per_module
+        denoiser.recipe.needs_signal
+        or rules[0].what.guide is not None
+        or rules[0].what.fitted is not None
+        or rules[0].what.per_module
     )
     if denoiser.settings.cache_dtype is not None:
         raise ValueError(

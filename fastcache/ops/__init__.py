@@ -1,5 +1,6 @@
 """The ops by name: checked, on whatever device and backend the tensors call for."""
 
+from . import exponential  # noqa: F401 - registers an internal op
 from .combine import guidance_combine, linear_combine, taylor_update_
 from .guided import guided_weights
 from .quantized import quantize_store, quantized_combine

@@ -179,6 +179,50 @@ def guided_solve(
     return result.float(), (square.clamp_min(0) / qq).sqrt().float()
 
 
+def exponential_solve(sums: Tensor, reach: Tensor, ridge: float) -> Tensor:
+    """float32 [4], a leading 1 and the weights of the three newest of evenly spaced values, from `guided_sums`.
+
+    sums: float64 [1, 6] of d_1 = x_1 - x_2, D = (d_2, d_3), x_1 the newest value; or of several such windows,
+    added up. reach: [1], how many gaps ahead. c solves (X^T X + ridge * tr * I) c = X^T d_1 for X = (d_3, d_2),
+    tr the mean diagonal; C = [[0, c_1], [1, c_2]] carries one pair of differences to the next, so that the
+    change over q gaps is (d_2, d_1) g(C) c with g(z) = (z^q - 1) / (z - 1). Where the second singular value
+    of X is below 1e-4 of the first, X is its first direction. A singular or non-finite history gives the
+    line through the two newest values.
+    """
+    m22, m23, m33, v2, v3, _ = sums.double().sum(dim=0).unbind()
+    q = reach.double().reshape(())
+    half, diff = (m22 + m33) / 2, (m33 - m22) / 2
+    pull, spread = ridge * half, torch.hypot(diff, m23)
+    a, b = m33 + pull, m22 + pull
+    det = a * b - m23 * m23
+    c1, c2 = (b * v3 - m23 * v2) / det, (a * v2 - m23 * v3) / det
+    # g(C) = alpha + beta C, by the roots of z^2 - c_2 z - c_1; double ones are pulled apart
+    root = torch.sqrt((c2 * c2 / 4 + c1).to(torch.complex128))
+    root = torch.where(root.abs() < 1e-5, torch.full_like(root, 1e-5), root)
+    g1, g2 = _gained(c2 / 2 + root, q), _gained(c2 / 2 - root, q)
+    beta = (g1 - g2) / (2 * root)
+    alpha = g1 - beta * (c2 / 2 + root)
+    both = (alpha * c1 + beta * c1 * c2).real, (alpha * c2 + beta * (c1 + c2 * c2)).real
+    # one direction (cos, sin) of X
+    angle = torch.atan2(m23, diff) / 2
+    e3, e2, largest = angle.cos(), angle.sin(), half + spread + pull
+    along = e3 * v3 + e2 * v2
+    turn = (e3 * (e3 * m23 + e2 * v3) + e2 * (e3 * m22 + e2 * v2)) / largest
+    gain = (_gained(turn.to(torch.complex128), q) * along).real / largest
+    flat = half - spread < 1e-8 * (half + spread)
+    u2, u1 = torch.where(flat, e3 * gain, both[0]), torch.where(flat, e2 * gain, both[1])
+    usable = (half > 0) & torch.isfinite(u1) & torch.isfinite(u2)
+    u1, u2 = torch.where(usable, u1, q), torch.where(usable, u2, torch.zeros_like(q))
+    return torch.stack([torch.ones_like(q), 1 + u1, u2 - u1, -u2]).float()
+
+
+def _gained(z: Tensor, q: Tensor) -> Tensor:
+    """(z^q - 1) / (z - 1) of a complex number: q at 1, and 1 - 0^q at 0."""
+    z = torch.where((z - 1).abs() < 1e-6, torch.full_like(z, 1 + 1e-6), z)
+    z = torch.where(z.abs() < 1e-12, torch.full_like(z, 1e-12), z)
+    return (torch.exp(q * torch.log(z)) - 1) / (z - 1)
+
+
 def quantize_store(q: Tensor, scale: Tensor, y: Tensor, x: Tensor | None = None) -> None:
     """q, scale <- y - x (or y) as float8 e4m3 with one float32 scale per row of the last dimension.
 

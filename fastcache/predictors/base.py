@@ -17,15 +17,19 @@ class Predictor:
     Class attributes (or properties): `depth` is how many values are kept, a count; `forecasts` whether
     they are extrapolated, so that the recipe's guards are those of a forecast; `table` whether the
     history is a table of differences that a computed step updates in place, kept in `dtype`;
-    `feeds_back` whether predicted values enter the history too. `guide` says what is looked at on every
-    step where the device computes the weights, every `tokens`-th token of it, with a pull `ridge` toward
-    those of `weights`; a misfit above `max_misfit` then computes the next step.
+    `feeds_back` whether predicted values enter the history too; `per_run` whether the weights differ by the
+    length of the run: `weights` then takes it, or None where it is not known, as a third argument. `fitted`
+    is the ridge with which the device fits exponentials to the history, where `weights` gives what it needs
+    (see `DMD`). `guide` says what is looked at on every step where the device computes the weights, every
+    `tokens`-th token of it, with a pull `ridge` toward those of `weights`; a misfit above `max_misfit` then
+    computes the next step.
     """
 
     depth = 1
     forecasts = False
     table = False
     feeds_back = False
+    per_run = False
     tokens = 1
     ridge = 0.0
 
@@ -37,6 +41,11 @@ class Predictor:
     @property
     def dtype(self) -> Any:
         """The torch dtype that a table is kept in; None: that of the values."""
+        return None
+
+    @property
+    def fitted(self) -> float | None:
+        """The ridge, unitless, of a fit to the history on the device; None: the weights are known beforehand."""
         return None
 
     @property

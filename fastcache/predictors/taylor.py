@@ -110,17 +110,33 @@ def latest_gap_weights(back: tuple[int, ...], offset: int) -> tuple[float, ...]:
     Returns:
         Unitless weights, newest first.
     """
+    first, *others = latest_gap_differences(back)
+    total, scale = list(first), 1.0
+    for order, difference in enumerate(others, 1):
+        scale *= offset / order
+        total = [t + scale * d for t, d in zip(total, difference, strict=True)]
+    return tuple(total)
+
+
+@lru_cache(maxsize=4096)
+def latest_gap_differences(back: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
+    """Backward differences of every order, each divided by the latest gap, as weights of the values.
+
+    Args:
+        back: how many steps before the newest each value lies, (0, 2, 3, ...).
+    Returns:
+        Per order, 0 first, unitless weights, newest first.
+    """
     count = len(back)
     table = [[float(i == m) for i in range(count)] for m in range(count)]  # order 0 at each refresh
-    total, scale = list(table[0]), 1.0
+    found = [tuple(table[0])]
     for order in range(1, count):
         table = [
             [(a - b) / (back[m + 1] - back[m]) for a, b in zip(table[m], table[m + 1], strict=True)]
             for m in range(count - order)
         ]
-        scale *= offset / order
-        total = [t + scale * d for t, d in zip(total, table[0], strict=True)]
-    return tuple(total)
+        found.append(tuple(table[0]))
+    return tuple(found)
 
 
 @lru_cache(maxsize=4096)

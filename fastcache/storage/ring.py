@@ -146,8 +146,8 @@ class Ring(Stream):
         return [tail(self.views[r], like) for r in self.timeline.rows]
 
     def predict_weighted(self, base: Tensor | None, weights: Tensor) -> Tensor:
-        """weights[0] * base + weights[1:] * rows, newest first, weights on the device."""
-        rows = self.newest_first(base)
+        """weights[0] * base + weights[1:] * as many rows, newest first, weights on the device."""
+        rows = self.newest_first(base)[: weights.shape[0] - 1]
         if torch.compiler.is_compiling():
             terms = rows if base is None else [base, *rows]
             first = 1 if base is None else 0
@@ -198,8 +198,8 @@ def weighted(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """base + sum weights * rows in one launch (two beyond five terms); without a base the sum alone, also
-    into `out`, which may be one of the rows."""
+    """base + sum weights * rows in one launch, and one more per four terms beyond five; without a base the sum
+    alone, also into `out`, which may be one of the rows, the oldest."""
     if base is not None:
         out = torch.empty_like(rows[0], dtype=base.dtype)
         if len(rows) == 1 and weights[0] == 1.0:
@@ -213,7 +213,12 @@ def weighted(
     if 0.0 in factors:
         used = [i for i, w in enumerate(factors) if w != 0.0] or [0]
         terms, factors = [terms[i] for i in used], [factors[i] for i in used]
+    if (
+        len(terms) > KERNEL_TERMS
+    ):  # the oldest row first: it may be `out`, which the first launch overwrites
+        terms, factors = terms[::-1], factors[::-1]
     _combine(out, terms[:KERNEL_TERMS], factors[:KERNEL_TERMS])
-    if len(terms) > KERNEL_TERMS:
-        _combine(out, [out, *terms[KERNEL_TERMS:]], [1.0, *factors[KERNEL_TERMS:]])
+    for at in range(KERNEL_TERMS, len(terms), KERNEL_TERMS - 1):
+        more = slice(at, at + KERNEL_TERMS - 1)
+        _combine(out, [out, *terms[more]], [1.0, *factors[more]])
     return out

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..predictors import Predictor
 from .allocate import FP8
+from .fitted import Fitted
 from .history import Timeline
 from .quantized import Quantized
 from .ring import Ring
@@ -24,6 +25,8 @@ def make_store(
         return Blank(value)
     if predictor.table:
         return Table(value, timeline, predictor.dtype)
+    if predictor.fitted is not None:
+        return Fitted(value, timeline, dtype, predictor.fitted, predictor.tokens)
     if dtype is None or not value.is_floating_point():
         return Ring(value, timeline)
     return Quantized(value, timeline) if dtype == FP8 else Ring(value, timeline, dtype)

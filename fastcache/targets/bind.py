@@ -202,9 +202,10 @@ def kept_dtype(rule: Bindable, dtype: torch.dtype | None) -> torch.dtype | None:
         )
     elif rule.when.calibrates:
         refused = "a calibration measures residuals as they are; leave it out"
-    elif dtype == FP8 and rule.what.guide is not None:
+    elif dtype == FP8 and (rule.what.fitted is not None or rule.what.guide is not None):
         refused = (
-            "Guided weighs values on the device, which float8 rows cannot be yet; take bfloat16"
+            f"{type(rule.what).__name__} weighs values on the device, which float8 rows cannot be yet; take "
+            "bfloat16"
         )
     if refused:
         raise ValueError(f"cache_dtype: {refused}")

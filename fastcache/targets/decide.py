@@ -109,7 +109,8 @@ class RuleDecider:
         self.max_misfit: float | None = None if guide is None else guide.predictor.max_misfit
         self._decide = part.when.decide
         self.oldest = part.when.oldest
-        self.weigh = part.what.weights  # of the values computed at these steps, for this one
+        # of the values computed at these steps, for this one
+        self.weigh = self._weigh_in_run if part.what.per_run else part.what.weights
 
     def new_slots(self) -> RuleSlots:
         """What the rule keeps for a run beside its histories."""
@@ -142,6 +143,12 @@ class RuleDecider:
         if run.in_a_row < 2:
             return False
         return not sync.mean(state.slots[self.index].guide.misfit, self.group) <= most
+
+    def _weigh_in_run(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
+        """The weights where they differ by the length of the run."""
+        weights: Any = self.what.weights
+        found: tuple[float, ...] = weights(steps, step, self.control.state.total)
+        return found
 
     # --- with what a signal shows ---------------------------------------------------------------------------
 
