@@ -22,6 +22,7 @@ from .graphs.export import export_variants
 from .models.adapter import Block, BlockAdapter
 from .models.registry import register_adapter
 from .ops.dispatch import backend, backends
+from .parts import register_part
 from .plan import Plan
 from .policies import (
     Broadcast,
@@ -118,6 +119,7 @@ __all__ = [
     "presets",
     "progress",
     "register_adapter",
+    "register_part",
     "register_target",
     "split_batch",
     "steps_mask",

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .checks import flag, whole
-from .configs.resolve import callback_of, resolve
+from .configs.given import settings_of
+from .configs.resolve import callback_of
 from .models.adapter import BlockAdapter
 from .models.pipeline import denoisers_of
 from .models.registry import adapter_for
@@ -78,7 +79,7 @@ class Cache:
             self.announcer.put_on()
 
     def _attach(self, config: Any) -> None:
-        recipe, own = resolve(config)
+        recipe, own = settings_of(config)
         settings = replace(self.settings, timestep_callback=callback_of(own, self.target))
         warning = getattr(own, "warning", None)
         denoisers = [
@@ -193,7 +194,10 @@ class Cache:
         self.settings.notices.emit()
 
     def update(self, config: Any) -> Cache:
-        """Change the settings. Runs begin anew; where the new ones do not fit, the old ones stay."""
+        """Change the settings to anything that `enable` takes. Runs begin anew.
+
+        Where the new settings do not fit, the old ones stay.
+        """
         before = self.denoisers
         if not before:
             raise ValueError("config: this cache is disabled; call fastcache.enable again")
@@ -306,7 +310,8 @@ def enable(
 ) -> Cache:
     """Attach a cache to a diffusers pipeline (all its denoisers) or to any nn.Module.
 
-    config: one of the five configs, fastcache's or diffusers' own, which is copied, or a Recipe.
+    config: one of the five configs, fastcache's or diffusers' own, which is copied, a Recipe, a preset's name (see
+    `fastcache.presets`), or the path of a recipe file, a str or Path that ends in .json.
     adapter: how to find and drive the blocks of a model fastcache does not know. backend: kernels to use,
     see `fastcache.backends()`. process_group: ranks that share a sample; decisions taken from data are
     agreed over it, and errors surface within its timeout. max_bytes: what cached tensors may take after a

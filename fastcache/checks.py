@@ -54,6 +54,13 @@ def flag(owner: str, name: str, value: object) -> bool:
     return value
 
 
+def text(owner: str, name: str, value: object) -> str:
+    """`value` if it is a string; a TypeError that names the field otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"{owner}: {name} is {value!r}, must be a string")
+    return value
+
+
 def interval_of(owner: str, name: str, value: object) -> tuple[float, float]:
     """`value` as (lo, hi) with lo < hi; a TypeError or ValueError that names the field otherwise."""
     if isinstance(value, str) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):

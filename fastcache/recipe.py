@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 from .checks import whole
+from .files import FileError
+from .parts import FILE, NEEDED, rows_of, rules_in
 from .plan import Plan
 from .policies import COMPUTE, REUSE, Action, Policy, Step
 from .predictors import Extrapolate, Predictor, Reuse, TaylorTable, Zeros
@@ -41,6 +44,37 @@ REFUSED: tuple[tuple[type | None, type | None, type | None, str], ...] = (
         "TaylorTable is diffusers' form for modules; for a stack use Taylor(order=...)",
     ),
 )
+
+
+def guards_of(what: Predictor) -> dict[str, Any]:
+    """The guards that a policy takes where it leaves them open, by what predicts."""
+    return FORECAST_GUARDS if what.forecasts else REUSE_GUARDS
+
+
+def refuse_misfits(when: Policy, what: Predictor, where: Target) -> None:
+    """Raise a ValueError with the reason where the three do not go together."""
+    for policy, predictor, target, reason in REFUSED:
+        if all(
+            kind is None or isinstance(value, kind)
+            for kind, value in ((policy, when), (predictor, what), (target, where))
+        ):
+            raise ValueError(f"Recipe: when, what and where do not go together: {reason}")
+    if when.decides_inside and where.scope != "stack":
+        raise ValueError(
+            f"Recipe: when, what and where do not go together: {type(when).__name__} decides "
+            f"{'after the first block has run' if when.runs_first_block else 'by what the first block is given'}; "
+            "its target is Stack()"
+        )
+    if when.decides_inside and not when.runs_first_block and what.guide == "residual":
+        raise ValueError(
+            f"Recipe: when and what do not go together: {type(when).__name__} decides before the first block runs, "
+            "and guide='residual' needs it on every step; use guide='modulated' or 'input'"
+        )
+    if when.measures == "misfit" and what.guide != "residual":
+        raise ValueError(
+            "Recipe: when and what do not go together: Misfit measures how well a guide is explained; its "
+            "predictor is Guided(guide='residual')"
+        )
 
 
 @dataclass(frozen=True)
@@ -91,30 +125,8 @@ class Recipe:
                 raise TypeError(
                     f"Recipe: {field} is {value!r}, must be a {kind.__name__} such as {example}"
                 )
-        for policy, predictor, target, reason in REFUSED:
-            if all(
-                kind is None or isinstance(value, kind)
-                for kind, value in ((policy, when), (predictor, what), (target, where))
-            ):
-                raise ValueError(f"Recipe: when, what and where do not go together: {reason}")
-        if when.decides_inside and where.scope != "stack":
-            raise ValueError(
-                f"Recipe: when, what and where do not go together: {type(when).__name__} decides "
-                f"{'after the first block has run' if when.runs_first_block else 'by what the first block is given'}; "
-                "its target is Stack()"
-            )
-        if when.decides_inside and not when.runs_first_block and what.guide == "residual":
-            raise ValueError(
-                f"Recipe: when and what do not go together: {type(when).__name__} decides before the first block runs, "
-                "and guide='residual' needs it on every step; use guide='modulated' or 'input'"
-            )
-        if when.measures == "misfit" and what.guide != "residual":
-            raise ValueError(
-                "Recipe: when and what do not go together: Misfit measures how well a guide is explained; its "
-                "predictor is Guided(guide='residual')"
-            )
-        when = when.guarded(**(FORECAST_GUARDS if what.forecasts else REUSE_GUARDS))
-        object.__setattr__(self, "rules", (Rule(when, what, where),))
+        refuse_misfits(when, what, where)
+        object.__setattr__(self, "rules", (Rule(when.guarded(**guards_of(what)), what, where),))
         object.__setattr__(self, "name", "Recipe")
 
     @property
@@ -149,6 +161,8 @@ class Recipe:
         Raises:
             ValueError: there is no rule, or the rules cannot share a model.
         """
+        for rule in rules:
+            refuse_misfits(rule.when, rule.what, rule.where)
         if not rules:
             raise ValueError("Recipe: no rule, give at least one when × what × where")
         for one, other in permutations((rule.where for rule in rules), 2):
@@ -160,6 +174,75 @@ class Recipe:
         object.__setattr__(recipe, "rules", tuple(rules))
         object.__setattr__(recipe, "name", name)
         return recipe
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON values.
+
+        Returns:
+            An object with `format`, `version`, `name` and `rules`.
+        Raises:
+            ValueError: a field holds what no file can, such as a function, or a class is not registered (see
+                `fastcache.register_part`); the message names it.
+        """
+        values = rows_of(self.rules, self.name)
+        if Recipe.from_dict(values) != self:
+            raise FileError("recipe: a field is changed by a file: give tuples, not lists")
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe that plain JSON values mean.
+
+        Args:
+            values: what `to_dict` returns. Guards that are left out are filled in as `Recipe` does; keys beside
+                those of a recipe are not read.
+        Returns:
+            The recipe, equal to the one that was written.
+        Raises:
+            ValueError: what is wrong and where; the values are not quoted.
+        """
+        return cls._read(FILE.check(values, *NEEDED))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the recipe as JSON.
+
+        Args:
+            path: of the file; `fastcache.enable` takes it where it ends in ".json".
+        Returns:
+            The path.
+        Raises:
+            ValueError: as `to_dict`.
+            OSError: the file cannot be written.
+        """
+        return FILE.save(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe.
+
+        Args:
+            path: of a JSON file that `save` wrote.
+        Returns:
+            The recipe, equal to the one that was saved.
+        Raises:
+            ValueError: what is wrong with the file; for a missing one it is a FileNotFoundError too.
+        """
+        return FILE.load(Path(path), cls._read, *NEEDED)
+
+    @classmethod
+    def _read(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe that a file's object means, each field of it checked."""
+        name, rows = rules_in(values)
+        rules = []
+        for (when, what, where), given in rows:
+            guards = {k: v for k, v in guards_of(what).items() if k not in given}
+            rules.append(Rule(when.guarded(**guards), what, where))
+        try:
+            return cls.of(rules, name)
+        except ValueError as error:  # a reason of ours, in which nothing of the file stands
+            raise FileError(f"recipe: {str(error).removeprefix('Recipe: ')}") from None
 
     @property
     def needs_signal(self) -> bool:

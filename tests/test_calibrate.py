@@ -16,7 +16,7 @@ from torch import nn
 import fastcache
 from fastcache import Calibration, FirstBlockCacheConfig, MagCacheConfig
 from fastcache.calibration.errors import CalibrationError
-from fastcache.calibration.file import MAX_BYTES
+from fastcache.files import MAX_BYTES
 
 STEPS = 10
 

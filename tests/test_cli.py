@@ -13,7 +13,8 @@ from torch import nn
 import fastcache
 from fastcache import Calibration, FirstBlock, MagCacheConfig, Recipe, Stack, Taylor, cli
 from fastcache.cli import command as commands
-from fastcache.cli.parse import config_from, dtype_from, model_from
+from fastcache.cli.parse import config_from, model_from
+from fastcache.parts import dtype_named
 from fastcache.tools.inspect import inspect_model
 from fastcache.tools.memory import Shapes
 
@@ -123,7 +124,7 @@ def test_models_by_name():
         with pytest.raises(ValueError, match="MODEL is `demo`"):
             model_from(text)
     with pytest.raises(ValueError, match="dtype"):
-        dtype_from("Tensor")
+        dtype_named("Tensor")
 
 
 # --- inspect --------------------------------------------------------------------------------------

@@ -20,11 +20,12 @@ TREES = {path: tree(path) for path in [*files(PACKAGE), *files(KERNELS)]}
 
 # The folders and files of the package from the ground up: each may import what stands above it here.
 LAYERS = (
-    ("checks", "sync"),
+    ("checks", "files", "sync"),
     ("ops", "signals"),
     ("policies", "predictors", "models"),
     ("storage", "plan"),
     ("targets",),
+    ("parts",),
     ("recipe",),
     ("configs", "runtime"),
     ("reporting", "graphs"),

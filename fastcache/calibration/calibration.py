@@ -7,26 +7,16 @@ a file is read with its size, nesting and every value checked, and is never quot
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..configs import MagCacheConfig
+from ..files import MAX_TEXT, header, is_text
 from . import thresholds
 from .errors import CalibrationError
-from .fields import (
-    FORMAT,
-    MAX_STEPS,
-    MAX_TEXT,
-    VERSION,
-    is_text,
-    matrix_rows,
-    named_rows,
-    ratio_list,
-)
-from .file import parse_json, read_file
+from .fields import FILE, FORMAT, MAX_STEPS, VERSION, matrix_rows, named_rows, ratio_list
 from .plot import plot_calibration
 
 
@@ -64,12 +54,7 @@ class Calibration:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        if self.format != FORMAT:
-            raise CalibrationError(f"calibration: format must be {FORMAT!r}")
-        if isinstance(self.version, bool) or self.version != VERSION:
-            raise CalibrationError(
-                f"calibration: version must be {VERSION}; this fastcache reads no other"
-            )
+        header(CalibrationError, "calibration", (self.format, self.version), (FORMAT, VERSION))
         ratios = ratio_list("mag_ratios", self.mag_ratios)
         contexts = named_rows("contexts", self.contexts)
         first_block = named_rows("first_block", self.first_block)
@@ -115,9 +100,7 @@ class Calibration:
         Raises:
             OSError: the file cannot be written.
         """
-        path = Path(path)
-        path.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", "utf-8")
-        return path
+        return FILE.save(Path(path), asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -130,21 +113,9 @@ class Calibration:
         Raises:
             CalibrationError: what is wrong with the file; for a missing one it is a FileNotFoundError too.
         """
-        path = Path(path)
-        values = parse_json(read_file(path), path)
         known = {f.name for f in fields(cls)}
-        problem = ""
-        if not isinstance(values, dict):
-            problem = "must hold a JSON object"
-        elif missing := [n for n in ("format", "version", "mag_ratios") if n not in values]:
-            problem = f"has no {missing[0]}"
-        if problem:
-            raise CalibrationError(f"calibration {path}: {problem}")
-        try:
-            return cls(**{k: v for k, v in values.items() if k in known})
-        except CalibrationError as error:
-            problem = str(error).removeprefix("calibration: ")
-        raise CalibrationError(f"calibration {path}: {problem}")
+        made = lambda values: cls(**{k: v for k, v in values.items() if k in known})  # noqa: E731
+        return FILE.load(Path(path), made, "format", "version", "mag_ratios")
 
     # --- using it ------------------------------------------------------------------------------
 

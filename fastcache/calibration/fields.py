@@ -8,23 +8,26 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import CalibrationError
+from ..files import FileKind, is_text
+from .errors import CalibrationError, CalibrationNotFound
 
 FORMAT, VERSION = "fastcache-calibration", 1
+
+
+FILE = FileKind(
+    "calibration",
+    "fastcache.calibrate(...).save(path)",
+    depth=6,
+    error=CalibrationError,
+    missing=CalibrationNotFound,
+)
 
 
 MAX_STEPS = 10_000
 
 
-MAX_TEXT = 1000  # characters of a name
-
-
 def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= MAX_TEXT
 
 
 def ratio_list(name: str, values: object) -> tuple[float, ...]:

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 CONFIG_HELP = (
-    'a config by name, JSON such as \'{"config": "FirstBlockCacheConfig", "threshold": 0.1}\', a '
-    'recipe \'{"when": {...}, "what": {...}}\', or a .json file with one of these or a calibration'
+    'a preset or a config by name, JSON such as \'{"config": "FirstBlockCacheConfig", "threshold": 0.1}\', a '
+    'recipe \'{"when": {...}, "what": {...}}\', or a .json file with one of these, a saved recipe or a calibration'
 )
 
 
@@ -76,10 +76,10 @@ PASSED_ON: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "bench": _ben
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ..configs.resolve import resolve
+    from ..configs.given import settings_of
     from .parse import config_from
 
-    recipe, _ = resolve(config_from(options.config))
+    recipe, _ = settings_of(config_from(options.config))
     plan = recipe.plan(options.steps, options.timesteps)
     if options.json:
         rows = dict(zip(plan.labels, plan.rows, strict=True))
@@ -90,12 +90,13 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from ..parts import dtype_named
     from ..tools.inspect import inspect_model
     from ..tools.memory import Shapes
-    from .parse import DEMO, config_from, dtype_from, model_from
+    from .parse import DEMO, config_from, model_from
 
     usual = Shapes(64, 4, dtype="float32") if options.model == DEMO else Shapes()
-    dtype_from(options.dtype or usual.dtype)
+    dtype_named(options.dtype or usual.dtype)
     shapes = Shapes(
         options.tokens if options.tokens is not None else usual.tokens,
         options.text_tokens if options.text_tokens is not None else usual.text_tokens,

@@ -3,7 +3,8 @@
 FirstBlockCacheConfig
 {"config": "MagCacheConfig", "threshold": 0.12, "mag_ratios": "flux"}
 {"when": {"FirstBlock": {"threshold": 0.1}}, "what": {"Taylor": {"order": 1}}, "where": "Stack"}
-settings.json, or a file that `fastcache calibrate` wrote
+balanced, or another preset
+settings.json, or a file that `Recipe.save` or `fastcache calibrate` wrote
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import parts
 from ..calibration.calibration import Calibration
 from ..calibration.fields import FORMAT
-from ..calibration.file import MAX_BYTES
 from ..configs import CONFIGS, FLUX_MAG_RATIOS, Config
-from ..policies import Policy
-from ..predictors import Predictor
+from ..configs.given import ENDING
+from ..configs.presets import preset, presets
+from ..files import FileKind
 from ..recipe import Recipe
-from ..targets.spec import Target
 
 DEMO = "demo"
+
+
+FILE = FileKind("config", "a text editor, `recipe.save` or `fastcache calibrate`", depth=12)
 
 
 MEANT = "MODEL is `demo`, the name of a diffusers class, or module:callable"
@@ -41,9 +45,6 @@ SHORT = {
 }
 
 
-PARTS = {"when": Policy, "what": Predictor, "where": Target}
-
-
 def config_from(text: str) -> Config | Recipe:
     """The config or recipe that a name, a JSON text or a JSON file stands for.
 
@@ -51,11 +52,15 @@ def config_from(text: str) -> Config | Recipe:
     """
     values = _json(text)
     if isinstance(values, str):
+        if values in presets():
+            return preset(values)
         values = {"config": values}
     if not isinstance(values, dict):
         raise ValueError("config: must be a name or a JSON object")
     if values.get("format") == FORMAT:
         return Calibration.load(text).config()
+    if values.get("format") == parts.FORMAT:
+        return Recipe.load(text) if text.endswith(ENDING) else Recipe.from_dict(values)
     if "when" in values:
         return recipe_from(values)
     values = dict(values)
@@ -63,7 +68,7 @@ def config_from(text: str) -> Config | Recipe:
     kind = CONFIGS.get(SHORT.get(name.lower(), name))
     if kind is None:
         raise ValueError(
-            f"config: {name!r} is not one of {', '.join(CONFIGS)}; write a name, or JSON such as "
+            f"config: {name!r} is not one of {', '.join((*CONFIGS, *presets()))}; write a name, or JSON such as "
             '{"config": "FirstBlockCacheConfig", "threshold": 0.1}'
         )
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
@@ -77,22 +82,14 @@ def config_from(text: str) -> Config | Recipe:
 
 def recipe_from(values: dict[str, Any]) -> Recipe:
     """A recipe from {"when": ..., "what": ..., "where": ...}; each a name or {name: fields}."""
-    if unknown := [key for key in values if key not in PARTS]:
+    if unknown := [key for key in values if key not in parts.BASES]:
         raise ValueError(f"config: a recipe has when, what and where, not {unknown[0]!r}")
     return Recipe(**{key: _part(key, value) for key, value in values.items()})
 
 
 def _part(key: str, value: Any) -> Any:
-    import fastcache
-
     name, given = (value, {}) if isinstance(value, str) else _single(key, value)
-    known = {
-        n: kind
-        for n in fastcache.__all__
-        if isinstance(kind := getattr(fastcache, n), type)
-        and issubclass(kind, PARTS[key])
-        and kind is not PARTS[key]  # a base class decides and predicts nothing
-    }
+    known = parts.TABLE[key]
     if name not in known:
         raise ValueError(f"config: {key} is {name!r}, must be one of {list(known)}")
     try:
@@ -112,36 +109,22 @@ def _single(key: str, value: Any) -> tuple[str, dict[str, Any]]:
 def _field(name: str, value: Any) -> Any:
     """What JSON cannot say: tuples, dtypes, and ratios by name or file."""
     if name in ("taylor_factors_dtype", "dtype") and isinstance(value, str):
-        return dtype_from(value)
+        return parts.dtype_named(value)
     if name == "mag_ratios" and isinstance(value, str):
         return FLUX_MAG_RATIOS if value == "flux" else Calibration.load(value).mag_ratios
     return tuple(value) if isinstance(value, list) else value
 
 
-def dtype_from(name: str) -> torch.dtype:
-    """A torch dtype by name."""
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype is {name!r}, must be the name of a torch dtype such as bfloat16")
-    return dtype
-
-
 def _json(text: str) -> Any:
     """The value of a JSON text or file; any other text is a name."""
-    label = "config"
-    if text.endswith(".json"):
-        path, label = Path(text), f"config {text}"
-        if not path.is_file():
-            raise FileNotFoundError(f"{label}: no such file")
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{label}: is larger than {MAX_BYTES >> 20} MiB")
-        text = path.read_text("utf-8")
-    elif not text.lstrip().startswith("{"):
+    if text.endswith(ENDING):
+        return FILE.load(Path(text), dict)
+    if not text.lstrip().startswith("{"):
         return text
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{label}: not JSON ({type(error).__name__})") from error
+        raise ValueError(f"config: not JSON ({type(error).__name__})") from error
 
 
 def object_from(text: str) -> Any:

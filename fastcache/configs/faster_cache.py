@@ -12,7 +12,7 @@ from ..checks import flag, real
 from ..policies import TimestepRange
 from ..predictors import Extrapolate, Reuse
 from ..recipe import Recipe, Rule
-from ..targets.spec import Guidance, Modules
+from ..targets.spec import Guidance, Modules, TimestepWeight
 from .base import BARE, Config
 from .patterns import SPATIAL_ATTENTION, TEMPORAL_ATTENTION
 
@@ -161,8 +161,7 @@ class FasterCacheConfig(Config):
         callback = getattr(self, f"{band}_frequency_weight_callback")
         if callback is not None:
             return lambda module, timestep: float(callback(module))
-        lo, hi = getattr(self, f"{band}_frequency_weight_update_timestep_range")
-        alpha = float(getattr(self, f"alpha_{band}_frequency"))
-        return lambda module, timestep: (
-            alpha if timestep is not None and lo < timestep < hi else 1.0
+        return TimestepWeight(
+            getattr(self, f"alpha_{band}_frequency"),
+            getattr(self, f"{band}_frequency_weight_update_timestep_range"),
         )

@@ -9,7 +9,8 @@ from typing import Any, Literal, TypedDict, overload
 
 import torch
 
-from .. import policies, predictors
+from ..parts import TABLE
+from ..predictors import Constant
 from ..recipe import Recipe
 from .base import Config
 from .mag_cache import FLUX_MAG_RATIOS
@@ -19,9 +20,6 @@ NAMED = {"FLUX_MAG_RATIOS": FLUX_MAG_RATIOS}
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-PARTS = {"when": policies, "what": predictors}
 
 
 class Row(TypedDict, total=False):
@@ -83,9 +81,9 @@ def preset(name: str, **changes: Any) -> Config | Recipe:
 def _recipe(name: str, row: Row, changes: dict[str, Any]) -> Recipe:
     """A row's policy and predictor, each with the changes that name a field of it."""
     parts, known = dict[str, Any](), set[str]()
-    for part, module in PARTS.items():
-        kind, given = row[part]  # type: ignore[literal-required]
-        made = getattr(module, kind)
+    for part in ("when", "what"):
+        kind, given = row[part]
+        made = TABLE[part][kind]
         own = {f.name for f in fields(made)}
         parts[part] = made(**{**given, **{k: v for k, v in changes.items() if k in own}})
         known |= own
@@ -102,7 +100,7 @@ def _value(key: str, value: Any) -> Any:
     if key == "taylor_factors_dtype":
         return DTYPES[value]
     if key.endswith("_callback"):
-        return lambda module, constant=value: constant
+        return Constant(value)
     if key.endswith("_range") and isinstance(value, list):
         return tuple(value)
     return NAMED.get(value, value) if isinstance(value, str) else value

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from math import isqrt
 
-from ..checks import interval_of, real, whole
+from ..checks import flag, interval_of, real, whole
 from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
 
 
@@ -132,6 +132,7 @@ class TimestepRange(Policy):
         object.__setattr__(
             self, "timesteps", interval_of("TimestepRange", "timesteps", self.timesteps)
         )
+        flag("TimestepRange", "conditional_only", self.conditional_only)
 
     @property
     def oldest(self) -> float:

@@ -2,7 +2,7 @@
 
 from .base import MAX_ORDER, Predictor
 from .dmd import DMD
-from .extrapolate import Extrapolate
+from .extrapolate import Constant, Extrapolate
 from .guided import Guided
 from .polynomials import Chebyshev, Hermite
 from .reuse import Reuse, Zeros
@@ -12,6 +12,7 @@ __all__ = [
     "DMD",
     "MAX_ORDER",
     "Chebyshev",
+    "Constant",
     "Extrapolate",
     "Guided",
     "Hermite",

@@ -11,6 +11,26 @@ from .base import Predictor
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A callable that always gives `weight`, where a config takes nothing but callables.
+
+    Args:
+        weight: unitless.
+    Raises:
+        TypeError: `weight` is no number.
+        ValueError: `weight` is not finite.
+    """
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", real("Constant", "weight", self.weight))
+
+    def __call__(self, *asked: Any) -> float:
+        return self.weight
+
+
+@dataclass(frozen=True)
 class Extrapolate(Predictor):
     """newest + weight * (newest - older).
 
@@ -27,7 +47,7 @@ class Extrapolate(Predictor):
 
     weight: float | Callable[[Any], float] = 0.5
     feeds_back: bool = True
-    ramp: tuple[int, int] | None = None
+    ramp: tuple[float, float] | None = None
     depth = 2
     forecasts = True
 
@@ -36,7 +56,7 @@ class Extrapolate(Predictor):
             object.__setattr__(self, "weight", real("Extrapolate", "weight", self.weight))
         flag("Extrapolate", "feeds_back", self.feeds_back)
         if self.ramp is not None:
-            interval_of("Extrapolate", "ramp", self.ramp)
+            object.__setattr__(self, "ramp", interval_of("Extrapolate", "ramp", self.ramp))
 
     @property
     def per_module(self) -> bool:

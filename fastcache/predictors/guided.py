@@ -41,13 +41,13 @@ class Guided(Predictor):
     forecasts = True
 
     def __post_init__(self) -> None:
-        whole("Guided", "order", self.order, 1, 2)
+        object.__setattr__(self, "order", whole("Guided", "order", self.order, 1, 2))
         if self.guide not in get_args(GuideName):
             raise ValueError(
                 f"Guided: guide is {self.guide!r}, must be 'residual', 'modulated' or 'input'"
             )
         object.__setattr__(self, "ridge", real("Guided", "ridge", self.ridge, 0.0))
-        whole("Guided", "tokens", self.tokens, 1)
+        object.__setattr__(self, "tokens", whole("Guided", "tokens", self.tokens, 1))
         if self.max_misfit is not None:
             object.__setattr__(
                 self, "max_misfit", real("Guided", "max_misfit", self.max_misfit, 0.0)

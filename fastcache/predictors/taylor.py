@@ -63,9 +63,9 @@ class TaylorTable(Predictor):
 
     Args:
         order: of the forecast, 0 to 4; order + 1 factors are kept.
-        dtype: torch dtype of the factors; None: that of the values.
+        dtype: floating torch dtype of the factors; None: that of the values.
     Raises:
-        TypeError: `order` is of another type; the message names it.
+        TypeError: a field is of another type; the message names it.
         ValueError: `order` is out of its range; the message names it.
     Source: TaylorSeer (arXiv 2503.06923), difference table of diffusers 0.42.1.
     """
@@ -76,6 +76,10 @@ class TaylorTable(Predictor):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "order", whole("TaylorTable", "order", self.order, 0, MAX_ORDER))
+        if self.dtype is not None and getattr(self.dtype, "is_floating_point", None) is not True:
+            raise TypeError(
+                f"TaylorTable: dtype is {self.dtype!r}, must be a floating torch dtype or None"
+            )
 
     @property
     def depth(self) -> int:  # type: ignore[override]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from ..checks import flag, identifiers, names_of, real, whole
+from ..checks import flag, identifiers, interval_of, names_of, real, text, whole
 
 Format = Literal["BCFHW", "BFCHW", "BCHW", "BSC"]
 Kind = Literal["attention", "self", "spatial", "temporal", "cross", "any"]
@@ -15,6 +15,32 @@ FORMATS, KINDS, FALLBACKS = get_args(Format), get_args(Kind), (None, *get_args(F
 
 # (module, timestep or None) -> weight of a frequency band, unitless
 Band = Callable[[Any, "float | None"], float]
+
+
+@dataclass(frozen=True)
+class TimestepWeight:
+    """A weight of a frequency band inside a timestep range, and 1 outside.
+
+    Args:
+        weight: unitless.
+        timesteps: (lo, hi), the range, in the model's scale; both ends lie outside it.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is out of its range, or not lo < hi; the message names it.
+    Source: FasterCache (arXiv 2410.19355), diffusers 0.42.1.
+    """
+
+    weight: float
+    timesteps: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        owner = "TimestepWeight"
+        object.__setattr__(self, "weight", real(owner, "weight", self.weight))
+        object.__setattr__(self, "timesteps", interval_of(owner, "timesteps", self.timesteps))
+
+    def __call__(self, module: Any, timestep: float | None = None) -> float:
+        lo, hi = self.timesteps
+        return self.weight if timestep is not None and lo < timestep < hi else 1.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +118,7 @@ class Modules(Target):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, identifiers("Modules", name, value))
+        text("Modules", "label", self.label)
         if self.patterns is None and self.kind == "any":
             raise ValueError(
                 "Modules: patterns is None and kind is 'any'; say which modules with patterns=(...)"
@@ -151,3 +178,4 @@ class Guidance(Target):
             if value is not None and not callable(value):
                 object.__setattr__(self, name, real("Guidance", name, value))
         flag("Guidance", "compounding", self.compounding)
+        text("Guidance", "label", self.label)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..cache import Cache, enable
-from ..configs.resolve import resolve
+from ..configs.given import settings_of
 from ..graphs.compiled import COMPILED
 from ..graphs.reentry import happens_twice
 from ..models.adapter import BlockAdapter
@@ -118,7 +118,7 @@ def inspect_model(
     Raises:
         TypeError, ValueError: as of `fastcache.enable`, such as where nothing can be hooked.
     """
-    recipe, own = resolve(config)
+    recipe, own = settings_of(config)
     if own is not None and own.wants_timestep and own.timestep_callback is None:
         own = replace(own, current_timestep_callback=lambda: 0.0)  # type: ignore[type-var]
     with enable(target, recipe if own is None else own, adapter=adapter) as cache:

@@ -1,0 +1,38 @@
+"""From whatever a user names settings by to a recipe."""
+
+from __future__ import annotations
+
+from os import PathLike, fspath
+
+from ..recipe import Recipe
+from .base import Config
+from .presets import preset, presets
+from .resolve import resolve
+
+ENDING = ".json"
+
+
+def settings_of(what: object) -> tuple[Recipe, Config | None]:
+    """Our recipe, and our copy of the config, for all that `enable` takes.
+
+    Args:
+        what: a Recipe, one of our configs or diffusers' own object, a preset's name, or the path of a recipe file.
+    Returns:
+        The recipe, and the config where there was one.
+    Raises:
+        TypeError: `what` is something else; the message names `config`.
+        ValueError: no preset has this name, or what is wrong with the file.
+    """
+    if isinstance(what, PathLike) or (isinstance(what, str) and what.endswith(ENDING)):
+        path = fspath(what)
+        if not isinstance(path, str) or not path.endswith(ENDING):
+            raise ValueError(f"config is {path!r}, must be a recipe file that ends in {ENDING}")
+        return Recipe.load(path), None
+    if isinstance(what, str):
+        if what not in presets():
+            raise ValueError(
+                f"config is {what!r}, must be the name of a preset ({', '.join(presets())}) or the path of a "
+                f"recipe file that ends in {ENDING}"
+            )
+        what = preset(what)
+    return resolve(what)
