@@ -19,6 +19,7 @@ MODELS = {
     "quality": "Flux",
     "balanced": "CogVideoX",
     "fast": "Wan3D",
+    "mask": "Flux",
     "flux": "Flux",
     "hunyuanvideo": "HunyuanVideo",
     "wan": "Wan3D",

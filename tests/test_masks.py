@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastcache
-from fastcache import Growing, Mask, Recipe, Taylor, steps_mask
+from fastcache import Growing, Mask, Recipe, Taylor, preset, presets, steps_mask
 
 NAMES = ("slow", "medium", "fast", "ultra")
 # what cache-dit 1.5.3 returns at 4 to 60 steps; it knows neither 5 nor 7
@@ -67,6 +69,40 @@ def test_a_mask_is_followed_exactly_whatever_predicts():
         )
     guarded = Recipe(Mask(steps_mask("fast", 6), warmup=5), Taylor(1))
     assert guarded.plan(6).computed == (0, 1, 2, 3, 4, 5)
+
+
+MASKS = {name: row for name, row in presets().items() if name.startswith("mask/")}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_preset_holds_the_mask_of_its_steps(name):
+    steps = MASKS[name]["steps"]
+    assert name == f"mask/{steps}"
+    assert preset(name).when == Mask(steps_mask("medium", steps), max_skips=0)
+    assert preset(name).plan(steps).computed == tuple(
+        i for i, m in enumerate(steps_mask("medium", steps)) if m
+    )
+
+
+def test_presets_of_few_steps_keep_their_lead_where_they_have_one():
+    """The figures of their rows, in dB to the uncached run: above fewer steps from 8 on, below at 4 and 6."""
+    pytest.importorskip("diffusers")
+    from fastcache.demo import metrics, sample
+    from fastcache.demo.model import load_model
+
+    torch.set_num_threads(1)
+    model, labels = load_model(), torch.arange(8) % 10
+    for name, row in MASKS.items():
+        steps, computed = row["steps"], sum(steps_mask("medium", row["steps"]))
+        wanted = sample.generate(model, labels, steps=steps, seed=3)
+        fewer = float(metrics.psnr(sample.generate(model, labels, steps=computed, seed=3), wanted))
+        with fastcache.enable(model, name) as cache:
+            images = sample.generate(model, labels, steps=steps, seed=3, cache=cache)
+            assert cache.stats.computed == computed
+        found = float(metrics.psnr(images, wanted))
+        said = [float(number) for number in re.findall(r"[0-9]+[.][0-9]", row["source"])][-2:]
+        assert [found, fewer] == pytest.approx(said, abs=0.5)
+        assert (found > fewer + 1) == (steps >= 8)
 
 
 def computed(n: int, first: int, total: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Settings by name: three budgets that were measured, and what others have published by model family."""
+"""Settings by name: budgets and masks that were measured, and what others have published by model family."""
 
 from __future__ import annotations
 
@@ -59,10 +59,11 @@ def preset(name: str, **changes: Any) -> Config | Recipe:
     """Settings by name, for `fastcache.enable`.
 
     Args:
-        name: a budget, "quality", "balanced" or "fast", or a model such as "flux" or "wan/taylorseer".
+        name: a budget, "quality", "balanced" or "fast", a mask for so many steps such as "mask/8", or a model
+            such as "flux" or "wan/taylorseer".
         changes: fields to replace: of the config, or of the recipe's policy and predictor.
     Returns:
-        A recipe for a budget, a config for a model.
+        A recipe for a budget or a mask, a config for a model.
     Raises:
         ValueError: the name is unknown; the message lists the names.
         TypeError: a field is unknown.
