@@ -94,14 +94,17 @@ def test_presets_of_few_steps_keep_their_lead_where_they_have_one():
     model, labels = load_model(), torch.arange(8) % 10
     for name, row in MASKS.items():
         steps, computed = row["steps"], sum(steps_mask("medium", row["steps"]))
-        wanted = sample.generate(model, labels, steps=steps, seed=3)
-        fewer = float(metrics.psnr(sample.generate(model, labels, steps=computed, seed=3), wanted))
-        with fastcache.enable(model, name) as cache:
-            images = sample.generate(model, labels, steps=steps, seed=3, cache=cache)
-            assert cache.stats.computed == computed
-        found = float(metrics.psnr(images, wanted))
+        found = fewer = 0.0
+        for seed in range(4):
+            wanted = sample.generate(model, labels, steps=steps, seed=seed)
+            short = sample.generate(model, labels, steps=computed, seed=seed)
+            fewer += float(metrics.psnr(short, wanted)) / 4
+            with fastcache.enable(model, name) as cache:
+                images = sample.generate(model, labels, steps=steps, seed=seed, cache=cache)
+                assert cache.stats.computed == computed
+            found += float(metrics.psnr(images, wanted)) / 4
         said = [float(number) for number in re.findall(r"[0-9]+[.][0-9]", row["source"])][-2:]
-        assert [found, fewer] == pytest.approx(said, abs=0.5)
+        assert [found, fewer] == pytest.approx(said, abs=0.2)
         assert (found > fewer + 1) == (steps >= 8)
 
 
