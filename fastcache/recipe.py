@@ -159,7 +159,7 @@ class Recipe:
         Returns:
             The recipe.
         Raises:
-            ValueError: there is no rule, or the rules cannot share a model.
+            ValueError: there is no rule, a rule makes no sense, or the rules cannot share a model.
         """
         for rule in rules:
             refuse_misfits(rule.when, rule.what, rule.where)

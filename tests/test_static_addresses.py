@@ -28,6 +28,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "taylorseer": lambda: fastcache.TaylorSeerCacheConfig(
         cache_interval=3, disable_cache_before_step=1
     ),
+    "dmd": lambda: fastcache.Recipe(fastcache.Interval(3), fastcache.DMD()),
+    "chebyshev": lambda: fastcache.Recipe(fastcache.Interval(3), fastcache.Chebyshev()),
 }
 
 

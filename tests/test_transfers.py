@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 import fastcache
 from fastcache import (
+    DMD,
+    Chebyshev,
     Extrapolate,
     FirstBlock,
     Guided,
@@ -59,6 +61,9 @@ SCHEDULED: dict[str, Callable[[], Any]] = {
     ),
     "taylor": lambda: Recipe(Interval(3, warmup=1), Taylor(2)),
     "guided": lambda: Recipe(Interval(4, warmup=3), Guided(2)),
+    "chebyshev": lambda: Recipe(Interval(3), Chebyshev()),
+    "dmd": lambda: Recipe(Interval(3), DMD()),
+    "dmd of modules": lambda: Recipe(Interval(3), DMD(), Modules()),
     "balanced": lambda: fastcache.preset("balanced"),
     "quality": lambda: fastcache.preset("quality"),
 }
