@@ -103,7 +103,7 @@ PREDICTORS = {
         "max_misfit": optional(shares),
     },
     Hermite: {"order": st.integers(0, 4), "scale": st.floats(0.01, 0.99)},
-    Chebyshev: {"degree": st.integers(0, 6), "ridge": shares, "keep": st.integers(1, 8)},
+    Chebyshev: {"degree": st.integers(0, 6), "ridge": shares, "keep": st.integers(1, 7)},
     DMD: {"keep": st.integers(4, 8), "ridge": shares},
 }  # fmt: skip
 band = optional(reals | st.builds(TimestepWeight, reals, ranges))

@@ -74,7 +74,7 @@ class Chebyshev(Predictor):
     Args:
         degree: highest polynomial, a count >= 0.
         ridge: pull of the coefficients toward zero, unitless, >= 0.
-        keep: values kept and fitted, 1 to 8. A sum of more than five tensors takes a second launch.
+        keep: values kept and fitted, 1 to 7: as many as one launch sums with what they are added to.
     Raises:
         TypeError: a field is of another type; the message names it.
         ValueError: a field is out of its range; the message names it.
@@ -89,7 +89,7 @@ class Chebyshev(Predictor):
     def __post_init__(self) -> None:
         object.__setattr__(self, "degree", whole("Chebyshev", "degree", self.degree, 0, 16))
         object.__setattr__(self, "ridge", real("Chebyshev", "ridge", self.ridge, 0.0))
-        object.__setattr__(self, "keep", whole("Chebyshev", "keep", self.keep, 1, 8))
+        object.__setattr__(self, "keep", whole("Chebyshev", "keep", self.keep, 1, 7))
 
     @property
     def depth(self) -> int:  # type: ignore[override]

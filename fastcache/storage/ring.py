@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops import direct
-from .allocate import stacked
+from ..ops.passes import in_passes
+from .allocate import stacked, static
 from .history import Timeline
 from .stream import Stream
 
@@ -25,7 +26,7 @@ _combine = direct("linear_combine_")
 _combine_device = direct("linear_combine_device_")
 
 
-KERNEL_TERMS = 5
+KERNEL_TERMS = 8  # in one launch
 
 
 def tail(row: Tensor, like: Tensor | None) -> Tensor:
@@ -198,8 +199,8 @@ def weighted(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """base + sum weights * rows in one launch, and one more per four terms beyond five; without a base the sum
-    alone, also into `out`, which may be one of the rows, the oldest."""
+    """base + sum weights * rows in one launch, and one more per seven terms beyond eight; without a base the sum
+    alone, also into `out`, which may be one of the rows."""
     if base is not None:
         out = torch.empty_like(rows[0], dtype=base.dtype)
         if len(rows) == 1 and weights[0] == 1.0:
@@ -213,12 +214,8 @@ def weighted(
     if 0.0 in factors:
         used = [i for i, w in enumerate(factors) if w != 0.0] or [0]
         terms, factors = [terms[i] for i in used], [factors[i] for i in used]
-    if (
-        len(terms) > KERNEL_TERMS
-    ):  # the oldest row first: it may be `out`, which the first launch overwrites
-        terms, factors = terms[::-1], factors[::-1]
-    _combine(out, terms[:KERNEL_TERMS], factors[:KERNEL_TERMS])
-    for at in range(KERNEL_TERMS, len(terms), KERNEL_TERMS - 1):
-        more = slice(at, at + KERNEL_TERMS - 1)
-        _combine(out, [out, *terms[more]], [1.0, *factors[more]])
+    if len(terms) <= KERNEL_TERMS:
+        _combine(out, terms, factors)
+    else:
+        in_passes(_combine, KERNEL_TERMS, out, terms, factors)
     return out

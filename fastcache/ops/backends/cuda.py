@@ -2,7 +2,7 @@
 
 Built only where nvcc and a CUDA build of torch are present; none of it has run on a GPU yet. The
 shared object holds the operators `fastcache_cuda::*`: both metrics in a single launch each, and
-weighted sums of up to five tensors of one dtype.
+weighted sums of tensors of one dtype, five a launch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..passes import in_passes
 from ..reference import guidance_combine, taylor_update
 from . import cpp
 
@@ -32,6 +33,9 @@ __all__ = [
 
 
 LIBRARY = Path(__file__).parents[2] / "_cuda_ops.so"
+
+
+TERMS = 5  # of one launch, csrc/cuda/kernels.h
 
 
 BLOCKS = 512  # of a reduction, csrc/cuda/kernels.h
@@ -118,4 +122,4 @@ def linear_combine(
 ) -> None:
     if out.numel():
         op = "linear_combine_device" if isinstance(weights, Tensor) else "linear_combine"
-        _op(op)(out, tensors, weights)
+        in_passes(_op(op), TERMS, out, tensors, weights)
