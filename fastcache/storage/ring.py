@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import direct
 from ..ops.passes import in_passes
-from .allocate import stacked, static
+from .allocate import stacked
 from .history import Timeline
 from .stream import Stream
 
