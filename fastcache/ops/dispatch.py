@@ -66,7 +66,8 @@ def backend(name: str) -> Iterator[None]:
 
 @cache
 def _preferred(device: str) -> str:
-    return next(n for n, row in BACKENDS.items() if row.wanted_on(device) and row.status is True)
+    chosen = (n for n, row in BACKENDS.items() if device in row.chosen_on and row.status is True)
+    return next(chosen, REFERENCE)
 
 
 def active(device: str = "cpu") -> str:

@@ -1,4 +1,4 @@
-"""Who implements the ops: a row per backend, best first."""
+"""Who implements the ops: a row per backend, the reference and then the kernels, best first."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Backend:
             at the first use. It may export `available()`, True or why it does not work here, and
             `takes_dtypes(op, dtypes)`, whether its kernel of an op takes that mix.
         devices: types of devices whose tensors it can read; None: of all.
-        chosen_on: types of devices on which "auto" takes it, where no row above works; None: on all.
+        chosen_on: types of devices on which "auto" takes it, where no row above works.
         works: True, or why it cannot be used here, asked before the module is imported; None: its module says.
     """
 
     name: str
     module: str
     devices: tuple[str, ...] | None = None
-    chosen_on: tuple[str, ...] | None = None
+    chosen_on: tuple[str, ...] = ()
     works: Callable[[], bool | str] | None = None
 
     @cached_property
@@ -55,10 +55,6 @@ class Backend:
         """Whether it can run on tensors of this type of device."""
         return self.devices is None or device in self.devices
 
-    def wanted_on(self, device: str) -> bool:
-        """Whether "auto" may take it there."""
-        return self.chosen_on is None or device in self.chosen_on
-
     def kernel(self, op: str) -> Callable | None:
         """Its function for an op; None where it has none."""
         return getattr(self._imported, op, None)
@@ -77,9 +73,10 @@ def _triton_works() -> bool | str:
     return "no GPU is visible (set TRITON_INTERPRET=1 before the start to run the kernels in the interpreter)"
 
 
-# On each device the first row that works there is taken. CUDA C++ stays behind Triton until a GPU run shows it
-# ahead. Triton's interpreter reads CPU tensors too.
+# On each device the first row that is chosen and works there is taken, else the reference. CUDA C++ stays
+# behind Triton until a GPU run shows it ahead. Triton's interpreter reads CPU tensors too.
 ROWS = (
+    Backend(REFERENCE, "fastcache.ops.reference", works=lambda: True),
     Backend("cpp", "fastcache.ops.backends.cpp", ("cpu",), ("cpu",)),
     Backend(
         "triton",
@@ -89,7 +86,6 @@ ROWS = (
         _triton_works,
     ),
     Backend("cuda", "fastcache.ops.backends.cuda", ("cuda",), ("cuda",)),
-    Backend(REFERENCE, "fastcache.ops.reference", works=lambda: True),
 )
 
 BACKENDS = {row.name: row for row in ROWS}
