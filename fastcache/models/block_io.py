@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .adapter import ENCODER, HIDDEN, Block
@@ -22,6 +23,26 @@ def shifted(x: Any, table: Any, given: Any) -> Any:
     if given.dim() == 3:  # one modulation for all tokens of a sample
         shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
     return x * (1 + scale) + shift
+
+
+def field_names(output: Any) -> tuple[str, ...]:
+    """Names of the entries of a returned dict or dataclass; empty for anything else."""
+    if isinstance(output, Mapping):
+        return tuple(output)
+    if dataclasses.is_dataclass(output):
+        return tuple(field.name for field in dataclasses.fields(output))
+    return ()
+
+
+def entries(output: Any) -> Sequence[Any] | None:
+    """What a block has returned, one after the other; None for a bare tensor."""
+    if isinstance(output, tuple | list):
+        return output
+    if hasattr(output, "shape"):
+        return None
+    if isinstance(output, Mapping):
+        return list(output.values())
+    return [getattr(output, name) for name in field_names(output)] or None
 
 
 class BlockIO:
@@ -82,12 +103,17 @@ class BlockIO:
     def positions(
         self, output: Any, hidden: Any, encoder: Any, learnt: Positions | None
     ) -> tuple[int | None, int | None]:
-        """Where the image and the text stream are in a returned tuple; (None, None) for a bare tensor.
+        """Where the image and the text stream are among the returned entries; (None, None) for a bare tensor.
 
         hidden, encoder: what the block was called with. learnt: places that a recording call has seen.
         """
-        if not isinstance(output, tuple | list):
+        found = entries(output)
+        if found is None:
             return None, None
+        if found is not output and self.hidden in (names := field_names(output)):
+            at = names.index(self.encoder) if self.encoder in names else None
+            return names.index(self.hidden), at
+        output = found
         if self.returns is not None:
             whole = len(output) >= len(self.returns)
             return self.declared if whole else declared(self.returns[: len(output)])
@@ -108,10 +134,10 @@ class BlockIO:
     ) -> tuple[Any, Any]:
         """(hidden, encoder) as the block has returned them; text that it does not return is as it came."""
         hidden_at, encoder_at = self.positions(output, hidden, encoder, learnt)
-        return (
-            output if hidden_at is None else output[hidden_at],
-            encoder if encoder_at is None else output[encoder_at],
-        )
+        if hidden_at is None:
+            return output, encoder
+        found: Any = entries(output)
+        return found[hidden_at], encoder if encoder_at is None else found[encoder_at]
 
     def taken_apart(
         self, output: Any, hidden: Any, encoder: Any, learnt: Positions | None
@@ -121,9 +147,10 @@ class BlockIO:
         if hidden_at is None:
             return output, encoder, {}
         extra: dict[int, Any] = {}
+        found: Any = entries(output)
         if self.returns is None:
-            extra = {i: v for i, v in enumerate(output) if i not in (hidden_at, encoder_at)}
-        return output[hidden_at], None if encoder_at is None else output[encoder_at], extra
+            extra = {i: v for i, v in enumerate(found) if i not in (hidden_at, encoder_at)}
+        return found[hidden_at], None if encoder_at is None else found[encoder_at], extra
 
 
 def declared(returns: Sequence[str]) -> Positions:

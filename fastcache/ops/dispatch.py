@@ -223,7 +223,8 @@ def resolve(
         if first.is_cuda and _forced.get() == AUTO:
             _report(op, tensors, "no kernels work on this device")
         return function(REFERENCE, op), tensors
-    shape, dtype, dense, uniform = first.shape, first.dtype, True, True
+    shape, dtype, dense = first.shape, first.dtype, True
+    uniform = dtype is not torch.float64  # which no kernel takes
     for t in tensors:
         if t.shape != shape:
             raise ValueError(f"{op}: shapes {tuple(shape)} and {tuple(t.shape)} differ")
@@ -257,8 +258,9 @@ def _kernel(name: str, op: str) -> Callable | None:
 
 def _takes_dtypes(name: str, op: str, tensors: list[Tensor]) -> bool:
     """Whether a kernel takes this mix of dtypes."""
+    dtypes = [t.dtype for t in tensors]
     mixed = getattr(importlib.import_module(MODULES[name]), "takes_dtypes", None)
-    return mixed is None or mixed(op, [t.dtype for t in tensors])
+    return torch.float64 not in dtypes and (mixed is None or mixed(op, dtypes))
 
 
 class Watcher(Protocol):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..ops import dispatch
-from ..storage.allocate import NoRoom
+from ..policies import COMPUTE
+from ..storage.allocate import NoRoom, Unfit
 from ..storage.pool import Slots
 from ..storage.state import State
 from ..targets.bind import BoundModel
@@ -29,6 +30,7 @@ class Executor:
         self.original, self.pool = original, pool
         self.control, self.targets, self.guidance = bound.control, bound.targets, bound.guidance
         self.stacks, self.modules = bound.stacks, bound.modules
+        self.stack = self.stacks[0] if self.stacks else None  # at most one
         self.budget, self.group = settings.budget, settings.process_group
         self.notices, self.kernels = settings.notices, settings.backend
         self.lock, self.stats = settings.lock, settings.stats
@@ -47,19 +49,37 @@ class Executor:
                 )
             if not (state.out_of_memory or state.uncached_step):
                 try:
-                    recorded = control.begin_step(self.targets)
-                    if not recorded:
-                        return self.record(args, kwargs)
-                    if self.plain:
-                        return (run or self.original)(*args, **kwargs)
-                    with self.backend():
-                        return self.around(run or self.original, args, kwargs)
+                    try:
+                        recorded = control.begin_step(self.targets)
+                        if not recorded:
+                            output = self.record(args, kwargs)
+                        elif self.plain:
+                            output = (run or self.original)(*args, **kwargs)
+                        else:
+                            with self.backend():
+                                output = self.around(run or self.original, args, kwargs)
+                        if self.stack is None or not self.stack.unanswered():
+                            return output
+                    except Unfit as error:
+                        LOG.debug("what is held does not fit: %s", error)
+                    return self._anew(state, args, kwargs)
                 except NoRoom as error:
                     self.give_up(state, error)
             return self._without(state, args, kwargs)
         finally:
             control.inside = False
             control.end_step()
+
+    def _anew(self, state: State, args: tuple, kwargs: dict) -> Any:
+        """What was to be reused does not fit this call, which has shown it half way: compute it, and learn anew."""
+        for timeline, target in zip(state.timelines, self.targets, strict=True):
+            timeline.clear()
+            if self.control.actions[target.rule] != COMPUTE:
+                target.decider.compute_instead("what is held does not fit this call")
+        self.pool.drop(state)
+        self.control.batch = "full"
+        self.control.begin_step(self.targets)
+        return self.record(args, kwargs)
 
     def record(self, args: tuple, kwargs: dict) -> Any:
         """A call that allocates storage, and that shows how the model drives what is hooked."""

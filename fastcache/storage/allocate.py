@@ -17,6 +17,10 @@ class NoRoom(RuntimeError):
     """There was no memory for a cached tensor."""
 
 
+class Unfit(RuntimeError):
+    """What is held was learnt of other calls than this one, which is computed instead."""
+
+
 def allocate(
     shape: Sequence[int],
     dtype: torch.dtype,
@@ -83,6 +87,6 @@ def device_of(signature: tuple) -> torch.device:
 
     A timestep may come from the host, and may come first.
     """
-    devices = [device for _, _, device in signature]
+    devices = [entry[2] for entry in signature if isinstance(entry, tuple)]
     host = torch.device("cpu")
     return next((device for device in devices if device.type != "cpu"), host)

@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 
+from ...models.block_io import BlockIO
 from ...policies import COMPUTE, REUSE
+from ...storage.allocate import Unfit
 from ..control import WHOLE
+from ..outputs import ReturnLayout
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import kept_output, look_at_input, look_at_output, note_decided
 from .recording import Recorder
 from .residual import keep, predict
 from .roles import BLOCK, ROLES, BlockStandIn, roles_of
+from .segments import continues_previous
+from .way import version
 
 NOTHING = Entered(None, None)
 
@@ -28,19 +33,28 @@ class BlockListHook:
 
     def __init__(self, stack: Stack, blocks: BlockList) -> None:
         self.stack, self.blocks, self.control = stack, blocks, stack.control
-        self.first_io, self.last_io = blocks.first_io, blocks.last_io
-        self.replaced_io = blocks.replaced_io
         self.modules, self.probed = blocks.modules, blocks.probed
         self._take(Layout(), Place())
         self.opener = self  # the hook of the list that opens its segment
         self.recorder: Recorder | None = None  # of the running call
         self.entered = NOTHING  # by the segment that this list opens, until it is left
         self.reused: list | None = None  # handed out on reused steps, where nothing is compiled
-        # made beforehand, since traced code cannot make them
+        self.furnish()
+
+    def furnish(self) -> None:
+        """Make what stands in for the blocks that there are: beforehand, since traced code cannot."""
+        blocks = self.blocks
+        self.first_io, self.last_io = blocks.first_io, blocks.last_io
+        self.replaced_io = blocks.replaced_io
+        self.reused = None
         self.stand_ins = {
-            role: [BlockStandIn(getattr(self, role), block) for block in blocks.blocks()]
+            role: [BlockStandIn(getattr(self, role), block) for block in blocks.known]
             for role in ROLES
         }
+        self.between = [
+            BlockStandIn(partial(self._run_between, i, block), block)
+            for i, block in enumerate(blocks.known)
+        ]
 
     def watch(self, recorder: Recorder | None) -> None:
         """Hand out what the recorder of this call stands in with; None: no call is recorded."""
@@ -99,7 +113,10 @@ class BlockListHook:
 
     def _items(self, roles: list[str]) -> list:
         """The stand-ins that play these roles, or the blocks themselves, each in its place."""
-        blocks = self.blocks.blocks() if BLOCK in roles else []  # traced code guards what it reads
+        blocks: list = []
+        if BLOCK in roles:  # traced code guards what it reads
+            traced = torch.compiler.is_compiling()
+            blocks = self.blocks.blocks() if traced else self.between
         return [
             blocks[i] if role == BLOCK else self.stand_ins[role][i] for i, role in enumerate(roles)
         ]
@@ -136,12 +153,23 @@ class BlockListHook:
     def first(self, *args: Any, **kwargs: Any) -> Any:
         """The first block of a segment."""
         look_at_input(self.stack, self.blocks, args, kwargs)
-        self._enter(*self.first_io.read(args, kwargs))
-        return self.blocks.blocks()[0](*args, **kwargs)
+        hidden, encoder = self.first_io.read(args, kwargs)
+        watched = not torch.compiler.is_compiling()
+        if watched:
+            self._note_arrival(0, hidden)
+        self._enter(hidden, encoder)
+        output = self.blocks.blocks()[0](*args, **kwargs)
+        if watched:
+            self._note_passed(self.first_io, output, hidden, encoder, self.returns)
+        return output
 
     def last(self, *args: Any, **kwargs: Any) -> Any:
         """The last block of a segment."""
-        output = self.blocks.blocks()[-1](*args, **kwargs)
+        index = len(self.modules) - 1
+        if torch.compiler.is_compiling():
+            output = self.blocks.blocks()[-1](*args, **kwargs)
+        else:
+            output = self._run_between(index, self.blocks.known[index], *args, **kwargs)
         self._leave(args, kwargs, output)
         return output
 
@@ -151,6 +179,44 @@ class BlockListHook:
         self._leave(args, kwargs, output)
         return output
 
+    def _run_between(self, index: int, block: Any, *args: Any, **kwargs: Any) -> Any:
+        """A block that nothing stands in for, watched (eager only)."""
+        io = self.blocks.io(index)
+        hidden, encoder = io.read(args, kwargs)
+        self._note_arrival(index, hidden)
+        output = block(*args, **kwargs)
+        self._note_passed(io, output, hidden, encoder)
+        return output
+
+    def _note_arrival(self, index: int, hidden: Any) -> None:
+        """A block is called: note it, and whether this list still goes on where the one before has stopped."""
+        way = self.stack.way
+        if way is None:
+            return
+        before = way.left
+        direct = way.arrive(self.blocks.index, index, hidden)
+        joined = not (index or direct or self.opens or self.loop_does_more) and self.segment >= 0
+        if joined and before is not None and not continues_previous(before, hidden):
+            way.broken = True
+
+    def _note_passed(
+        self,
+        io: BlockIO,
+        output: Any,
+        hidden: Any,
+        encoder: Any,
+        returns: ReturnLayout | None = None,
+    ) -> None:
+        """A block has run. returns: how it is known to give back its streams, where that is relied on."""
+        way = self.stack.way
+        if way is None:
+            return
+        way.leave(io.streams(output, hidden, encoder, self.positions)[0])
+        if returns is not None:
+            places = io.positions(output, hidden, encoder, self.positions)
+            if ReturnLayout.of(output, *places) != returns:
+                way.broken = True
+
     def _enter(self, hidden: Any, encoder: Any) -> None:
         """Note what enters the segment that this list opens."""
         stack = self.stack
@@ -158,7 +224,8 @@ class BlockListHook:
             hidden = hidden.clone()
         if not stack.keeps_text and self.control.actions[stack.rule] != REUSE:
             encoder = None  # not to be kept alive: its residual is not stored
-        self.entered = Entered(hidden, encoder)
+        counted = -1 if torch.compiler.is_compiling() else version(hidden)
+        self.entered = Entered(hidden, encoder, counted)
 
     def _take_entered(self) -> Entered:
         """What entered the segment, which is left now."""
@@ -171,18 +238,27 @@ class BlockListHook:
         hidden, encoder = self.last_io.read(args, kwargs)
         left = Left(*self.last_io.taken_apart(output, hidden, encoder, self.positions))
         entered = self.opener._take_entered()
+        if not torch.compiler.is_compiling():
+            way = stack.way
+            written = entered.version != version(entered.hidden)
+            if way is None or way.broken or written or entered.hidden is None:
+                if way is not None:
+                    way.broken = True
+                return
+            stack.refit(self.segment, entered, left)
         keep(state, stack.rule, self.segment, entered, left, stack.measure)
 
     # --- roles of the block that always runs --------------------------------------------------------------
 
     def run_first(self, *args: Any, **kwargs: Any) -> Any:
         """The first block of the stack, where the policy or the predictor wants to see its change."""
-        x, encoder = self.first_io.read(args, kwargs)
+        x, text = self.first_io.read(args, kwargs)
         if self.writes_inputs:
             x = x.clone()
         output = self.blocks.blocks()[0](*args, **kwargs)
-        hidden, encoder = self.first_io.streams(output, x, encoder, self.positions)
+        hidden, encoder = self.first_io.streams(output, x, text, self.positions)
         look_at_output(self.stack, hidden, encoder, x, self.returns)
+        self._note_first(x, output, text)
         self._go_on(hidden, encoder)
         return output
 
@@ -191,14 +267,24 @@ class BlockListHook:
         x, encoder = self.first_io.read(args, kwargs)
         hidden, encoder, now = kept_output(self.control.state.head, x, encoder)
         note_decided(self.stack, hidden, x, now)
+        output = self.returns.build(hidden, encoder, {})
+        self._note_first(x, output, encoder)
         self._go_on(hidden, encoder)
-        return self.returns.build(hidden, encoder, {})
+        return output
 
     def _go_on(self, hidden: Any, encoder: Any) -> None:
         """Enter the segment that begins after the block that always runs."""
         if self.opens:
             if self.loop_does_more or self.control.actions[self.stack.rule] != REUSE:
                 self._enter(hidden, encoder)
+
+    def _note_first(self, x: Any, output: Any, encoder: Any) -> None:
+        """The block that always runs has run, and the step is computed."""
+        if self.control.actions[self.stack.rule] == REUSE or torch.compiler.is_compiling():
+            return
+        self.stack.start_way()
+        self._note_arrival(0, x)
+        self._note_passed(self.first_io, output, x, encoder, self.returns)
 
     # --- roles on reused steps ----------------------------------------------------------------------------
 
@@ -209,7 +295,10 @@ class BlockListHook:
             look_at_input(stack, self.blocks, args, kwargs)
         hidden, encoder = self.replaced_io.read(args, kwargs)
         unit = control.state.units[stack.rule][self.segment]
-        usual = stack.guide is None and not control.may_be_compiled
+        eager = not control.may_be_compiled
+        if eager:
+            control.predicted += 1
+        usual = eager and stack.guide is None
         weights = control.weights[stack.rule] if usual else self._weights()
         return predict(unit, hidden, encoder, weights, self.returns)
 
@@ -226,7 +315,11 @@ class BlockListHook:
 
     def leave_segment(self, *args: Any, **kwargs: Any) -> Any:
         """The last block of a segment whose loop does more: what the loop did on the way is cached too."""
-        hidden, encoder = self.opener._take_entered()
+        hidden, encoder, _ = self.opener._take_entered()
+        if hidden is None:
+            raise Unfit("its first block was left out")
+        if not self.control.may_be_compiled:
+            self.control.predicted += 1
         unit = self.control.state.units[self.stack.rule][self.segment]
         return predict(unit, hidden, encoder, self._weights(), self.returns)
 

@@ -12,7 +12,7 @@ from ...policies import COMPUTE
 from ...storage.allocate import allocate, strides_of
 from ...storage.ring import tail
 from ...storage.state import State
-from ..control import HEAD, Stop
+from ..control import HEAD, PENDING, Stop
 from ..guide import Guide
 from ..outputs import ReturnLayout
 from .layout import BlockList, Stack
@@ -28,8 +28,9 @@ def look_at_output(
     returns: how the block returns its streams. In the head region of a compiled step it raises Stop, having
     kept what the block returned.
     """
-    stack.decider.measure(hidden, x)
     control, guide = stack.control, stack.guide
+    if control.phase == HEAD or control.actions[stack.rule] == PENDING:
+        stack.decider.measure(hidden, x)
     now = None if guide is None else guide.of(hidden, x)
     if control.phase == HEAD:
         keep_output(control.state.head, hidden, encoder, now)
@@ -74,8 +75,13 @@ def keep_residual(head: dict[str, Any], hidden: Tensor, x: Tensor) -> None:
         tail(head["residual"], x).copy_(hidden - x)
         return
     held = head.get("residual")
-    if held is None or held.shape[1:] != x.shape[1:] or held.shape[0] < x.shape[0]:
-        head["residual"] = allocate(x.shape, x.dtype, x.device, strides_of(hidden))
+    if (
+        held is None
+        or held.shape[1:] != x.shape[1:]
+        or held.shape[0] < x.shape[0]
+        or (held.dtype, held.device) != (hidden.dtype, hidden.device)
+    ):
+        head["residual"] = allocate(x.shape, hidden.dtype, hidden.device, strides_of(hidden))
     _store(tail(head["residual"], x), hidden, x)
 
 
@@ -84,7 +90,12 @@ def keep_residual(head: dict[str, Any], hidden: Tensor, x: Tensor) -> None:
 
 def lacks_slots(stack: Stack, state: State) -> bool:
     """Whether such a step has nowhere to keep it."""
-    return stack.signal != "" and "hidden" not in state.head
+    if stack.signal == "":
+        return False
+    held, like = state.head.get("hidden"), state.head.get("residual")
+    if held is None or like is None:
+        return held is None
+    return (held.shape, held.dtype) != (like.shape, like.dtype)
 
 
 def allocate_slots(head: dict[str, Any], hidden: Tensor, encoder: Any, guide: Guide | None) -> None:
