@@ -1,8 +1,8 @@
 """The eager definition of every op: what the C++, Triton and CUDA kernels must compute.
 
 Shortest correct PyTorch, no speed tricks. Every function works on any device and any strides; `ops.py`
-has checked its arguments. Arithmetic is float32 (float64 where values are, and reductions), inputs are read in their storage
-dtype and every output is rounded once, to the nearest even value of its own dtype.
+has checked its arguments. Arithmetic is float32 (float64 of float64 values, and in reductions), inputs are
+read in their storage dtype and every output is rounded once, to the nearest even value of its own dtype.
 
 A residual r = y - x is rounded to the dtype it is stored in *before* it is compared with another one:
 that is the value a later step will read.

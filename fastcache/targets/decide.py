@@ -111,7 +111,11 @@ class RuleDecider:
         if self.measures == "misfit":
             measured = self._misfit(state, hidden, x)
         elif "kept" in state.head:  # a computed step has left a residual
-            measured = first_change(hidden, x, tail(state.head["residual"], x), self.per_sample)
+            before = tail(state.head["residual"], x)
+            if before.shape != x.shape:  # of another length
+                self.decide_with(None)
+                return
+            measured = first_change(hidden, x, before, self.per_sample)
             if control.phase == HEAD:
                 tail(state.head["sums"], measured).copy_(measured)
         if control.phase != HEAD:

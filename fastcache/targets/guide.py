@@ -9,7 +9,7 @@ from ..ops import direct
 from ..policies import COMPUTE, REUSE
 from ..predictors import Guided
 from ..storage.allocate import allocate
-from ..storage.ring import Ring
+from ..storage.ring import Ring, fitting
 from ..storage.state import State
 
 _weights = direct("guided_weights")
@@ -30,7 +30,7 @@ class Guide:
         """Take in the guide of the running step: keep it, or read the weights off it."""
         with torch.no_grad():
             head = state.head
-            if not torch.compiler.is_compiling() and "guides" not in head:
+            if not torch.compiler.is_compiling() and not self._fits(head, guide, action):
                 head["guides"] = Ring(guide, state.timelines[rule])
                 head["weights"] = allocate((self.predictor.depth + 1,), torch.float32, guide.device)
                 head["misfit"] = allocate((1,), torch.float32, guide.device)
@@ -42,6 +42,18 @@ class Guide:
                 head["misfit"].copy_(misfit)
             elif action == COMPUTE:
                 head["guides"].store(guide, None, 0)
+
+    @staticmethod
+    def _fits(head: dict, guide: Tensor, action: str) -> bool:
+        """Whether there is storage for such a guide; one that is only looked at raises where it does not fit."""
+        if "guides" not in head:
+            return False
+        row = head["guides"].views[0]
+        if action != COMPUTE:
+            fitting(row, guide)
+            return True
+        held, now = (row.shape, row.dtype, row.device), (guide.shape, guide.dtype, guide.device)
+        return held == now or (held[0][1:], *held[1:]) == (now[0][1:], *now[1:])
 
     def stage(self, state: State, prior: tuple[float, ...]) -> None:
         """Have the device hold the prior of this step."""

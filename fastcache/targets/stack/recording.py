@@ -66,6 +66,7 @@ class Recorder:
         self.loop_does_more = known.loop_does_more
         self.writes_inputs = known.writes_inputs
         self.events: list[Event] = []
+        self.counts: list[tuple[Tensor, int]] = []  # what lists have returned, and its version then
         self.seen = [Seen(place.positions) for place in known.places or [Place()] * len(lists)]
         self.returned: list[weakref.ref] = []  # what each block has returned
 
@@ -95,11 +96,19 @@ class Recorder:
             self._note_written(at, output)
         if index == last:
             positions = self.seen[at].positions
-            self.seen[at].left = Left(*io.taken_apart(output, hidden, encoder, positions))
+            left = Left(*io.taken_apart(output, hidden, encoder, positions))
+            self.seen[at].left = self._kept(left)
             self.events.append((at, LEAVE))
             if self._collected((*args, *kwargs.values())):
                 self._refuse_collected()
         return output
+
+    def _kept(self, left: Left) -> Left:
+        """What a list has returned, as it is now: where the model writes into its streams, a copy."""
+        if not self.writes_inputs:
+            self.counts.append((left.hidden, version(left.hidden)))
+            return left
+        return left._replace(hidden=left.hidden.clone())
 
     def _run_probed(self, at: int, block: nn.Module, io: BlockIO, args: tuple, kwargs: dict) -> Any:
         """The block that always runs: the step is decided by its change, and the segment begins after it."""
@@ -198,6 +207,8 @@ class Recorder:
         if untouched and passed.copy is not None:
             untouched = sync.same(passed.copy, hidden)
         self.loop_does_more = self.loop_does_more or not untouched
+        # written into between blocks, so perhaps also where those only pass on what enters
+        self.writes_inputs = self.writes_inputs or (before is hidden and not untouched)
 
     def _learn(self, seen: Seen, passed: Passed, hidden: Any, encoder: Any) -> None:
         """The order of a returned tuple, from what the model hands to the next block as what."""
@@ -272,6 +283,11 @@ class Recorder:
                 raise
             self.learns = False
             return known
+        if any(version(hidden) != count for hidden, count in self.counts):
+            self.learns, self.writes_inputs = (
+                False,
+                True,
+            )  # too late for a copy: the next call makes one
         loop_does_more = self.loop_does_more or interleaved
         for segment in segments:
             self._settle_written(self.seen[segment.lists[0]])

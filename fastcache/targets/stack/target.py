@@ -88,7 +88,11 @@ class StackTarget:
         control = self.control
         units, action = control.state.units[self.rule], control.actions[self.rule]
         self.way = None
-        if action == COMPUTE or self.layout.number not in units:
+        if (
+            action == COMPUTE
+            or self.layout.number not in units
+            or (action != REUSE and self._resized())
+        ):
             self.start_way()
         if action != REUSE or self.layout.loop_does_more:
             for hook in self.hooks:
@@ -105,6 +109,13 @@ class StackTarget:
         self.way = Way()
         if any(blocks.changed() for blocks in self.lists):
             self._refurnish()
+
+    def _resized(self) -> bool:
+        """Whether blocks were added or taken away."""
+        for blocks in self.lists:
+            if len(blocks.modules._modules) != blocks.count:
+                return True
+        return False
 
     def _refurnish(self) -> None:
         """The lists hold other blocks than they did: forget how they run."""
@@ -141,9 +152,8 @@ class StackTarget:
             return False
         if self.layout.number not in units:
             return False
-        for blocks in self.lists:
-            if len(blocks.modules._modules) != blocks.count:
-                return False
+        if self._resized():
+            return False
         for unit in units.values():
             if not unit.ready(timeline):
                 return False
@@ -181,7 +191,7 @@ class StackTarget:
         left = state.steps_until_full_batch - 1
         half = self.control.batch == "half"
         state.steps_until_full_batch = state.timelines[self.rule].depth if half else max(left, 0)
-        if self.signal == "change":
+        if self.signal == "change" and "residual" in state.head:
             state.head["kept"] = True
 
     def _check(self, state: State) -> None:
