@@ -111,8 +111,11 @@ def test_a_controlnet_that_begins_later_is_added_once(name, count, single, confi
     model, calls = controlled(name, count, single)
     want = plain(model, calls)
     settings = masked("CCC.") if config == "mask" else SETTINGS[config]
+    if config == "first block" and not count:
+        calls.insert(0, calls[0])  # its second call learns, and computes
+        want.insert(0, want[0])
     outputs, seen = drive(model, settings, calls)
-    assert seen.endswith({"mask": "CCC.", "first block": "."}[config]) or seen == "CC.C"
+    assert seen in ("CCC.", "C.C.", "CC.C.")
     for got, right in zip(outputs, want, strict=True):
         close(got, right)
 

@@ -25,6 +25,24 @@ def shifted(x: Any, table: Any, given: Any) -> Any:
     return x * (1 + scale) + shift
 
 
+def present(block: Any, name: str, table: Any, like: Any) -> Any:
+    """A table of a block on the device of `like`, also where it is offloaded until the block runs.
+
+    accelerate's hook keeps what it has taken away by name, and leaves an empty tensor on the meta device.
+    """
+    if table.device == like.device:
+        return table
+    if table.device.type == "meta":
+        weights = getattr(getattr(block, "_hf_hook", None), "weights_map", None)
+        if weights is None:
+            raise ValueError(
+                f"what: Guided(guide='modulated') reads {name!r} of {type(block).__name__}, which is offloaded to "
+                "nobody knows where; use guide='residual' or 'input'"
+            )
+        table = weights[name]
+    return table.to(like.device)
+
+
 def field_names(output: Any) -> tuple[str, ...]:
     """Names of the entries of a returned dict or dataclass; empty for anything else."""
     if isinstance(output, Mapping):
@@ -96,6 +114,7 @@ class BlockIO:
         hidden, norm = self.read(args, kwargs)[0], getattr(block, attribute)
         table = getattr(block, keyword, None)
         if table is not None:
+            table = present(block, keyword, table, hidden)
             return shifted(norm(hidden.float()), table, given).type_as(hidden)
         value = norm(hidden, **{keyword: given})
         return value[0] if isinstance(value, tuple) else value

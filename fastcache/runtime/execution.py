@@ -6,13 +6,16 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..ops import dispatch
-from ..policies import COMPUTE
+from ..policies import COMPUTE, REUSE
 from ..storage.allocate import NoRoom, Unfit
 from ..storage.pool import Slots
 from ..storage.state import State
 from ..targets.bind import BoundModel
 from .compiling import NOTHING, eagerly
+from .gradients import ASKED_FOR, asked_for, has_gradient, refusing
 from .notices import LOG
 from .settings import Settings
 
@@ -36,14 +39,20 @@ class Executor:
         self.lock, self.stats = settings.lock, settings.stats
         # nothing stands around the forward of a step whose storage exists
         self.plain = self.guidance is None and self.kernels == dispatch.AUTO
+        self.differentiable = False  # by its parameters, as the last computed step in grad mode was
         self.cuts: tuple = ()  # how stacks were cut by the last recording call
 
     def execute(self, state: State, args: tuple, kwargs: dict, run: Callable | None) -> Any:
         """The model's output for the step that `control` holds. run: stands in for the forward, once storage exists."""
-        control = self.control
+        control, graded = self.control, torch.is_grad_enabled()
         control.inside = True
         try:
-            if self.budget is not None:
+            if graded and asked_for(args, kwargs):
+                return self._differentiated(state, args, kwargs)
+            if self.budget is None:
+                if state.uncached_step:
+                    state.uncached_step = False
+            else:
                 state.uncached_step = self.budget.refuses(
                     self.pool, state, self.group, state.device
                 )
@@ -59,13 +68,13 @@ class Executor:
                             with self.backend():
                                 output = self.around(run or self.original, args, kwargs)
                         if self.stack is None or not self.stack.unanswered():
-                            return output
+                            return self._graded(output) if graded else output
                     except Unfit as error:
                         LOG.debug("what is held does not fit: %s", error)
                     return self._anew(state, args, kwargs)
                 except NoRoom as error:
                     self.give_up(state, error)
-            return self._without(state, args, kwargs)
+            return self._without(state, args, kwargs, "no room for a cache")
         finally:
             control.inside = False
             control.end_step()
@@ -127,11 +136,27 @@ class Executor:
             "fastcache: out of memory for a cache; runs that find none are computed without"
         )
 
-    def _without(self, state: State, args: tuple, kwargs: dict) -> Any:
-        """A step that has no storage: all that was to be reused is computed."""
+    def _differentiated(self, state: State, args: tuple, kwargs: dict) -> Any:
+        """A step whose gradient is asked for: the model's own forward, since a reused value has none."""
+        self.notices.later(
+            ASKED_FOR,
+            f"fastcache: {ASKED_FOR}, so its steps are computed; call the model under torch.no_grad() where no "
+            "gradient is needed",
+        )
+        return self._without(state, args, kwargs, ASKED_FOR)
+
+    def _graded(self, output: Any) -> Any:
+        """The output of a step in grad mode: that of a reused one says so where its gradient is asked for."""
+        if REUSE not in self.control.actions:
+            self.differentiable = has_gradient(output)
+            return output
+        return refusing(output) if self.differentiable or has_gradient(output) else output
+
+    def _without(self, state: State, args: tuple, kwargs: dict, why: str) -> Any:
+        """A step that uses no storage: all that was to be reused is computed."""
         state.uncached_step = True
         for timeline, target in zip(state.timelines, self.targets, strict=True):
             timeline.clear()
-            target.decider.compute_instead("no room for a cache")
+            target.decider.compute_instead(why)
         with eagerly(True):
             return self.original(*args, **kwargs)

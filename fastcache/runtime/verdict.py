@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..policies import REUSE, FirstBlock, Magnitude, TimestepRange
 from ..policies.magnitude import Calibrate
 from ..recipe import Recipe, Rule
+from .gradients import ASKED_FOR
 from .stats import Record
 
 JUDGED = 4  # shorter runs are not judged
@@ -67,6 +68,8 @@ def _why_nothing(records: Sequence[Record], recipe: Recipe) -> str:
         return (
             "the cached values did not outlive a step; is a module called twice, or written into?"
         )
+    if all(r.reason == ASKED_FOR for r in free):
+        return f"{ASKED_FOR}, so every step is computed"
     when = recipe.rules[0].when
     if isinstance(when, TimestepRange):
         return _why_outside(free, when)

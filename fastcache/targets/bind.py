@@ -20,7 +20,7 @@ from ..storage.allocate import FP8
 from ..storage.unit import make_store
 from .control import StepControl
 from .decide import Part
-from .find import find_modules, nothing_to_hook
+from .find import find_modules, matches, nothing_to_hook
 from .guidance import GuidanceTarget
 from .modules import ModulesTarget
 from .spec import Guidance, Modules, Stack, Target
@@ -71,8 +71,9 @@ def bind_rules(
 ) -> BoundModel:
     """Find what each rule means in a model; nothing is changed yet.
 
-    A documented default that fits nothing is left out where another rule of the same config fits; alone,
-    or named by the user, it is an error.
+    A documented default that fits nothing is left out where another rule of the same config fits, and so is a
+    kind of attention that the model lacks, or that an earlier rule has claimed. Alone it is an error, and so are
+    names of the user's that no module has.
 
     Args:
         model: the denoiser.
@@ -91,13 +92,20 @@ def bind_rules(
         try:
             bound.targets.append(_bind(bound, model, rule.where, part, adapter, taken, kept))
         except NothingToHook as error:
-            if not getattr(rule.where, "fallback", None):
+            if not (getattr(rule.where, "fallback", None) or _names_some(model, rule.where)):
                 raise
             bound.missing[number] = error
     if bound.missing and not (bound.stacks or bound.modules):
         raise next(iter(bound.missing.values()))
     bound.control.hold(len(bound.targets))
     return bound
+
+
+def _names_some(model: nn.Module, where: Target) -> bool:
+    """Whether a target names modules that there are, though none of the kind that it means."""
+    if not isinstance(where, Modules) or where.patterns is None:
+        return False
+    return any(matches(name, where) for name, _ in model.named_modules() if name)
 
 
 def _bind(
