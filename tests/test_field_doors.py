@@ -380,7 +380,7 @@ def test_the_same_of_faster_cache():
         {"spatial_attention_block_identifiers": ("nowhere",)},
         {
             "spatial_attention_block_skip_range": None,
-            "cross_attention_block_skip_range": None,
+            "temporal_attention_block_skip_range": None,
         },
     ],
 )

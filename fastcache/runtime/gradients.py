@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 ASKED_FOR = "an input requires a gradient"
@@ -21,7 +22,7 @@ def asked_for(args: tuple, kwargs: dict) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return peek_interpreter_stack() is not None
 
 
 class Refused(torch.autograd.Function):
@@ -50,6 +51,6 @@ def refusing(output: Any) -> Any:
     def refused(value: Tensor) -> Tensor:
         if not value.is_floating_point():
             return value
-        return Refused.apply(torch.zeros((), requires_grad=True), value)  # type: ignore[no-untyped-call]
+        return Refused.apply(torch.zeros((), requires_grad=True), value)
 
     return tree_map_only(Tensor, refused, output)

@@ -64,7 +64,7 @@ def _why_nothing(records: Sequence[Record], recipe: Recipe) -> str:
             f"its {len(records)} steps are all warm-up ({_most_common(records)}); lower warmup or "
             "retention_ratio, or take more steps"
         )
-    if all(r.reason == "nothing valid to reuse" for r in free):
+    if any(r.reason == "nothing valid to reuse" for r in free):  # each time that it was to reuse
         return (
             "the cached values did not outlive a step; is a module called twice, or written into?"
         )

@@ -30,7 +30,9 @@ BoundTarget = StackTarget | ModulesTarget | GuidanceTarget
 
 
 class NothingToHook(ValueError):
-    """A target means no module of this model."""
+    """A target means no module of this model. spared: a recipe does without it where another rule fits."""
+
+    spared = False
 
 
 @dataclass
@@ -92,20 +94,13 @@ def bind_rules(
         try:
             bound.targets.append(_bind(bound, model, rule.where, part, adapter, taken, kept))
         except NothingToHook as error:
-            if not (getattr(rule.where, "fallback", None) or _names_some(model, rule.where)):
+            if not error.spared:
                 raise
             bound.missing[number] = error
     if bound.missing and not (bound.stacks or bound.modules):
         raise next(iter(bound.missing.values()))
     bound.control.hold(len(bound.targets))
     return bound
-
-
-def _names_some(model: nn.Module, where: Target) -> bool:
-    """Whether a target names modules that there are, though none of the kind that it means."""
-    if not isinstance(where, Modules) or where.patterns is None:
-        return False
-    return any(matches(name, where) for name, _ in model.named_modules() if name)
 
 
 def _bind(
@@ -131,7 +126,12 @@ def _bind(
     assert isinstance(where, Modules)
     found = [(name, m) for name, m in find_modules(model, where, adapter) if id(m) not in taken]
     if not found:
-        raise NothingToHook(nothing_to_hook(model, where))
+        nothing = NothingToHook(nothing_to_hook(model, where))
+        named = where.patterns is not None and any(
+            matches(name, where) for name, _ in model.named_modules() if name
+        )
+        nothing.spared = where.fallback is not None or named
+        raise nothing
     taken.update(id(m) for _, m in found)
     halved = bound.guidance is not None and getattr(part.when, "conditional_only", False)
     bound.modules.append(ModulesTarget(part, found, make, conditional_half=halved))

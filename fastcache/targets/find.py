@@ -81,7 +81,10 @@ def _kind_fits(kind: str, name: str, module: nn.Module, where: Modules) -> bool:
 
 
 def matches(name: str, where: Modules) -> bool:
-    """Whether a target names a module. Defaults that are plain words match whole path segments, so `blocks` is not `refiner_blocks`."""
+    """Whether a target names a module.
+
+    Defaults that are plain words match whole path segments, so `blocks` is not `refiner_blocks`.
+    """
     segments = name.split(".")
     for pattern in where.patterns or ():
         if where.fallback and pattern.isidentifier():

@@ -158,7 +158,7 @@ class ModulesTarget:
             return False
         # all of them are asked, so that each one notices a consumer that has written into its value
         usable = [u.shared or u.ready(timeline) for u in units]
-        return all(usable)
+        return all(usable) and not all(u.shared for u in units)
 
     def call(self, node: Node, run: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a module, or predict what it would return. Traced by torch.compile."""

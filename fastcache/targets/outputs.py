@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,7 @@ def container(kind: Any, names: tuple[str, ...], values: list[Any]) -> Any:
     if not names:
         return kind._make(values)
     found = dict(zip(names, values, strict=True))
-    return kind(**found) if is_dataclass(kind) else kind(found)
+    return kind(**found) if hasattr(kind, "__dataclass_fields__") else kind(found)
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 
-from ...models.block_io import BlockIO
 from ...policies import COMPUTE, REUSE
 from ...storage.allocate import Unfit
 from ..control import WHOLE
-from ..outputs import ReturnLayout
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import kept_output, look_at_input, look_at_output, note_decided
 from .recording import Recorder
@@ -159,8 +157,8 @@ class BlockListHook:
             self._note_arrival(0, hidden)
         self._enter(hidden, encoder)
         output = self.blocks.blocks()[0](*args, **kwargs)
-        if watched:
-            self._note_passed(self.first_io, output, hidden, encoder, self.returns)
+        if watched and (way := self.stack.way) is not None:
+            way.passed(self.first_io, output, (hidden, encoder), self.positions, self.returns)
         return output
 
     def last(self, *args: Any, **kwargs: Any) -> Any:
@@ -185,7 +183,8 @@ class BlockListHook:
         hidden, encoder = io.read(args, kwargs)
         self._note_arrival(index, hidden)
         output = block(*args, **kwargs)
-        self._note_passed(io, output, hidden, encoder)
+        if (way := self.stack.way) is not None:
+            way.passed(io, output, (hidden, encoder), self.positions)
         return output
 
     def _note_arrival(self, index: int, hidden: Any) -> None:
@@ -198,24 +197,6 @@ class BlockListHook:
         joined = not (index or direct or self.opens or self.loop_does_more) and self.segment >= 0
         if joined and before is not None and not continues_previous(before, hidden):
             way.broken = True
-
-    def _note_passed(
-        self,
-        io: BlockIO,
-        output: Any,
-        hidden: Any,
-        encoder: Any,
-        returns: ReturnLayout | None = None,
-    ) -> None:
-        """A block has run. returns: how it is known to give back its streams, where that is relied on."""
-        way = self.stack.way
-        if way is None:
-            return
-        way.leave(io.streams(output, hidden, encoder, self.positions)[0])
-        if returns is not None:
-            places = io.positions(output, hidden, encoder, self.positions)
-            if ReturnLayout.of(output, *places) != returns:
-                way.broken = True
 
     def _enter(self, hidden: Any, encoder: Any) -> None:
         """Note what enters the segment that this list opens."""
@@ -240,10 +221,11 @@ class BlockListHook:
         entered = self.opener._take_entered()
         if not torch.compiler.is_compiling():
             way = stack.way
-            written = entered.version != version(entered.hidden)
-            if way is None or way.broken or written or entered.hidden is None:
-                if way is not None:
-                    way.broken = True
+            if way is None:  # a block that autograd runs once more
+                return
+            if entered.hidden is None or entered.version != version(entered.hidden):
+                way.broken = True
+            if way.broken:
                 return
             stack.refit(self.segment, entered, left)
         keep(state, stack.rule, self.segment, entered, left, stack.measure)
@@ -282,9 +264,9 @@ class BlockListHook:
         """The block that always runs has run, and the step is computed."""
         if self.control.actions[self.stack.rule] == REUSE or torch.compiler.is_compiling():
             return
-        self.stack.start_way()
+        way = self.stack.start_way()
         self._note_arrival(0, x)
-        self._note_passed(self.first_io, output, x, encoder, self.returns)
+        way.passed(self.first_io, output, (x, encoder), self.positions, self.returns)
 
     # --- roles on reused steps ----------------------------------------------------------------------------
 

@@ -152,7 +152,7 @@ class Stack(Protocol):
     decider: RuleDecider
     way: Way | None
 
-    def start_way(self) -> None:
+    def start_way(self) -> Way:
         """The step computes: see how it goes through the stack."""
 
     def refit(self, number: int, entered: Entered, left: Left) -> None:

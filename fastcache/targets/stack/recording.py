@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ... import sync
 from ...models.block_io import BlockIO, Positions, entries
 from ..outputs import BARE, ReturnLayout
+from .collected import collected
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import look_at_input, look_at_output
 from .roles import BlockStandIn
@@ -99,7 +99,8 @@ class Recorder:
             left = Left(*io.taken_apart(output, hidden, encoder, positions))
             self.seen[at].left = self._kept(left)
             self.events.append((at, LEAVE))
-            if self._collected((*args, *kwargs.values())):
+            ours = [(seen.entered, seen.left, seen.passed) for seen in self.seen]
+            if collected(self.returned, (args, kwargs, ours)):
                 self._refuse_collected()
         return output
 
@@ -232,26 +233,6 @@ class Recorder:
         if seen.probed is not None:  # the step was decided, and its entry noted, by the wrong order
             look_at_output(self.stack, hidden, encoder, seen.probed, seen.returns)
             self._keep_entered(seen, hidden, encoder)
-
-    def _collected(self, used: tuple) -> bool:
-        """Whether the model holds on to what its blocks return: a skipped stack would leave it without.
-
-        used: arguments of the block that has just run, which are alive for that reason.
-        """
-        ours = [(seen.entered, seen.left, seen.passed) for seen in self.seen]
-        known = {
-            id(v)
-            for leaf in tree_leaves((used, ours))
-            for v in (leaf, getattr(leaf, "_base", None))
-        }
-
-        def held() -> bool:
-            values = [value for reference in self.returned if (value := reference()) is not None]
-            return any(id(value) not in known and not value.requires_grad for value in values)
-
-        if held():
-            gc.collect()  # perhaps only in a cycle that nobody refers to
-        return held()
 
     def _refuse_collected(self) -> None:
         """Raise, unless calls before have shown another model: then this one is computed, and nothing learnt."""

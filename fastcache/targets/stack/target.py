@@ -104,11 +104,12 @@ class StackTarget:
         elif self.recorder is not None:  # an exception has ended the call that it watched
             self._watch(None)
 
-    def start_way(self) -> None:
+    def start_way(self) -> Way:
         """The step computes: see how it goes through the stack, and whether that holds the blocks that it held."""
-        self.way = Way()
+        self.way = way = Way()
         if any(blocks.changed() for blocks in self.lists):
             self._refurnish()
+        return way
 
     def _resized(self) -> bool:
         """Whether blocks were added or taken away."""

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ...models.block_io import BlockIO, Positions
+from ..outputs import ReturnLayout
+
 Call = tuple[
     int, int, bool
 ]  # list, block, and whether it got the very tensor that the one before returned
@@ -36,6 +39,20 @@ class Way:
         direct = hidden is self.left and version(hidden) == self._version
         self.calls.append((at, index, direct))
         return direct
+
+    def passed(
+        self,
+        io: BlockIO,
+        output: Any,
+        given: tuple[Any, Any],
+        learnt: Positions | None,
+        returns: ReturnLayout | None = None,
+    ) -> None:
+        """A block has run. given: the streams that it got. returns: how it is relied on to give them back."""
+        self.leave(io.streams(output, *given, learnt)[0])
+        if returns is not None:
+            places = io.positions(output, *given, learnt)
+            self.broken = self.broken or ReturnLayout.of(output, *places) != returns
 
     def leave(self, hidden: Any) -> None:
         """The block has returned these."""
