@@ -202,14 +202,15 @@ def behave(model: nn.Module, *changes: dict[str, Any]) -> None:
         model.__dict__.update(change)
 
 
-@pytest.mark.parametrize("inference", [False, True])
+# what is written into is not counted under inference mode
+COUNTED = [(c, i) for c in CHANGES for i in (False, True) if not (i and "in place" in c)]
+
+
 @pytest.mark.parametrize("lists", [("blocks",), ("blocks", "layers")])
 @pytest.mark.parametrize("config", ["mask", "first block"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "inference"), COUNTED)
 def test_a_loop_that_changes_its_ways_computes_and_is_learnt_anew(change, config, lists, inference):
     before, after = CHANGES[change]
-    if inference and "in place" in change:
-        pytest.skip("what is written into is not counted under inference mode")
     model = Loop(lists=lists, depth=3)
     call = toys.inputs(1)[0]
     outputs, want, guard = [], [], torch.inference_mode if inference else torch.no_grad
@@ -231,13 +232,20 @@ def test_a_loop_that_changes_its_ways_computes_and_is_learnt_anew(change, config
 # --- layers that are left out -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("left_out", [[0], [1], [2], [3], [0, 3], [0, 1, 2, 3]])
-@pytest.mark.parametrize("config", ["mask", "first block", "taylor"])
-@pytest.mark.parametrize(("names", "compiles"), [("one", False), ("two", False), ("two", True)])
+LEFT_OUT = [
+    *(
+        (left_out, config, names, False)
+        for left_out in ([0], [1], [2], [3], [0, 3], [0, 1, 2, 3])
+        for config in ("mask", "first block", "taylor")
+        for names in ("one", "two")
+    ),
+    ([0], "mask", "two", True),
+]
+
+
+@pytest.mark.parametrize(("left_out", "config", "names", "compiles"), LEFT_OUT)
 def test_skip_layer_guidance_never_mixes_with_the_full_set(left_out, config, names, compiles):
     """SD3's third call of a step, in a context of its own or, by mistake, in that of the first."""
-    if compiles and (config != "mask" or left_out not in ([0], [1])):
-        pytest.skip("two of them are enough")
     model, call = tiny.build("SD3", 4)
     settings = {
         "mask": lambda: masked("CC.C."),
@@ -337,32 +345,27 @@ class Typed(nn.Module):
         return self.head(hidden_states)
 
 
-@pytest.mark.parametrize("kept", [None, torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize(
-    ("block", "given", "head"),
-    [
-        (Lifting, torch.bfloat16, torch.float32),
-        (Lifting, torch.float16, torch.float32),
-        (Sinking, torch.float32, torch.bfloat16),
-    ],
-)
-@pytest.mark.parametrize(
-    "config",
-    [
-        lambda: masked("CCCCC."),
-        lambda: masked("CCCCC.", Taylor(1)),
-        lambda: masked("CCCCC.", Guided()),
-        lambda: FirstBlockCacheConfig(1e-4),
-    ],
-)
-@pytest.mark.parametrize("compiles", [False, True])
-def test_a_prediction_has_the_dtype_of_what_it_stands_for(
-    config, block, given, head, kept, compiles
-):
-    recipe = config()
-    if kept == torch.float8_e4m3fn and not isinstance(recipe, FirstBlockCacheConfig):
-        if isinstance(recipe.rules[0].what, Guided):
-            pytest.skip("Guided takes no float8")
+PREDICTIONS = {
+    "reuse": lambda: masked("CCCCC."),
+    "taylor": lambda: masked("CCCCC.", Taylor(1)),
+    "guided": lambda: masked("CCCCC.", Guided()),
+    "first block": lambda: FirstBlockCacheConfig(1e-4),
+}
+STREAMS = {
+    "lifted from bfloat16": (Lifting, torch.bfloat16, torch.float32),
+    "lifted from float16": (Lifting, torch.float16, torch.float32),
+    "sunk": (Sinking, torch.float32, torch.bfloat16),
+}
+KEPT = [
+    *((s, p, k, False) for s in STREAMS for p in PREDICTIONS for k in (None, torch.bfloat16)),
+    *((s, p, torch.float8_e4m3fn, False) for s in STREAMS for p in PREDICTIONS if p != "guided"),
+    *(("lifted from bfloat16", p, None, True) for p in PREDICTIONS),
+]
+
+
+@pytest.mark.parametrize(("streams", "prediction", "kept", "compiles"), KEPT)
+def test_a_prediction_has_the_dtype_of_what_it_stands_for(streams, prediction, kept, compiles):
+    (block, given, head), recipe = STREAMS[streams], PREDICTIONS[prediction]()
     model = Typed(block, head)
     x = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0)).to(given)
     calls = [{"hidden_states": x, "timestep": torch.tensor([1000.0 - i])} for i in range(6)]
