@@ -67,7 +67,12 @@ class Executor:
                         else:
                             with self.backend():
                                 output = self.around(run or self.original, args, kwargs)
-                        if self.stack is None or not self.stack.unanswered():
+                        stack = self.stack
+                        if (
+                            stack is None
+                            or control.predicted == stack.segments
+                            or not stack.unanswered()
+                        ):
                             return self._graded(output) if graded else output
                     except Unfit as error:
                         LOG.debug("what is held does not fit: %s", error)

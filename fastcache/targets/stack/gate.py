@@ -115,9 +115,13 @@ class BlockListHook:
         if BLOCK in roles:  # traced code guards what it reads
             traced = torch.compiler.is_compiling()
             blocks = self.blocks.blocks() if traced else self.between
-        return [
-            blocks[i] if role == BLOCK else self.stand_ins[role][i] for i, role in enumerate(roles)
-        ]
+        try:
+            return [
+                blocks[i] if role == BLOCK else self.stand_ins[role][i]
+                for i, role in enumerate(roles)
+            ]
+        except IndexError:
+            raise Unfit("blocks were added") from None
 
     def _made_for_reuse(self) -> list:
         """What the list hands out on every reused step, until a recording call sees the stack anew."""
@@ -151,15 +155,10 @@ class BlockListHook:
     def first(self, *args: Any, **kwargs: Any) -> Any:
         """The first block of a segment."""
         look_at_input(self.stack, self.blocks, args, kwargs)
-        hidden, encoder = self.first_io.read(args, kwargs)
-        watched = not torch.compiler.is_compiling()
-        if watched:
-            self._note_arrival(0, hidden)
-        self._enter(hidden, encoder)
-        output = self.blocks.blocks()[0](*args, **kwargs)
-        if watched and (way := self.stack.way) is not None:
-            way.passed(self.first_io, output, (hidden, encoder), self.positions, self.returns)
-        return output
+        self._enter(*self.first_io.read(args, kwargs))
+        if torch.compiler.is_compiling():
+            return self.blocks.blocks()[0](*args, **kwargs)
+        return self._run_between(0, self.blocks.known[0], *args, **kwargs)
 
     def last(self, *args: Any, **kwargs: Any) -> Any:
         """The last block of a segment."""
@@ -184,7 +183,8 @@ class BlockListHook:
         self._note_arrival(index, hidden)
         output = block(*args, **kwargs)
         if (way := self.stack.way) is not None:
-            way.passed(io, output, (hidden, encoder), self.positions)
+            relied_on = self.returns if self.opens and not index else None
+            way.passed(io, output, (hidden, encoder), self.positions, relied_on)
         return output
 
     def _note_arrival(self, index: int, hidden: Any) -> None:
@@ -240,7 +240,8 @@ class BlockListHook:
         output = self.blocks.blocks()[0](*args, **kwargs)
         hidden, encoder = self.first_io.streams(output, x, text, self.positions)
         look_at_output(self.stack, hidden, encoder, x, self.returns)
-        self._note_first(x, output, text)
+        if self.control.actions[self.stack.rule] != REUSE:
+            self._note_first(x, output, text)
         self._go_on(hidden, encoder)
         return output
 
@@ -250,7 +251,8 @@ class BlockListHook:
         hidden, encoder, now = kept_output(self.control.state.head, x, encoder)
         note_decided(self.stack, hidden, x, now)
         output = self.returns.build(hidden, encoder, {})
-        self._note_first(x, output, encoder)
+        if self.control.actions[self.stack.rule] != REUSE:
+            self._note_first(x, output, encoder)
         self._go_on(hidden, encoder)
         return output
 
@@ -262,7 +264,7 @@ class BlockListHook:
 
     def _note_first(self, x: Any, output: Any, encoder: Any) -> None:
         """The block that always runs has run, and the step is computed."""
-        if self.control.actions[self.stack.rule] == REUSE or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
         way = self.stack.start_way()
         self._note_arrival(0, x)

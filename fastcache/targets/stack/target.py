@@ -55,6 +55,7 @@ class StackTarget:
             for i, (name, modules) in enumerate(lists)
         ]
         self.hooks = [BlockListHook(self, blocks) for blocks in self.lists]
+        self.segments = -1  # of the layout, -1 without any
         self.layout = Layout()  # as the last recording call has seen it
         self.recorder: Recorder | None = None  # of the running call
         self.way: Way | None = None  # how it goes through the stack, where it computes
@@ -88,15 +89,10 @@ class StackTarget:
         control = self.control
         units, action = control.state.units[self.rule], control.actions[self.rule]
         self.way = None
-        if (
-            action == COMPUTE
-            or self.layout.number not in units
-            or (action != REUSE and self._resized())
-        ):
+        if action == COMPUTE or self.layout.number not in units:
             self.start_way()
-        if action != REUSE or self.layout.loop_does_more:
-            for hook in self.hooks:
-                hook.entered = NOTHING  # by a call that never left
+        elif self.layout.loop_does_more:
+            self._enter_none()
         if self.layout.number not in units:
             units.clear()  # what is there is from before the stack was cut anew
             assert self.way is not None
@@ -107,16 +103,15 @@ class StackTarget:
     def start_way(self) -> Way:
         """The step computes: see how it goes through the stack, and whether that holds the blocks that it held."""
         self.way = way = Way()
+        self._enter_none()
         if any(blocks.changed() for blocks in self.lists):
             self._refurnish()
         return way
 
-    def _resized(self) -> bool:
-        """Whether blocks were added or taken away."""
-        for blocks in self.lists:
-            if len(blocks.modules._modules) != blocks.count:
-                return True
-        return False
+    def _enter_none(self) -> None:
+        """Forget what was entered by a call that never left."""
+        for hook in self.hooks:
+            hook.entered = NOTHING
 
     def _refurnish(self) -> None:
         """The lists hold other blocks than they did: forget how they run."""
@@ -153,8 +148,6 @@ class StackTarget:
             return False
         if self.layout.number not in units:
             return False
-        if self._resized():
-            return False
         for unit in units.values():
             if not unit.ready(timeline):
                 return False
@@ -169,7 +162,7 @@ class StackTarget:
         control = self.control
         action = control.actions[self.rule]
         if action == REUSE:  # nothing counts in compiled code, where what chooses blocks is guarded
-            few = control.predicted < len(self.layout.segments)
+            few = control.predicted < self.segments
             return few and not control.may_be_compiled
         if action == PENDING:
             self.decider.compute_instead("its first block did not run")
@@ -218,6 +211,7 @@ class StackTarget:
         if self.control.actions[self.rule] == REUSE:
             return
         self.layout = recorder.finish()
+        self.segments = len(self.layout.segments) or -1
         for hook in self.hooks if self.layout.places else ():
             hook.arrange(self.layout, self.hooks)
         state, rule = self.control.state, self.rule
