@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .checks import flag, whole
+from .checks import whole
 from .configs.given import settings_of
 from .configs.resolve import callback_of
 from .models.adapter import BlockAdapter
@@ -28,7 +28,7 @@ from .runtime.notices import LOG, warn
 from .runtime.patch import refuse_enabled
 from .runtime.runs import ALL, abandon
 from .runtime.settings import Settings
-from .storage.budget import Budget
+from .storage.budget import budget_of
 from .storage.pool import SPARE, Slots
 
 if TYPE_CHECKING:
@@ -57,12 +57,7 @@ class Cache:
         models = denoisers_of(target)
         refuse_enabled(models)
         pools: list[Slots] = []
-        budget: Budget | None = None
-        if max_bytes is not None:
-            limit = whole("enable", "max_bytes", max_bytes, 0)
-            budget = Budget(limit, flag("enable", "offload", offload), pools)
-        elif offload:
-            raise ValueError("enable: offload is True, needs max_bytes, beyond which to offload")
+        budget = budget_of(max_bytes, offload, pools)
         self.target, self.adapter, self.models = target, adapter, models
         self.settings = Settings(
             backend=backend,

@@ -178,7 +178,9 @@ class Extended(toys.Model):
 
     def through(self, hidden: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
         for block in self._blocks():
-            hidden = block(hidden) + self.extra
+            hidden = block(hidden)
+            if self.extra:
+                hidden = hidden + self.extra
         return hidden, text
 
 

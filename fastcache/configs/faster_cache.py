@@ -134,7 +134,7 @@ class FasterCacheConfig(Config):
         weight = (
             self.attention_weight_callback if self.attention_weight_callback is not None else 0.5
         )
-        for kind, usual in (("temporal", TEMPORAL_ATTENTION), ("spatial", SPATIAL_ATTENTION)):
+        for kind, usual in (("spatial", SPATIAL_ATTENTION), ("temporal", TEMPORAL_ATTENTION)):
             n = getattr(self, f"{kind}_attention_block_skip_range")
             if n is None:
                 continue

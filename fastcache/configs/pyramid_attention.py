@@ -52,9 +52,9 @@ class PyramidAttentionBroadcastConfig(Config):
 
     wants_timestep = True
     _kinds: ClassVar[tuple[tuple[Kind, tuple[str, ...]], ...]] = (
+        ("spatial", SPATIAL),  # first, as in diffusers, where names of the user's fit several kinds
         ("temporal", TEMPORAL),
         ("cross", CROSS),
-        ("spatial", SPATIAL),
     )
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .adapter import ENCODER, HIDDEN, Block
@@ -24,6 +25,44 @@ def shifted(x: Any, table: Any, given: Any) -> Any:
     if given.dim() == 3:  # one modulation for all tokens of a sample
         shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
     return x * (1 + scale) + shift
+
+
+def present(block: Any, name: str, table: Any, like: Any) -> Any:
+    """A table of a block on the device of `like`, also where it is offloaded until the block runs.
+
+    accelerate's hook keeps what it has taken away by name, and leaves an empty tensor on the meta device.
+    """
+    if table.device == like.device:
+        return table
+    if table.device.type == "meta":
+        weights = getattr(getattr(block, "_hf_hook", None), "weights_map", None)
+        if weights is None:
+            raise ValueError(
+                f"what: Guided(guide='modulated') reads {name!r} of {type(block).__name__}, which is offloaded to "
+                "nobody knows where; use guide='residual' or 'input'"
+            )
+        table = weights[name]
+    return table.to(like.device)
+
+
+def field_names(output: Any) -> tuple[str, ...]:
+    """Names of the entries of a returned dict or dataclass; empty for anything else."""
+    if isinstance(output, Mapping):
+        return tuple(output)
+    if dataclasses.is_dataclass(output):
+        return tuple(field.name for field in dataclasses.fields(output))
+    return ()
+
+
+def entries(output: Any) -> Sequence[Any] | None:
+    """What a block has returned, one after the other; None for a bare tensor."""
+    if isinstance(output, tuple | list):
+        return output
+    if hasattr(output, "shape"):
+        return None
+    if isinstance(output, Mapping):
+        return list(output.values())
+    return [getattr(output, name) for name in field_names(output)] or None
 
 
 class BlockIO:
@@ -77,6 +116,7 @@ class BlockIO:
         hidden, norm = self.read(args, kwargs)[0], getattr(block, attribute)
         table = getattr(block, keyword, None)
         if table is not None:
+            table = present(block, keyword, table, hidden)
             return shifted(norm(hidden.float()), table, given).type_as(hidden)
         value = norm(hidden, **{keyword: given})
         return value[0] if isinstance(value, tuple) else value
@@ -84,12 +124,17 @@ class BlockIO:
     def positions(
         self, output: Any, hidden: Any, encoder: Any, learnt: Positions | None
     ) -> tuple[int | None, int | None]:
-        """Where the image and the text stream are in a returned tuple; (None, None) for a bare tensor.
+        """Where the image and the text stream are among the returned entries; (None, None) for a bare tensor.
 
         hidden, encoder: what the block was called with. learnt: places that a recording call has seen.
         """
-        if not isinstance(output, tuple | list):
+        found = entries(output)
+        if found is None:
             return None, None
+        if found is not output and self.hidden in (names := field_names(output)):
+            at = names.index(self.encoder) if self.encoder in names else None
+            return names.index(self.hidden), at
+        output = found
         if self.returns is not None:
             whole = len(output) >= len(self.returns)
             return self.declared if whole else declared(self.returns[: len(output)])
@@ -110,10 +155,10 @@ class BlockIO:
     ) -> tuple[Any, Any]:
         """(hidden, encoder) as the block has returned them; text that it does not return is as it came."""
         hidden_at, encoder_at = self.positions(output, hidden, encoder, learnt)
-        return (
-            output if hidden_at is None else output[hidden_at],
-            encoder if encoder_at is None else output[encoder_at],
-        )
+        if hidden_at is None:
+            return output, encoder
+        found: Any = entries(output)
+        return found[hidden_at], encoder if encoder_at is None else found[encoder_at]
 
     def taken_apart(
         self, output: Any, hidden: Any, encoder: Any, learnt: Positions | None
@@ -123,9 +168,10 @@ class BlockIO:
         if hidden_at is None:
             return output, encoder, {}
         extra: dict[int, Any] = {}
+        found: Any = entries(output)
         if self.returns is None:
-            extra = {i: v for i, v in enumerate(output) if i not in (hidden_at, encoder_at)}
-        return output[hidden_at], None if encoder_at is None else output[encoder_at], extra
+            extra = {i: v for i, v in enumerate(found) if i not in (hidden_at, encoder_at)}
+        return found[hidden_at], None if encoder_at is None else found[encoder_at], extra
 
 
 def model_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

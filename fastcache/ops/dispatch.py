@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from functools import cache, lru_cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .backends.table import BACKENDS, REFERENCE
@@ -177,7 +178,8 @@ def resolve(
         if first.is_cuda and _forced.get() == AUTO:
             _report(op, tensors, "no kernels work on this device")
         return function(REFERENCE, op), tensors
-    shape, dtype, dense, uniform = first.shape, first.dtype, True, True
+    shape, dtype, dense = first.shape, first.dtype, True
+    uniform = dtype is not torch.float64  # which no kernel takes
     for t in tensors:
         if t.shape != shape:
             raise ValueError(f"{op}: shapes {tuple(shape)} and {tuple(t.shape)} differ")
@@ -211,7 +213,8 @@ def _kernel(name: str, op: str) -> Callable | None:
 
 def _takes_dtypes(name: str, op: str, tensors: list[Tensor]) -> bool:
     """Whether a kernel takes this mix of dtypes."""
-    return BACKENDS[name].takes(op, [t.dtype for t in tensors])
+    dtypes = [t.dtype for t in tensors]
+    return torch.float64 not in dtypes and BACKENDS[name].takes(op, dtypes)
 
 
 class Watcher(Protocol):

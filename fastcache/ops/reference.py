@@ -1,8 +1,8 @@
 """The eager definition of every op: what the C++, Triton and CUDA kernels must compute.
 
 Shortest correct PyTorch, no speed tricks. Every function works on any device and any strides; `ops.py`
-has checked its arguments. Arithmetic is float32 (reductions float64), inputs are read in their storage
-dtype and every output is rounded once, to the nearest even value of its own dtype.
+has checked its arguments. Arithmetic is float32 (float64 of float64 values, and in reductions), inputs are
+read in their storage dtype and every output is rounded once, to the nearest even value of its own dtype.
 
 A residual r = y - x is rounded to the dtype it is stored in *before* it is compared with another one:
 that is the value a later step will read.
@@ -20,8 +20,12 @@ import torch
 from torch import Tensor
 
 
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
 def _residual(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return (y.float() - x.float()).to(dtype)
+    return (_wide(y) - _wide(x)).to(dtype)
 
 
 def _samples(t: Tensor, per_sample: bool) -> Tensor:
@@ -41,8 +45,8 @@ def residual_l1(
 ) -> Tensor:
     """float32 [2]: sum |r - prev| and sum |prev|; [B, 2] per sample, in `sums` if given. `out` receives r."""
     r = _residual(y, x, prev.dtype)
-    old = prev.float()
-    change = (r.float() - old).abs()
+    old = _wide(prev)
+    change = (_wide(r) - old).abs()
     both = torch.stack(
         [_samples(v, per_sample).sum(dim=1, dtype=torch.float64) for v in (change, old.abs())],
         dim=1,
@@ -82,16 +86,16 @@ def residual_store(out: Tensor, y: Tensor, x: Tensor) -> None:
 
 def residual_apply(out: Tensor, x: Tensor, r: Tensor) -> None:
     """out <- x + r; `out` may be `x`."""
-    out.copy_(x.float() + r.float())
+    out.copy_(_wide(x) + _wide(r))
 
 
 def linear_combine(
     out: Tensor, tensors: Sequence[Tensor], weights: Sequence[float] | Tensor
 ) -> None:
     """out <- sum_i weights[i] * tensors[i], added in order; `out` may be one of the tensors."""
-    total = tensors[0].float() * weights[0]
+    total = _wide(tensors[0]) * weights[0]
     for i in range(1, len(tensors)):
-        total = total + tensors[i].float() * weights[i]
+        total = total + _wide(tensors[i]) * weights[i]
     out.copy_(total)
 
 
@@ -102,9 +106,9 @@ def taylor_update(factors: Sequence[Tensor], y: Tensor, inv_delta: float, valid:
     factors enter the next difference unrounded, as diffusers 0.42.1 does. The product is computed as a
     division by 1 / inv_delta, which is exact for whole step gaps.
     """
-    new, delta = y.float(), 1.0 / inv_delta if inv_delta else float("inf")
+    new, delta = _wide(y), 1.0 / inv_delta if inv_delta else float("inf")
     for j in range(min(valid, len(factors) - 1)):
-        difference = (new - factors[j].float()) / delta
+        difference = (new - _wide(factors[j])) / delta
         factors[j].copy_(new)
         new = difference
     factors[min(valid, len(factors) - 1)].copy_(new)
@@ -120,7 +124,7 @@ def guidance_combine(
     without the Fourier transforms: its mask is a linear projector, so the parts add up in real space.
     """
     batch = cond.shape[0]
-    uncond = cond.float() + low * w_low + high * w_high
+    uncond = _wide(cond) + low * w_low + high * w_high
     out[batch:].copy_(cond)
     out[:batch].copy_(uncond)
 
@@ -228,7 +232,7 @@ def quantize_store(q: Tensor, scale: Tensor, y: Tensor, x: Tensor | None = None)
 
     scale = max |r| / 448 of the row, 1 below 2**-117.
     """
-    r = y.float() if x is None else y.float() - x.float()
+    r = (_wide(y) if x is None else _wide(y) - _wide(x)).float()
     largest = r.abs().amax(dim=-1)
     scale.copy_(torch.where(largest < 2.0**-117, 1.0, largest / 448))
     q.copy_((r * (1 / scale)[..., None]).to(torch.float8_e4m3fn))
@@ -242,7 +246,7 @@ def quantized_combine(
     weights: Sequence[float] | Tensor,
 ) -> None:
     """out <- base + sum_i (weights[i] * scales[i]) * qs[i], added in order; base may be None."""
-    total = torch.zeros(out.shape, device=out.device) if base is None else base.float()
+    total = torch.zeros(out.shape, device=out.device) if base is None else _wide(base)
     for i, (q, scale) in enumerate(zip(qs, scales, strict=True)):
         total = total + q.float() * (scale * weights[i])[..., None]
     out.copy_(total)

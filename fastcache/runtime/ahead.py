@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from ..models.registry import keeps
 from ..policies import REUSE, Run, Step
 from ..recipe import Recipe
@@ -16,6 +18,7 @@ from .context import Context
 from .decision import Decider
 from .execution import Executor
 from .frames import Frame, Owner, innermost
+from .gradients import asked_for
 from .runs import UNASKED, Runs, abandon
 from .settings import Settings
 from .signature import call_signature
@@ -78,12 +81,21 @@ class Ahead:
                 "fastcache.compile(model)"
             )
         control.seen = self.runs.steps.argument(args, kwargs)
-        if keeps(kwargs) or call_signature(args, kwargs) != control.state.signature:
+        graded = torch.is_grad_enabled()
+        if (
+            keeps(kwargs)
+            or call_signature(args, kwargs) != control.state.signature
+            or (graded and asked_for(args, kwargs))
+        ):
             control.end_step()  # this call runs uncached
             output = self.original(*args, **kwargs)
             control.signature_missed = True
             return output
-        output = self.executor.around(self.original, args, kwargs)
+        if graded and REUSE in control.actions:
+            with torch.no_grad():  # it has no gradient, and inside a graph nothing can say so later
+                output = self.executor.around(self.original, args, kwargs)
+        else:
+            output = self.executor.around(self.original, args, kwargs)
         control.end_step()
         return output
 

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+
 from ..ops import dispatch
-from ..storage.allocate import NoRoom
+from ..policies import COMPUTE, REUSE
+from ..storage.allocate import NoRoom, Unfit
 from ..storage.pool import Slots
 from ..storage.state import State
 from ..targets.bind import BoundModel
 from .compiling import NOTHING, eagerly
+from .gradients import ASKED_FOR, asked_for, has_gradient, refusing
 from .notices import LOG
 from .settings import Settings
 
@@ -31,18 +35,23 @@ class Executor:
         self.control, self.targets = bound.control, bound.targets
         # what stands around the forward, the innermost first
         self.wrappers = [target for target in reversed(bound.targets) if target.wraps]
+        # what has to be seen to predict in a reused step, if anything has
+        self.counted = next((target for target in bound.targets if target.counted), None)
         self.budget, self.group = settings.budget, settings.process_group
         self.notices, self.kernels = settings.notices, settings.backend
         self.lock, self.stats = settings.lock, settings.stats
         # nothing stands around the forward of a step whose storage exists
         self.plain = not self.wrappers and self.kernels == dispatch.AUTO
+        self.differentiable = False  # by its parameters, as the last computed step in grad mode was
         self.cuts: tuple = ()  # how stacks were cut by the last recording call
 
     def execute(self, state: State, args: tuple, kwargs: dict, run: Callable | None) -> Any:
         """The model's output for the step that `control` holds. run: stands in for the forward, once storage exists."""
-        control = self.control
+        control, graded = self.control, torch.is_grad_enabled()
         control.inside = True
         try:
+            if graded and asked_for(args, kwargs):
+                return self._differentiated(state, args, kwargs)
             if control.step.again and control.computes:
                 state.uncached_step = True  # what the step stores, its first evaluation has stored
                 return self.original(*args, **kwargs)
@@ -52,19 +61,42 @@ class Executor:
                 )
             if not (state.out_of_memory or state.uncached_step):
                 try:
-                    recorded = control.begin_step(self.targets)
-                    if not recorded:
-                        return self.record(args, kwargs)
-                    if self.plain:
-                        return (run or self.original)(*args, **kwargs)
-                    with self.backend():
-                        return self.around(run or self.original, args, kwargs)
+                    try:
+                        recorded = control.begin_step(self.targets)
+                        if not recorded:
+                            output = self.record(args, kwargs)
+                        elif self.plain:
+                            output = (run or self.original)(*args, **kwargs)
+                        else:
+                            with self.backend():
+                                output = self.around(run or self.original, args, kwargs)
+                        counted = self.counted
+                        if (
+                            counted is None
+                            or control.predicted == counted.segments
+                            or not counted.unanswered()
+                        ):
+                            return self._graded(output) if graded else output
+                    except Unfit as error:
+                        LOG.debug("what is held does not fit: %s", error)
+                    return self._anew(state, args, kwargs)
                 except NoRoom as error:
                     self.give_up(state, error)
-            return self._without(state, args, kwargs)
+            return self._without(state, args, kwargs, "no room for a cache")
         finally:
             control.inside = False
             control.end_step()
+
+    def _anew(self, state: State, args: tuple, kwargs: dict) -> Any:
+        """What was to be reused does not fit this call, which has shown it half way: compute it, and learn anew."""
+        for timeline, target in zip(state.timelines, self.targets, strict=True):
+            timeline.clear()
+            if self.control.actions[target.rule] != COMPUTE:
+                target.decider.compute_instead("what is held does not fit this call")
+        self.pool.drop(state)
+        self.control.batch = "full"
+        self.control.begin_step(self.targets)
+        return self.record(args, kwargs)
 
     def record(self, args: tuple, kwargs: dict) -> Any:
         """A call that allocates storage, and that shows how the model drives what is hooked."""
@@ -113,11 +145,27 @@ class Executor:
             "fastcache: out of memory for a cache; runs that find none are computed without"
         )
 
-    def _without(self, state: State, args: tuple, kwargs: dict) -> Any:
-        """A step that has no storage: all that was to be reused is computed."""
+    def _differentiated(self, state: State, args: tuple, kwargs: dict) -> Any:
+        """A step whose gradient is asked for: the model's own forward, since a reused value has none."""
+        self.notices.later(
+            ASKED_FOR,
+            f"fastcache: {ASKED_FOR}, so its steps are computed; call the model under torch.no_grad() where no "
+            "gradient is needed",
+        )
+        return self._without(state, args, kwargs, ASKED_FOR)
+
+    def _graded(self, output: Any) -> Any:
+        """The output of a step in grad mode: that of a reused one says so where its gradient is asked for."""
+        if REUSE not in self.control.actions:
+            self.differentiable = has_gradient(output)
+            return output
+        return refusing(output) if self.differentiable or has_gradient(output) else output
+
+    def _without(self, state: State, args: tuple, kwargs: dict, why: str) -> Any:
+        """A step that uses no storage: all that was to be reused is computed."""
         state.uncached_step = True
         for timeline, target in zip(state.timelines, self.targets, strict=True):
             timeline.clear()
-            target.decider.compute_instead("no room for a cache")
+            target.decider.compute_instead(why)
         with eagerly(True):
             return self.original(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What the storage of a call must fit."""
+"""What the storage of a call must fit, and what is learnt of a model by it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,31 @@ PLAIN = (type(None), bool, int, float, complex, str)
 
 
 def call_signature(args: tuple, kwargs: dict) -> tuple:
-    """Shapes, dtypes and devices of the tensors of a call, and which containers and objects come with them.
+    """Shapes, dtypes and devices of the tensors of a call, which containers and objects come with them, and whole
+    numbers that come in lists or sets.
 
-    Numbers, words and what is left out are no part of it: a run goes on where they change.
+    Such numbers choose layers, or say how long each sample is. Other numbers and words are no part of it: one that
+    comes alone may be the time.
     """
     found: list[Any] = []
-    _note(found, (*args, *kwargs.values()))
+    _note(found, (*args, *kwargs.values()), False)
     return tuple(found)
 
 
-def _note(found: list[Any], values: Iterable[Any]) -> None:
+def _note(found: list[Any], values: Iterable[Any], listed: bool) -> None:
     for value in values:
         if isinstance(value, Tensor):
             found.append((value.shape, value.dtype, value.device))
         elif isinstance(value, (list, tuple)):
             found.append("[")
-            _note(found, value)
+            _note(found, value, True)
         elif isinstance(value, dict):
             found.append("{")
-            _note(found, value.values())
-        elif not isinstance(value, PLAIN):
+            _note(found, value.values(), False)
+        elif isinstance(value, PLAIN):
+            if listed and isinstance(value, int):
+                found.append(value)
+        elif isinstance(value, (set, frozenset)):
+            found.append(frozenset(value))
+        else:
             found.append(type(value))

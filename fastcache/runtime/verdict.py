@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ..policies import REUSE
 from ..recipe import Recipe
+from .gradients import ASKED_FOR
 from .stats import Record
 
 JUDGED = 4  # shorter runs are not judged
@@ -52,10 +53,12 @@ def _why_nothing(records: Sequence[Record], recipe: Recipe) -> str:
             f"its {len(records)} steps are all warm-up ({_most_common(records)}); lower warmup or "
             "retention_ratio, or take more steps"
         )
-    if all(r.reason == "nothing valid to reuse" for r in free):
+    if any(r.reason == "nothing valid to reuse" for r in free):  # each time that it was to reuse
         return (
             "the cached values did not outlive a step; is a module called twice, or written into?"
         )
+    if all(r.reason == ASKED_FOR for r in free):
+        return f"{ASKED_FOR}, so every step is computed"
     when = recipe.rules[0].when
     if when.reuses_within is not None:
         return _why_outside(free, *when.reuses_within)

@@ -17,6 +17,10 @@ class NoRoom(RuntimeError):
     """There was no memory for a cached tensor."""
 
 
+class Unfit(RuntimeError):
+    """What is held was learnt of other calls than this one, which is computed instead."""
+
+
 def allocate(
     shape: Sequence[int],
     dtype: torch.dtype,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import sync
+from ..checks import flag, whole
 from .pool import Slots
 from .state import State
 
@@ -78,3 +79,13 @@ class Budget:
                         state.evicted = True
                         slots.drop(state)
         return over
+
+
+def budget_of(max_bytes: Any, offload: Any, pools: list[Slots]) -> Budget | None:
+    """The budget that `enable` was given; None without one. Raises TypeError or ValueError that names the argument."""
+    if max_bytes is not None:
+        limit = whole("enable", "max_bytes", max_bytes, 0)
+        return Budget(limit, flag("enable", "offload", offload), pools)
+    if offload:
+        raise ValueError("enable: offload is True, needs max_bytes, beyond which to offload")
+    return None

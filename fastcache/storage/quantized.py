@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops import direct
 from .allocate import FP8, allocate
 from .history import Timeline
-from .ring import Ring, part, tail
+from .ring import Ring, fitting, part, tail
 
 _quantize = direct("_quantize_store_")
 
@@ -49,12 +49,8 @@ class Quantized(Ring):
             return self._predict_compiled(base)
         first = None if base is None else base[..., 0]
         held = self.timeline.rows[: len(weights)]
-        out = torch.empty_like(
-            tail(self.views[0], base) if base is None else base,
-            dtype=self.dtype if base is None else base.dtype,
-            memory_format=torch.contiguous_format,
-        )
-        rows = [tail(self.views[r], base) for r in held]
+        rows = [fitting(self.views[r], base) for r in held]
+        out = torch.empty_like(rows[0], dtype=self.dtype, memory_format=torch.contiguous_format)
         scales = [tail(self.scales[r], first) for r in held]
         _dequantize(out, base, rows, scales, list(weights))
         return out

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import direct
 from ..ops.passes import in_passes
-from .allocate import stacked
+from .allocate import Unfit, stacked
 from .history import Timeline
 from .stream import Stream
 
@@ -34,6 +34,20 @@ def tail(row: Tensor, like: Tensor | None) -> Tensor:
     if like is None or row.dim() != like.dim() or row.shape[0] == like.shape[0]:
         return row
     return row[row.shape[0] - like.shape[0] :]
+
+
+def fitting(row: Tensor, base: Tensor | None) -> Tensor:
+    """The row, or the end of its batch, to be added to `base`. Raises Unfit where that has another shape."""
+    if base is None or row.shape == base.shape:
+        return row
+    if row.shape[1:] != base.shape[1:] or row.shape[0] < base.shape[0]:
+        raise Unfit(f"what enters has shape {tuple(base.shape)}, it had {tuple(row.shape)}")
+    return row[row.shape[0] - base.shape[0] :]
+
+
+def wide(t: Tensor) -> Tensor:
+    """In the precision that sums are computed in."""
+    return t if t.dtype == torch.float64 else t.float()
 
 
 def part(rows: Tensor, like: Tensor | None) -> Tensor:
@@ -73,7 +87,7 @@ class Ring(Stream):
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
         """Keep y, or y - x, in the oldest row. A conditional half goes to the second half of the row."""
         if torch.compiler.is_compiling():
-            value = y if x is None else y.float() - x.float()
+            value = y if x is None else wide(y) - wide(x)
             value = value.to(self.buffer.dtype)
             self._write(part(self.buffer, value), value)
             return
@@ -99,11 +113,11 @@ class Ring(Stream):
             row = self.views[self.timeline.rows[0]]
             if base is None:
                 return self._handed_out(row)
-            if row.shape == base.shape and row.dtype == base.dtype:
+            if row.shape == base.shape and row.dtype == base.dtype == self.dtype:
                 return base + row  # the kernel's bits and passes, with a sixth of its call overhead
         if torch.compiler.is_compiling():
             return self._predict_compiled(base)
-        rows = [tail(self.views[r], base) for r in self.timeline.rows[: len(weights)]]
+        rows = [fitting(self.views[r], base) for r in self.timeline.rows[: len(weights)]]
         return weighted(rows, weights, base, self.dtype)
 
     def _handed_out(self, row: Tensor) -> Tensor:
@@ -144,7 +158,7 @@ class Ring(Stream):
         """All rows of a full history, newest first, for the batch of `like`."""
         if torch.compiler.is_compiling():
             return self._read(part(self.buffer, like))
-        return [tail(self.views[r], like) for r in self.timeline.rows]
+        return [fitting(self.views[r], like) for r in self.timeline.rows]
 
     def predict_weighted(self, base: Tensor | None, weights: Tensor) -> Tensor:
         """weights[0] * base + weights[1:] * as many rows, newest first, weights on the device."""
@@ -152,11 +166,11 @@ class Ring(Stream):
         if torch.compiler.is_compiling():
             terms = rows if base is None else [base, *rows]
             first = 1 if base is None else 0
-            total = terms[0].float() * weights[first]
+            total = wide(terms[0]) * weights[first]
             for i, term in enumerate(terms[1:], first + 1):
-                total = total + term.float() * weights[i]
-            return total.to(self.dtype if base is None else base.dtype)
-        out = torch.empty_like(rows[0], dtype=self.dtype if base is None else base.dtype)
+                total = total + wide(term) * weights[i]
+            return total.to(self.dtype)
+        out = torch.empty_like(rows[0], dtype=self.dtype)
         if base is None:
             _combine_device(out, rows, weights[1:].contiguous())
         else:
@@ -179,12 +193,12 @@ class Ring(Stream):
             row = rows[0]
             if base is None:
                 return row.to(self.dtype, copy=True)
-            return (base.float() + row.float()).to(base.dtype)
-        total: Any = None if base is None else base.float()
+            return (wide(base) + wide(row)).to(self.dtype)
+        total: Any = None if base is None else wide(base)
         for i, row in enumerate(rows):
-            term = row.float() * self.timeline.staged.weights[i]
+            term = wide(row) * self.timeline.staged.weights[i]
             total = term if total is None else total + term
-        return total.to(self.dtype if base is None else base.dtype)
+        return total.to(self.dtype)
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         unmodified = self.unmodified()
@@ -202,7 +216,7 @@ def weighted(
     """base + sum weights * rows in one launch, and one more per seven terms beyond eight; without a base the sum
     alone, also into `out`, which may be one of the rows."""
     if base is not None:
-        out = torch.empty_like(rows[0], dtype=base.dtype)
+        out = torch.empty_like(rows[0], dtype=dtype)
         if len(rows) == 1 and weights[0] == 1.0:
             _apply(out, base, rows[0])
             return out

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import direct
 from .allocate import stacked
 from .history import Timeline
-from .ring import weighted
+from .ring import fitting, weighted, wide
 from .stream import Stream
 
 _update = direct("taylor_update_")
@@ -32,7 +32,7 @@ class Table(Stream):
         value = y if x is None else y - x
         if torch.compiler.is_compiling():
             for factor, scale in zip(self.views, self.timeline.staged.scale.unbind(0), strict=True):
-                following = (value.float() - factor.float()) * scale
+                following = (wide(value) - wide(factor)) * scale
                 factor.copy_(value)
                 value = following
             return
@@ -40,14 +40,15 @@ class Table(Stream):
 
     def predict(self, base: Tensor | None, weights: Sequence[float]) -> Tensor:
         if torch.compiler.is_compiling():
-            total: Any = None if base is None else base.float()
+            total: Any = None if base is None else wide(base)
             for factor, weight in zip(
                 self.views, self.timeline.staged.weights.unbind(0), strict=True
             ):
-                term = factor.to(self.dtype).float() * weight
+                term = wide(factor.to(self.dtype)) * weight
                 total = term if total is None else total + term
-            return total.to(self.dtype if base is None else base.dtype)
-        return weighted(self.views[: len(weights)], weights, base, self.dtype)
+            return total.to(self.dtype)
+        rows = [fitting(view, base) for view in self.views[: len(weights)]]
+        return weighted(rows, weights, base, self.dtype)
 
 
 class Blank(Stream):

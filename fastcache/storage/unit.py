@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,21 +36,56 @@ def make_store(
 class Unit:
     """One skippable value: a tensor, or the tensors of a tuple, and how to give it back.
 
-    first, last: number of the first and the latest uninterrupted store, to be held against the timeline.
+    held: shape, dtype and device of each value that the streams are made for. entry: shape of what the value
+    is computed from, where that is looked at. way: how the call that made it went through its stack. first,
+    last: number of the first and the latest uninterrupted store, to be held against the timeline.
     """
 
-    __slots__ = ("extra", "first", "last", "shared", "streams", "template", "touched")
+    __slots__ = (
+        "entry",
+        "extra",
+        "first",
+        "held",
+        "last",
+        "shared",
+        "streams",
+        "template",
+        "touched",
+        "way",
+    )
 
     def __init__(self) -> None:
         self.streams: list[Stream] = []
+        self.held: tuple = ()
         self.template: Any = None
         self.extra: Any = None
+        self.entry: Any = None
+        self.way: Any = None
         self.shared = False  # its module runs twice in a step: no single value, never reused
         self.forget()
 
     def forget(self) -> None:
         self.first, self.last = 0, -1
         self.touched = False  # written to in the running step
+
+    def make(
+        self, values: Sequence[Tensor], timeline: Timeline, make_store: Callable[..., Any]
+    ) -> None:
+        """Have storage for such values. make_store: (value, timeline) -> a stream."""
+        self.streams = [make_store(value, timeline) for value in values]
+        self.held = tuple((v.shape, v.dtype, v.device) for v in values)
+
+    def fits(self, values: Sequence[Tensor], half: bool = False) -> bool:
+        """Whether there is storage for these values. half: they are of half a guidance batch."""
+        if len(values) != len(self.held):
+            return False
+        for value, (shape, dtype, device) in zip(values, self.held, strict=True):
+            now = value.shape
+            if half and now and 2 * now[0] == shape[0]:
+                now, shape = now[1:], shape[1:]
+            if now != shape or value.dtype != dtype or value.device != device:
+                return False
+        return True
 
     def stored(self, pushes: int, traced: bool) -> None:
         """Note that the running step has stored a value, as push number `pushes`; perhaps in traced code."""

@@ -15,7 +15,9 @@ from .guide import Guide
 
 
 class NothingToHook(ValueError):
-    """A target means no module of this model."""
+    """A target means no module of this model. spared: a recipe does without it where another rule fits."""
+
+    spared = False
 
 
 class Binding(NamedTuple):
@@ -44,7 +46,8 @@ class BoundTarget:
     step has gone well. Whatever raises leaves the run forgotten.
 
     Class attributes: `wraps` says that `around` stands around the model's forward; `one_batch` that guidance has
-    to come in one call, so `refuse` and `refuse_branch` are asked; `own_slots` makes what the target keeps for
+    to come in one call, so `refuse` and `refuse_branch` are asked; `counted` that a reused step has to be seen to
+    predict `segments` values, else `unanswered` is asked; `own_slots` makes what the target keeps for
     a run beside the histories, found in `state.slots[rule].own`.
 
     Args:
@@ -56,7 +59,9 @@ class BoundTarget:
 
     wraps: ClassVar[bool] = False
     one_batch: ClassVar[bool] = False
+    counted: ClassVar[bool] = False
     own_slots: ClassVar[type[SlotGroup] | None] = None
+    segments: int = 0
 
     def __init__(
         self, part: Part, guide: Guide | None = None, weighted: bool = True, halves: bool = False
@@ -151,6 +156,14 @@ class BoundTarget:
             The same, tensors that lie in storage copied.
         """
         return output
+
+    def unanswered(self) -> bool:
+        """Whether a step that was to be reused has predicted too little, so that it is computed instead.
+
+        Returns:
+            False unless the model has not called what stood in.
+        """
+        return False
 
     def commit(self, state: State, action: str) -> None:
         """Note that a step went well: a computed one, and where it `halves` a batch a reused one too.

@@ -20,7 +20,7 @@ from ..storage.unit import make_store
 from .base import Binding, BoundTarget, NothingToHook
 from .control import StepControl
 from .decide import Part
-from .find import find_modules, nothing_to_hook
+from .find import find_modules, matches, nothing_to_hook
 from .guidance import GuidanceTarget
 from .modules import ModulesTarget
 from .spec import Guidance, Modules, Target
@@ -62,8 +62,9 @@ def bind_rules(
 ) -> BoundModel:
     """Find what each rule means in a model; nothing is changed yet.
 
-    A documented default that fits nothing is left out where another rule of the same config fits; alone,
-    or named by the user, it is an error.
+    A documented default that fits nothing is left out where another rule of the same config fits, and so is a
+    kind of attention that the model lacks, or that an earlier rule has claimed. Alone it is an error, and so are
+    names of the user's that no module has.
 
     Args:
         model: the denoiser.
@@ -85,7 +86,7 @@ def bind_rules(
         try:
             bound.targets.append(_binder(rule.where)(binding, rule.where))
         except NothingToHook as error:
-            if not rule.where.fallback:
+            if not error.spared:
                 raise
             bound.missing[number] = error
     if bound.missing and all(target.decider.halves for target in bound.targets):
@@ -99,7 +100,12 @@ def _modules(binding: Binding, where: Modules) -> ModulesTarget:
     named = find_modules(model, where, binding.adapter)
     found = [(name, m) for name, m in named if id(m) not in taken]
     if not found:
-        raise NothingToHook(nothing_to_hook(model, where))
+        nothing = NothingToHook(nothing_to_hook(model, where))
+        nothing.spared = where.fallback is not None or (
+            where.patterns is not None
+            and any(matches(name, where) for name, _ in model.named_modules() if name)
+        )
+        raise nothing
     taken.update(id(m) for _, m in found)
     halved = binding.halved and binding.part.when.conditional_only
     return ModulesTarget(binding.part, found, binding.make_store, conditional_half=halved)

@@ -33,7 +33,8 @@ class StepControl:
 
     active: targets take part in the model's forward. signature_missed: traced code met a shape it has no storage for.
     may_be_compiled: some of the model may be compiled, so actions hold for all modules of a rule alike.
-    inside: the model's forward is running in a call of ours.
+    inside: the model's forward is running in a call of ours. predicted: values of stacks that this step has
+    predicted so far, where nothing is compiled.
     """
 
     __slots__ = (
@@ -44,6 +45,7 @@ class StepControl:
         "inside",
         "may_be_compiled",
         "phase",
+        "predicted",
         "seen",
         "signature_missed",
         "state",
@@ -54,6 +56,7 @@ class StepControl:
     def __init__(self) -> None:
         self.active = self.signature_missed = self.may_be_compiled = self.inside = False
         self.phase = WHOLE
+        self.predicted = 0
         self.seen: Any = None  # the timestep that the model was called with, inside a graph
         self.state: Any = None  # the State of the running call
         self.step = Step(0)
@@ -78,7 +81,7 @@ class StepControl:
 
         Returns whether all storage exists: compiled code may run then, and nothing is recorded.
         """
-        state, recorded = self.state, True
+        state, recorded, self.predicted = self.state, True, 0
         for target in targets:
             target.begin()
             recorded = recorded and target.recorded(state)

@@ -35,14 +35,14 @@ def find_modules(
     if where.kind == "any":
         if where.fallback == "attention" and adapter.attention is not None:
             return attention_modules(model, adapter)  # a row knows better than names do
-        matches = outermost([(n, m) for n, m in model.named_modules() if n and _matches(n, where)])
-        found = matches or _fallback(model, where, adapter)
+        named = outermost([(n, m) for n, m in model.named_modules() if n and matches(n, where)])
+        found = named or _fallback(model, where, adapter)
     else:
         found = [
             (n, m)
             for n, m in attention_modules(model, adapter, everywhere=True)
             if _kind_fits(attention_kind(model, n, m, adapter), n, m, where)
-            and (where.patterns is None or _matches(n, where))
+            and (where.patterns is None or matches(n, where))
         ]
         if not found and where.kind in ("spatial", "self"):
             found = [
@@ -80,8 +80,11 @@ def _kind_fits(kind: str, name: str, module: nn.Module, where: Modules) -> bool:
     return where.fallback is None and {kind, where.kind} == {"spatial", "temporal"}
 
 
-def _matches(name: str, where: Modules) -> bool:
-    """Defaults that are plain words match whole path segments, so `blocks` is not `refiner_blocks`."""
+def matches(name: str, where: Modules) -> bool:
+    """Whether a target names a module.
+
+    Defaults that are plain words match whole path segments, so `blocks` is not `refiner_blocks`.
+    """
     segments = name.split(".")
     for pattern in where.patterns or ():
         if where.fallback and pattern.isidentifier():

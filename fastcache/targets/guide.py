@@ -12,7 +12,7 @@ from ..policies import COMPUTE, REUSE
 from ..predictors import Predictor
 from ..storage.allocate import allocate
 from ..storage.group import SlotGroup
-from ..storage.ring import Ring
+from ..storage.ring import Ring, fitting
 from ..storage.state import State
 
 _weights = direct("guided_weights")
@@ -46,7 +46,7 @@ class Guide:
         """Take in the guide of the running step: keep it, or read the weights off it."""
         with torch.no_grad():
             slots: GuideSlots = state.slots[rule].guide
-            if not torch.compiler.is_compiling() and slots.guides is None:
+            if not torch.compiler.is_compiling() and not _fits(slots.guides, guide, action):
                 depth, device = self.predictor.depth, guide.device
                 slots.guides = Ring(guide, state.timelines[rule])
                 slots.weights = allocate((depth + 1,), torch.float32, device)
@@ -63,3 +63,15 @@ class Guide:
     def stage(self, state: State, rule: int, prior: tuple[float, ...]) -> None:
         """Have the device hold the prior of this step."""
         state.slots[rule].guide.put("prior", prior)
+
+
+def _fits(guides: Ring | None, guide: Tensor, action: str) -> bool:
+    """Whether there is storage for such a guide; one that is only looked at raises where it does not fit."""
+    if guides is None:
+        return False
+    row = guides.views[0]
+    if action != COMPUTE:
+        fitting(row, guide)
+        return True
+    held, now = (row.shape, row.dtype, row.device), (guide.shape, guide.dtype, guide.device)
+    return held == now or (held[0][1:], *held[1:]) == (now[0][1:], *now[1:])

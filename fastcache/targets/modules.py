@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..policies import COMPUTE, REUSE
-from ..storage.allocate import allocate, static, upload
+from ..storage.allocate import Unfit, allocate, static, upload
 from ..storage.history import padded
 from ..storage.state import State
 from ..storage.unit import Unit
@@ -24,6 +24,13 @@ from .install import hooked_class, refuse_copy
 from .outputs import rebuilt, template_of, tensors
 
 NODE = "_fastcache_node"
+
+
+def entry_of(args: tuple, kwargs: dict) -> Any:
+    """The shape of a module's first argument."""
+    for value in args or kwargs.values():
+        return value.shape if isinstance(value, Tensor) else None
+    return None
 
 
 class Caching:
@@ -138,10 +145,13 @@ class ModulesTarget(BoundTarget):
         if not timeline.pushes or not units:
             return False
         if not self.control.may_be_compiled:
-            return True
+            for unit in units:
+                if unit.ready(timeline):
+                    return True
+            return False
         # all of them are asked, so that each one notices a consumer that has written into its value
         usable = [u.shared or u.ready(timeline) for u in units]
-        return all(usable)
+        return all(usable) and not all(u.shared for u in units)
 
     def call(self, node: Node, run: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a module, or predict what it would return. Traced by torch.compile."""
@@ -150,17 +160,32 @@ class ModulesTarget(BoundTarget):
         traced = torch.compiler.is_compiling()
         action = control.actions[self.rule]
         if action == REUSE and unit is not None:
-            if not unit.shared if traced else unit.ready(state.timelines[self.rule]):
+            if traced:
+                if not unit.shared:
+                    return self._reused(node, unit, state, traced)
+            elif unit.ready(state.timelines[self.rule]):
+                if (entry := entry_of(args, kwargs)) != unit.entry:
+                    self._refuse(node, entry, unit.entry)
                 return self._reused(node, unit, state, traced)
         output = run(*args, **kwargs)
         if action != COMPUTE:
             return output
-        if unit is None:
-            unit = node.unit = state.units[self.rule][node.key] = self._unit(output, state)
+        if unit is None or not (traced or self._fits(unit, output)):
+            new = self._unit(output, state)
+            new.shared = unit is not None and unit.shared
+            unit = node.unit = state.units[self.rule][node.key] = new
+        if not traced:
+            unit.entry = entry_of(args, kwargs)
         stored = self._store(unit, output, state, traced)
         if traced or control.may_be_compiled or not stored or node.module._forward_hooks:
             return output
         return self._stored_aliases(unit, output)
+
+    def _refuse(self, node: Node, entry: Any, before: Any) -> None:
+        """Raise Unfit where a module gets another length than it got; half a guidance batch is none."""
+        half = self.control.batch == "half" and entry is not None and before is not None
+        if not (half and entry[1:] == before[1:]):
+            raise Unfit(f"{node.name} gets {entry}, it got {before}")
 
     def _reused(self, node: Node, unit: Unit, state: State, traced: bool) -> Any:
         """What a module would return, predicted; where the predictor feeds back, it enters the history."""
@@ -187,13 +212,18 @@ class ModulesTarget(BoundTarget):
         return output
 
     def _unit(self, output: Any, state: State) -> Unit:
-        unit, timeline = Unit(), state.timelines[self.rule]
+        unit = Unit()
         unit.template = template_of(output)
-        unit.streams = [
-            self.make_store(self._kept(v).detach(), timeline)
-            for v in tensors(unit.template, output)
-        ]
+        values = [self._kept(v).detach() for v in tensors(unit.template, output)]
+        unit.make(values, state.timelines[self.rule], self.make_store)
         return unit
+
+    def _fits(self, unit: Unit, output: Any) -> bool:
+        """Whether a unit has storage for what its module has returned."""
+        if (template_of(output) is None) != (unit.template is None):
+            return False
+        values = [self._kept(v) for v in tensors(unit.template, output)]
+        return unit.fits(values, self.control.batch == "half")
 
     def _kept(self, value: Tensor) -> Tensor:
         """The conditional half of a full guidance batch, where only that will be asked for."""

@@ -8,6 +8,16 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..models.block_io import entries, field_names
+
+
+def container(kind: Any, names: tuple[str, ...], values: list[Any]) -> Any:
+    """A dict or dataclass with these entries, or a named tuple, which goes by place."""
+    if not names:
+        return kind._make(values)
+    found = dict(zip(names, values, strict=True))
+    return kind(**found) if hasattr(kind, "__dataclass_fields__") else kind(found)
+
 
 def first_tensor(output: Any) -> Tensor:
     """The tensor of a model's output: itself, element 0, or its first field."""
@@ -70,22 +80,32 @@ def rebuilt(template: Any, values: list[Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class ReturnLayout:
-    """How a block's return is built: a bare tensor, or a container with the streams at these places."""
+    """How a block's return is built: a bare tensor, or a container with the streams at these places.
+
+    names: of the entries, where the container is a dict or a dataclass.
+    """
 
     kind: type | None = None  # None: bare tensor
     length: int = 0
     hidden: int | None = None
     encoder: int | None = None
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, output: Any, hidden: int | None, encoder: int | None) -> ReturnLayout:
         """The layout of what a block has returned, its streams lying at these places."""
         if hidden is None:
             return cls()
-        return cls(list if isinstance(output, list) else tuple, len(output), hidden, encoder)
+        found, names = entries(output), field_names(output)
+        assert found is not None
+        kind = type(output)
+        if not names and not hasattr(kind, "_make"):
+            kind = list if isinstance(output, list) else tuple
+        return cls(kind, len(found), hidden, encoder, names)
 
     def build(self, hidden: Any, encoder: Any, extra: dict[int, Any]) -> Any:
-        if self.kind is None:
+        kind: Any = self.kind
+        if kind is None:
             return hidden
         values: list[Any] = [None] * self.length
         for i, value in extra.items():
@@ -93,7 +113,9 @@ class ReturnLayout:
         values[self.hidden or 0] = hidden
         if self.encoder is not None:
             values[self.encoder] = encoder
-        return tuple(values) if self.kind is tuple else values
+        if kind is tuple or kind is list:
+            return tuple(values) if kind is tuple else values
+        return container(kind, self.names, values)
 
 
 BARE = ReturnLayout()

@@ -33,7 +33,10 @@ class Change(Meter):
             x = tail(slots.nothing, y)
         elif x.requires_grad:
             x = x.detach()
-        return _sums(y, x, tail(slots.reference, y), self.per_sample)
+        before = tail(slots.reference, y)
+        return (
+            _sums(y, x, before, self.per_sample) if before.shape == y.shape else None
+        )  # else of another length
 
     def keep(self, state: State, y: Tensor, x: Tensor | None) -> None:
         slots = self._slots(state)
@@ -41,7 +44,12 @@ class Change(Meter):
             tail(slots.reference, y).copy_(y if x is None else y - x)
             return
         held = slots.reference
-        if held is None or held.shape[1:] != y.shape[1:] or held.shape[0] < y.shape[0]:
+        if (
+            held is None
+            or held.shape[1:] != y.shape[1:]
+            or held.shape[0] < y.shape[0]
+            or (held.dtype, held.device) != (y.dtype, y.device)
+        ):
             slots.reference = allocate(y.shape, y.dtype, y.device, strides_of(y))
             if x is None:
                 slots.nothing = allocate(y.shape, y.dtype, y.device, strides_of(y))

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from ...policies import COMPUTE, REUSE
+from ...storage.allocate import Unfit
 from ..control import WHOLE
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import decide_by_input, kept_output, look_at_input, look_at_output, note_decided
 from .recording import Recorder
 from .residual import keep, predict
 from .roles import ASKING, BLOCK, PROBED, ROLES, BlockStandIn, roles_of
+from .segments import continues_previous
+from .way import version
 
 NOTHING = Entered(None, None)
 
@@ -28,8 +31,6 @@ class BlockListHook:
 
     def __init__(self, stack: Stack, blocks: BlockList) -> None:
         self.stack, self.blocks, self.control = stack, blocks, stack.control
-        self.first_io, self.last_io = blocks.first_io, blocks.last_io
-        self.replaced_io = blocks.replaced_io
         self.modules, self.probed = blocks.modules, blocks.probed
         self.asks = not blocks.index and stack.meter is not None and stack.meter.at_input
         self._take(Layout(), Place())
@@ -37,11 +38,18 @@ class BlockListHook:
         self.recorder: Recorder | None = None  # of the running call
         self.entered = NOTHING  # by the segment that this list opens, until it is left
         self.reused: list | None = None  # handed out on reused steps, where nothing is compiled
-        # made beforehand, since traced code cannot make them
-        self.stand_ins = {
-            role: [BlockStandIn(getattr(self, role), block) for block in blocks.blocks()]
-            for role in ROLES
-        }
+        self.furnish()
+
+    def furnish(self) -> None:
+        """Make what stands in for the blocks that there are: beforehand, since traced code cannot."""
+        blocks = self.blocks
+        self.first_io, self.last_io = blocks.first_io, blocks.last_io
+        self.replaced_io = blocks.replaced_io
+        self.reused = None
+        makes = [(role, getattr(self, role)) for role in ROLES]
+        self.stand_ins = {role: [BlockStandIn(f, b) for b in blocks.known] for role, f in makes}
+        known = enumerate(blocks.known)
+        self.between = [BlockStandIn(partial(self._run_between, i, b), b) for i, b in known]
 
     def watch(self, recorder: Recorder | None) -> None:
         """Hand out what the recorder of this call stands in with; None: no call is recorded."""
@@ -101,10 +109,16 @@ class BlockListHook:
 
     def _items(self, roles: list[str]) -> list:
         """The stand-ins that play these roles, or the blocks themselves, each in its place."""
-        blocks = self.blocks.blocks() if BLOCK in roles else []  # traced code guards what it reads
-        return [
-            blocks[i] if role == BLOCK else self.stand_ins[role][i] for i, role in enumerate(roles)
-        ]
+        blocks: list = []
+        if BLOCK in roles:  # traced code guards what it reads
+            blocks = self.blocks.blocks() if torch.compiler.is_compiling() else self.between
+        try:
+            return [
+                blocks[i] if role == BLOCK else self.stand_ins[role][i]
+                for i, role in enumerate(roles)
+            ]
+        except IndexError:
+            raise Unfit("blocks were added") from None
 
     def _made_for_reuse(self) -> list:
         """What the list hands out on every reused step, until a recording call sees the stack anew."""
@@ -139,11 +153,11 @@ class BlockListHook:
         """The first block of a segment."""
         look_at_input(self.stack, self.blocks, args, kwargs)
         self._enter(*self.first_io.read(args, kwargs))
-        return self.blocks.blocks()[0](*args, **kwargs)
+        return self._run(0, args, kwargs)
 
     def last(self, *args: Any, **kwargs: Any) -> Any:
         """The last block of a segment."""
-        output = self.blocks.blocks()[-1](*args, **kwargs)
+        output = self._run(len(self.modules) - 1, args, kwargs)
         self._leave(args, kwargs, output)
         return output
 
@@ -153,6 +167,33 @@ class BlockListHook:
         self._leave(args, kwargs, output)
         return output
 
+    def _run(self, index: int, args: tuple, kwargs: dict) -> Any:
+        if torch.compiler.is_compiling():
+            return self.blocks.blocks()[index](*args, **kwargs)
+        return self._run_between(index, self.blocks.known[index], *args, **kwargs)
+
+    def _run_between(self, index: int, block: Any, *args: Any, **kwargs: Any) -> Any:
+        """A block that nothing stands in for, watched (eager only)."""
+        io = self.blocks.io(index)
+        hidden, encoder = io.read(args, kwargs)
+        self._note_arrival(index, hidden)
+        output = block(*args, **kwargs)
+        if (way := self.stack.way) is not None:
+            relied_on = self.returns if self.opens and not index else None
+            way.passed(io, output, (hidden, encoder), self.positions, relied_on)
+        return output
+
+    def _note_arrival(self, index: int, hidden: Any) -> None:
+        """A block is called: note it, and whether this list still goes on where the one before has stopped."""
+        way = self.stack.way
+        if way is None:
+            return
+        before = way.left
+        direct = way.arrive(self.blocks.index, index, hidden)
+        joined = not (index or direct or self.opens or self.loop_does_more) and self.segment >= 0
+        if joined and before is not None and not continues_previous(before, hidden):
+            way.broken = True
+
     def _enter(self, hidden: Any, encoder: Any) -> None:
         """Note what enters the segment that this list opens."""
         stack = self.stack
@@ -160,7 +201,8 @@ class BlockListHook:
             hidden = hidden.clone()
         if not stack.keeps_text and self.control.actions[stack.rule] != REUSE:
             encoder = None  # not to be kept alive: its residual is not stored
-        self.entered = Entered(hidden, encoder)
+        counted = -1 if torch.compiler.is_compiling() else version(hidden)
+        self.entered = Entered(hidden, encoder, counted)
 
     def _take_entered(self) -> Entered:
         """What entered the segment, which is left now."""
@@ -173,6 +215,15 @@ class BlockListHook:
         hidden, encoder = self.last_io.read(args, kwargs)
         left = Left(*self.last_io.taken_apart(output, hidden, encoder, self.positions))
         entered = self.opener._take_entered()
+        if not torch.compiler.is_compiling():
+            way = stack.way
+            if way is None:  # a block that autograd runs once more
+                return
+            if entered.hidden is None or entered.version != version(entered.hidden):
+                way.broken = True
+            if way.broken:
+                return
+            stack.refit(self.segment, entered, left)
         keep(state, stack.rule, self.segment, entered, left, stack.measure)
 
     def decide_first(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,12 +235,14 @@ class BlockListHook:
 
     def run_first(self, *args: Any, **kwargs: Any) -> Any:
         """The first block of the stack, where the policy or the predictor wants to see its change."""
-        x, encoder = self.first_io.read(args, kwargs)
+        x, text = self.first_io.read(args, kwargs)
         if self.writes_inputs:
             x = x.clone()
         output = self.blocks.blocks()[0](*args, **kwargs)
-        hidden, encoder = self.first_io.streams(output, x, encoder, self.positions)
+        hidden, encoder = self.first_io.streams(output, x, text, self.positions)
         look_at_output(self.stack, hidden, encoder, x, self.returns)
+        if self.control.actions[self.stack.rule] != REUSE:
+            self._note_first(x, output, text)
         self._go_on(hidden, encoder)
         return output
 
@@ -200,14 +253,25 @@ class BlockListHook:
             self.control.state.slots[self.stack.rule].own, x, encoder
         )
         note_decided(self.stack, hidden, x, now)
+        output = self.returns.build(hidden, encoder, {})
+        if self.control.actions[self.stack.rule] != REUSE:
+            self._note_first(x, output, encoder)
         self._go_on(hidden, encoder)
-        return self.returns.build(hidden, encoder, {})
+        return output
 
     def _go_on(self, hidden: Any, encoder: Any) -> None:
         """Enter the segment that begins after the block that always runs."""
         if self.opens:
             if self.loop_does_more or self.control.actions[self.stack.rule] != REUSE:
                 self._enter(hidden, encoder)
+
+    def _note_first(self, x: Any, output: Any, encoder: Any) -> None:
+        """The block that always runs has run, and the step is computed."""
+        if torch.compiler.is_compiling():
+            return
+        way = self.stack.start_way()
+        self._note_arrival(0, x)
+        way.passed(self.first_io, output, (x, encoder), self.positions, self.returns)
 
     # --- roles on reused steps ----------------------------------------------------------------------------
 
@@ -218,7 +282,10 @@ class BlockListHook:
             look_at_input(stack, self.blocks, args, kwargs)
         hidden, encoder = self.replaced_io.read(args, kwargs)
         unit = control.state.units[stack.rule][self.segment]
-        usual = stack.guide is None and not control.may_be_compiled
+        eager = not control.may_be_compiled
+        if eager:
+            control.predicted += 1
+        usual = eager and stack.guide is None
         weights = control.weights[stack.rule] if usual else self._weights()
         return predict(unit, hidden, encoder, weights, self.returns)
 
@@ -235,7 +302,11 @@ class BlockListHook:
 
     def leave_segment(self, *args: Any, **kwargs: Any) -> Any:
         """The last block of a segment whose loop does more: what the loop did on the way is cached too."""
-        hidden, encoder = self.opener._take_entered()
+        hidden, encoder, _ = self.opener._take_entered()
+        if hidden is None:
+            raise Unfit("its first block was left out")
+        if not self.control.may_be_compiled:
+            self.control.predicted += 1
         unit = self.control.state.units[self.stack.rule][self.segment]
         return predict(unit, hidden, encoder, self._weights(), self.returns)
 
@@ -245,8 +316,5 @@ class BlockListHook:
         if stack.guide is not None:
             return control.state.slots[stack.rule].guide.weights
         # where nothing is compiled, nothing asks whether this is traced
-        return (
-            ()
-            if control.may_be_compiled and torch.compiler.is_compiling()
-            else control.weights[stack.rule]
-        )
+        traced = control.may_be_compiled and torch.compiler.is_compiling()
+        return () if traced else control.weights[stack.rule]

@@ -19,13 +19,15 @@ from ..decide import RuleDecider
 from ..guide import Guide
 from ..meters.base import Meter
 from ..outputs import BARE, ReturnLayout
+from .way import Way
 
 
 class Entered(NamedTuple):
-    """The streams with which a segment was entered."""
+    """The streams with which a segment was entered. version: how often `hidden` had been written into."""
 
     hidden: Any
     encoder: Any
+    version: int = -1
 
 
 class Left(NamedTuple):
@@ -67,7 +69,8 @@ class Layout:
     order: lists by index, as the model enters them. segments: see `Segment`; numbers of an earlier cut are
     never used again, so that what was stored for that one is not taken for this one. places: one per list.
     interleaved: the lists take turns. loop_does_more: the model's loop does more than to call one block after
-    the other. writes_inputs: some block writes into its input, so a copy of what enters is kept.
+    the other. writes_inputs: some block writes into its input, so a copy of what enters is kept. used: numbers
+    below this one belong to cuts before.
     """
 
     order: tuple[int, ...] = ()
@@ -76,6 +79,7 @@ class Layout:
     interleaved: bool = False
     loop_does_more: bool = False
     writes_inputs: bool = False
+    used: int = 0
 
     @cached_property
     def number(self) -> int:
@@ -85,7 +89,7 @@ class Layout:
     @property
     def next_number(self) -> int:
         """The first number that no cut so far has used."""
-        return self.segments[-1].number + 1 if self.segments else 0
+        return self.segments[-1].number + 1 if self.segments else self.used
 
     @property
     def apart(self) -> bool:
@@ -106,6 +110,9 @@ class BlockList:
     ) -> None:
         self.index, self.name, self.modules, self.row = index, name, modules, row
         self.probed = probed
+        self.known = self.blocks()
+        self.count = len(self.known)
+        self._ios: dict[type, BlockIO] = {}
         self.first_io, self.last_io = self.io(0), self.io(len(modules) - 1)
         # of the first block that a prediction stands in for
         self.replaced_io = self.io(1) if probed and len(modules) > 1 else self.first_io
@@ -117,8 +124,15 @@ class BlockList:
         """The blocks themselves; iterating over the list would be routed."""
         return list(self.modules._modules.values())
 
+    def changed(self) -> bool:
+        """Whether blocks were added, taken away or exchanged since this was made."""
+        return list(self.modules._modules.values()) != self.known
+
     def io(self, index: int) -> BlockIO:
-        return BlockIO(self.blocks()[index], self.row)
+        block = self.known[index]
+        if type(block) not in self._ios:
+            self._ios[type(block)] = BlockIO(block, self.row)
+        return self._ios[type(block)]
 
 
 class Stack(Protocol):
@@ -128,6 +142,7 @@ class Stack(Protocol):
     weights where they come from this step's own blocks. decider: decides by the first block. meter: measures
     what is decided by, None where that is nothing inside the stack. every_step: a reused step is measured
     against too. measure: note the magnitude ratio of every residual.
+    way: how the running call goes through it, where it computes; None where that is not looked at.
     """
 
     rule: int
@@ -138,3 +153,10 @@ class Stack(Protocol):
     every_step: bool
     measure: bool
     decider: RuleDecider
+    way: Way | None
+
+    def start_way(self) -> Way:
+        """The step computes: see how it goes through the stack."""
+
+    def refit(self, number: int, entered: Entered, left: Left) -> None:
+        """Have storage for the residual of a segment as it is in this call."""

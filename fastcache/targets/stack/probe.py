@@ -11,7 +11,7 @@ from ...storage.allocate import allocate, strides_of
 from ...storage.group import SlotGroup
 from ...storage.ring import tail
 from ...storage.state import State
-from ..control import HEAD, REST, Stop
+from ..control import HEAD, PENDING, REST, Stop
 from ..decide import RuleSlots
 from ..outputs import ReturnLayout
 from .layout import BlockList, Stack
@@ -25,8 +25,9 @@ def look_at_output(
     returns: how the block returns its streams. In the head region of a compiled step it raises Stop, having
     kept what the block returned.
     """
-    stack.decider.measure(hidden, x)
     control, guide = stack.control, stack.guide
+    if control.phase == HEAD or control.actions[stack.rule] == PENDING:
+        stack.decider.measure(hidden, x)
     now = None if guide is None else guide.of(hidden, x)
     if control.phase == HEAD:
         keep_output(control.state.slots[stack.rule].own, hidden, encoder, now)
@@ -98,7 +99,13 @@ class ProbeSlots(SlotGroup):
 def lacks_slots(stack: Stack, state: State) -> bool:
     """Whether such a step has nowhere to keep it."""
     meter = stack.meter
-    return meter is not None and not meter.at_input and state.slots[stack.rule].own.hidden is None
+    if meter is None or meter.at_input:
+        return False
+    rule: RuleSlots = state.slots[stack.rule]
+    held, like = rule.own.hidden, rule.signal.reference
+    if held is None or like is None:
+        return held is None
+    return (held.shape, held.dtype) != (like.shape, like.dtype)
 
 
 def allocate_slots(rule: RuleSlots, hidden: Tensor, encoder: Any) -> None:

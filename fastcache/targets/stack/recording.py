@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ... import sync
-from ...models.block_io import BlockIO, Positions
+from ...models.block_io import BlockIO, Positions, entries
 from ..outputs import BARE, ReturnLayout
+from .collected import collected
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import decide_by_input, look_at_input, look_at_output
 from .roles import BlockStandIn
-from .segments import ENTER, LEAVE, Event, alone, continues_previous, cut
+from .segments import ENTER, LEAVE, Cut, Event, alone, continues_previous, cut
+from .way import Way, version
 
 
 class Passed(NamedTuple):
@@ -29,6 +30,8 @@ class Passed(NamedTuple):
     output: Any
     hidden: Any
     encoder: Any
+    version: int  # of the hidden states it has returned
+    copy: Tensor | None  # of these, where nothing counts what is written into them
 
 
 @dataclass
@@ -50,14 +53,20 @@ class Seen:
 class Recorder:
     """Stands in for every block of a stack during one call; `finish` then says what was learnt.
 
-    known: what the recording call before has learnt, which is gone on from. A recording call is never traced.
+    known: what the recording call before has learnt, which is gone on from. way: what the host sees of this
+    one. A recording call is never traced.
+
+    That nothing happens between two blocks is taken from their tensors being the same one, not from equal
+    values: what is added there may be zero today and not tomorrow, as the residuals of a ControlNet are.
     """
 
-    def __init__(self, stack: Stack, lists: Sequence[BlockList], known: Layout) -> None:
-        self.stack, self.lists, self.known = stack, lists, known
+    def __init__(self, stack: Stack, lists: Sequence[BlockList], known: Layout, way: Way) -> None:
+        self.stack, self.lists, self.known, self.way = stack, lists, known, way
+        self.learns = True  # until the call turns out to be none to learn from
         self.loop_does_more = known.loop_does_more
         self.writes_inputs = known.writes_inputs
         self.events: list[Event] = []
+        self.counts: list[tuple[Tensor, int]] = []  # what lists have returned, and its version then
         self.seen = [Seen(place.positions) for place in known.places or [Place()] * len(lists)]
         self.returned: list[weakref.ref] = []  # what each block has returned
 
@@ -71,8 +80,9 @@ class Recorder:
     def _run(self, at: int, index: int, *args: Any, **kwargs: Any) -> Any:
         """Run one block of a list and look at what it is given and what it gives back."""
         blocks, last = self.lists[at], len(self.lists[at]) - 1
-        block, io = blocks.blocks()[index], blocks.io(index)
+        block, io = blocks.known[index], blocks.io(index)
         hidden, encoder = io.read(args, kwargs)
+        direct = self.way.arrive(at, index, hidden)
         if not index and blocks.probed:
             return self._run_probed(at, block, io, args, kwargs)
         if index:
@@ -80,17 +90,27 @@ class Recorder:
         else:
             decide_by_input(self.stack, blocks, args, kwargs)
             look_at_input(self.stack, blocks, args, kwargs)
-            self._enter(at, hidden, encoder)
+            self._enter(at, hidden, encoder, direct)
         output = block(*args, **kwargs)
+        self._note_passed(at, index, io, output, hidden, encoder)
         if index < last or not index:
-            self._note_passed(at, Passed(index, io, output, hidden, encoder))
             self._note_written(at, output)
         if index == last:
             positions = self.seen[at].positions
-            self.seen[at].left = Left(*io.taken_apart(output, hidden, encoder, positions))
+            left = Left(*io.taken_apart(output, hidden, encoder, positions))
+            self.seen[at].left = self._kept(left)
             self.events.append((at, LEAVE))
-            self._refuse_collected((*args, *kwargs.values()))
+            ours = [(seen.entered, seen.left, seen.passed) for seen in self.seen]
+            if collected(self.returned, (args, kwargs, ours)):
+                self._refuse_collected()
         return output
+
+    def _kept(self, left: Left) -> Left:
+        """What a list has returned, as it is now: where the model writes into its streams, a copy."""
+        if not self.writes_inputs:
+            self.counts.append((left.hidden, version(left.hidden)))
+            return left
+        return left._replace(hidden=left.hidden.clone())
 
     def _run_probed(self, at: int, block: nn.Module, io: BlockIO, args: tuple, kwargs: dict) -> Any:
         """The block that always runs: the step is decided by its change, and the segment begins after it."""
@@ -98,48 +118,61 @@ class Recorder:
         x, encoder = io.read(args, kwargs)
         seen.probed = x.clone()
         output = block(*args, **kwargs)
-        self._note_passed(at, Passed(0, io, output, x, encoder))
+        self._note_passed(at, 0, io, output, x, encoder)
         self.writes_inputs = self.writes_inputs or not sync.same(x, seen.probed)
         hidden, encoder = io.streams(output, x, encoder, seen.positions)
         x = seen.probed if self.writes_inputs else x
         look_at_output(self.stack, hidden, encoder, x, seen.returns)
         if not alone(self.lists[at]):
-            self._enter(at, hidden, encoder)
+            self._enter(at, hidden, encoder, False)
         return output
 
-    def _enter(self, at: int, hidden: Tensor, encoder: Any) -> None:
+    def _enter(self, at: int, hidden: Tensor, encoder: Any, direct: bool) -> None:
         """The model enters a list. Of two that follow each other directly, nothing between is kept."""
         seen = self.seen[at]
         if self.events and self.events[-1][1] == LEAVE and not self.loop_does_more:
             before = self.events[-1][0]
-            seen.continues = self._continues(before, at, hidden)
+            seen.continues = self._continues(before, at, hidden, direct)
             if seen.continues:
                 self.seen[before].left = None
         self.events.append((at, ENTER))
         if not seen.continues:
             self._keep_entered(seen, hidden, encoder)
 
-    def _continues(self, before: int, at: int, hidden: Tensor) -> bool:
-        if self.known.segments:
-            places = self.known.places
-            return places[before].segment == places[at].segment
-        left = self.seen[before].left
-        return left is not None and continues_previous(left.hidden, hidden)
+    def _continues(self, before: int, at: int, hidden: Tensor, direct: bool) -> bool:
+        places, left = self.known.places, self.seen[before].left
+        if left is None or (self.known.segments and places[before].segment != places[at].segment):
+            return False
+        if left.hidden.shape == hidden.shape:
+            return direct
+        return continues_previous(left.hidden, hidden)
 
     def _keep_entered(self, seen: Seen, hidden: Tensor, encoder: Any) -> None:
-        seen.entered = Entered(hidden, encoder if self.stack.keeps_text else None)
+        text = encoder if self.stack.keeps_text else None
+        seen.entered = Entered(hidden, text, version(hidden))
         seen.clone = hidden.clone()
 
-    def _note_passed(self, at: int, passed: Passed) -> None:
-        seen, output = self.seen[at], passed.output
-        seen.passed = passed
-        places = passed.io.positions(output, passed.hidden, passed.encoder, seen.positions)
-        if passed.number == 0:
+    def _note_passed(
+        self, at: int, index: int, io: BlockIO, output: Any, hidden: Any, encoder: Any
+    ) -> None:
+        seen = self.seen[at]
+        places = io.positions(output, hidden, encoder, seen.positions)
+        value = io.streams(output, hidden, encoder, seen.positions)[0]
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"target: {io.name} in {self.lists[at].name!r} returns a {type(output).__name__}, in which no "
+                "hidden states were found; blocks may return a tensor, or a tuple, list, dict or dataclass "
+                "with one. Name other lists with fastcache.BlockAdapter(blocks=...), or skip modules instead "
+                "with a recipe of where=fastcache.Modules(...)"
+            )
+        self.way.leave(value)
+        copy = value.clone() if value.is_inference() else None
+        seen.passed = Passed(index, io, output, hidden, encoder, version(value), copy)
+        if index == 0:
             seen.returns = ReturnLayout.of(output, *places)
-        value = output if places[0] is None else output[places[0]]
         # a hook of the user's may keep it too
-        hooked = any(block._forward_hooks for block in self.lists[at].blocks())
-        if isinstance(value, Tensor) and not hooked:
+        hooked = any(block._forward_hooks for block in self.lists[at].known)
+        if value is not hidden and not hooked:
             self.returned.append(weakref.ref(value))
 
     def _note_written(self, at: int, output: Any) -> None:
@@ -154,9 +187,13 @@ class Recorder:
     def _settle_written(self, seen: Seen) -> None:
         """Go on with the copy of what entered, where that has been written into."""
         if seen.clone is not None and seen.entered is not None:
-            if not sync.same(seen.entered.hidden, seen.clone):
+            entered = seen.entered
+            counted = (
+                version(entered.hidden) != entered.version
+            )  # also where nothing but zeros was added
+            if counted or not sync.same(entered.hidden, seen.clone):
                 self.writes_inputs = True
-                seen.entered = seen.entered._replace(hidden=seen.clone)
+                seen.entered = entered._replace(hidden=seen.clone, version=version(seen.clone))
             seen.clone = None
 
     def _note_arrival(self, at: int, hidden: Any, encoder: Any) -> None:
@@ -168,21 +205,25 @@ class Recorder:
         self._learn(seen, passed, hidden, encoder)
         seen.probed = None
         before, _ = passed.io.streams(passed.output, passed.hidden, passed.encoder, seen.positions)
-        if before is not hidden:
-            same = before.shape == hidden.shape and sync.same(before, hidden)
-            self.loop_does_more = self.loop_does_more or not same
+        untouched = before is hidden and passed.version == version(hidden)
+        if untouched and passed.copy is not None:
+            untouched = sync.same(passed.copy, hidden)
+        self.loop_does_more = self.loop_does_more or not untouched
+        # written into between blocks, so perhaps also where those only pass on what enters
+        self.writes_inputs = self.writes_inputs or (before is hidden and not untouched)
 
     def _learn(self, seen: Seen, passed: Passed, hidden: Any, encoder: Any) -> None:
         """The order of a returned tuple, from what the model hands to the next block as what."""
         io, output = passed.io, passed.output
-        if io.returns is not None or not isinstance(output, tuple | list):
+        found = entries(output)
+        if io.returns is not None or found is None:
             return
-        at = next((i for i, v in enumerate(output) if v is hidden), None)
+        at = next((i for i, v in enumerate(found) if v is hidden), None)
         if at is None:
             return
         assumed = io.positions(output, passed.hidden, passed.encoder, seen.positions)
         text = next(
-            (i for i, v in enumerate(output) if v is encoder and v is not None and i != at), None
+            (i for i, v in enumerate(found) if v is encoder and v is not None and i != at), None
         )
         if text is None and assumed[1] != at:
             text = assumed[1]
@@ -194,43 +235,41 @@ class Recorder:
             look_at_output(self.stack, hidden, encoder, seen.probed, seen.returns)
             self._keep_entered(seen, hidden, encoder)
 
-    def _refuse_collected(self, used: tuple) -> None:
-        """Raise where the model holds on to what its blocks return: a skipped stack would leave it without.
-
-        used: arguments of the block that has just run, which are alive for that reason.
-        """
-        ours = [(seen.entered, seen.left, seen.passed) for seen in self.seen]
-        known = {
-            id(v)
-            for leaf in tree_leaves((used, ours))
-            for v in (leaf, getattr(leaf, "_base", None))
-        }
-
-        def held() -> bool:
-            values = [value for reference in self.returned if (value := reference()) is not None]
-            return any(id(value) not in known and not value.requires_grad for value in values)
-
-        if held():
-            gc.collect()  # perhaps only in a cycle that nobody refers to
-        if held():
-            names = [blocks.name for blocks in self.lists]
-            raise ValueError(
-                f"target: the model keeps what each block of {names} returns, as a "
-                "ControlNet does, so they cannot be skipped together; skip modules instead: TaylorSeer, "
-                "PyramidAttentionBroadcast, FasterCache, or a recipe with where=fastcache.Modules(...)"
-            )
+    def _refuse_collected(self) -> None:
+        """Raise, unless calls before have shown another model: then this one is computed, and nothing learnt."""
+        self.learns = False
+        if self.known.segments:
+            return
+        names = [blocks.name for blocks in self.lists]
+        raise ValueError(
+            f"target: the model keeps what each block of {names} returns, as a "
+            "ControlNet does, so they cannot be skipped together; skip modules instead: TaylorSeer, "
+            "PyramidAttentionBroadcast, FasterCache, or a recipe with where=fastcache.Modules(...)"
+        )
 
     # --- what it has learnt -----------------------------------------------------------------------------
 
     def finish(self) -> Layout:
-        """How the stack runs, the call being over. Raises ValueError where its lists have no residual."""
+        """How the stack runs, the call being over; as it was known, where this was no call to learn from.
+
+        Raises ValueError where the lists have no residual, unless calls before have shown another model.
+        """
         known = self.known
-        order, segments, interleaved = known.order, known.segments, known.interleaved
-        if not segments or (self.loop_does_more and not known.apart):
-            continuing = {at for at, seen in enumerate(self.seen) if seen.continues}
-            order, segments, interleaved = cut(
-                self.lists, self.events, continuing, self.loop_does_more, known.next_number
-            )
+        if not self.learns or not self._ran_whole():
+            self.learns = False
+            return known
+        try:
+            order, segments, interleaved = self._cut()
+        except ValueError:
+            if not known.segments:
+                raise
+            self.learns = False
+            return known
+        if any(version(hidden) != count for hidden, count in self.counts):
+            self.learns, self.writes_inputs = (
+                False,
+                True,
+            )  # too late for a copy: the next call makes one
         loop_does_more = self.loop_does_more or interleaved
         for segment in segments:
             self._settle_written(self.seen[segment.lists[0]])
@@ -244,11 +283,31 @@ class Recorder:
             order, segments, tuple(places), interleaved, loop_does_more, self.writes_inputs
         )
 
+    def _ran_whole(self) -> bool:
+        """Whether each list that has run, and each that has run before, went from its first block to its last."""
+        ran = {(at, index) for at, index, _ in self.way.calls}
+        lists = {at for at, _ in ran} | set(self.known.order)
+        return all({(at, 0), (at, len(self.lists[at]) - 1)} <= ran for at in lists)
+
+    def _cut(self) -> Cut:
+        """How the stack is cut: as before, where that holds in this call."""
+        known = self.known
+        continuing = {at for at, seen in enumerate(self.seen) if seen.continues}
+        new = cut(self.lists, self.events, continuing, self.loop_does_more, known.next_number)
+        joined = [set(segment.lists) for segment in new.segments]
+        finer = all(any(joins.issuperset(s.lists) for joins in joined) for s in known.segments)
+        if known.segments and finer and new.order == known.order:
+            if new.interleaved == known.interleaved:
+                return Cut(known.order, known.segments, known.interleaved)
+        return new
+
     def residuals(self, layout: Layout) -> Iterator[tuple[int, Entered, Left]]:
         """Per segment its number, what it entered and what it left; none where the call has let one go.
 
         That happens where the stack was cut otherwise than the call before had it: the next call has all.
         """
+        if not self.learns:
+            return
         ends = [
             (number, self.seen[members[0]].entered, self.seen[members[-1]].left)
             for number, members in layout.segments

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops import direct
+from ...storage.allocate import Unfit
 from ...storage.history import Timeline
 from ...storage.state import State
 from ...storage.unit import Unit
@@ -68,17 +69,29 @@ def allocate_unit(
     entered: Entered, left: Left, timeline: Timeline, make_store: Callable[[Tensor, Any], Any]
 ) -> Unit:
     """Storage for a segment, at its first computed step. make_store: (value, timeline) -> a stream."""
-    base, text, extras = template = template_of(entered, left)
     unit = Unit()
-    unit.template = template
-    unit.extra = {at: value for at, value in left.extra.items() if at not in extras}
-    values = [
-        entered.hidden if base is True else left.hidden,
-        *([left.encoder] if text else []),
-        *(left.extra[at] for at in extras),
-    ]
-    unit.streams = [make_store(value, timeline) for value in values]
+    unit.template = template = template_of(entered, left)
+    unit.extra = {at: value for at, value in left.extra.items() if at not in template.extras}
+    unit.entry = entered.hidden.shape
+    unit.make(values_of(template, entered, left), timeline, make_store)
     return unit
+
+
+def values_of(template: SegmentTemplate, entered: Entered, left: Left) -> list[Tensor]:
+    """What the streams of a segment's unit are made for: in the shape and the dtype that the model gives."""
+    hidden = left.hidden
+    if template.base is True:  # of joined streams, the image alone
+        hidden = hidden[:, -entered.hidden.shape[1] :] if hidden.dim() > 1 else hidden
+    texts = [left.encoder] if template.text else []
+    return [hidden, *texts, *(left.extra[at] for at in template.extras)]
+
+
+def fits(unit: Unit, entered: Entered, left: Left, half: bool) -> bool:
+    """Whether a unit has storage for this residual. half: it is of half a guidance batch."""
+    template = template_of(entered, left)
+    if template != unit.template:
+        return False
+    return unit.fits(values_of(template, entered, left), half)
 
 
 def keep(state: State, rule: int, number: int, entered: Entered, left: Left, measure: bool) -> None:
@@ -123,6 +136,8 @@ def predict(unit: Unit, hidden: Any, encoder: Any, weights: Any, returns: Return
     """
     base, text, extras = unit.template
     streams = unit.streams
+    if base is not True and hidden.shape[1:] != unit.entry[1:]:
+        raise Unfit(f"what enters has shape {tuple(hidden.shape)}, it had {tuple(unit.entry)}")
     if isinstance(base, torch.Size):
         hidden = turned(hidden, base)
     predicted = streams[0].predict(hidden if base else None, weights)

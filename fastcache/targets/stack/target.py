@@ -16,20 +16,23 @@ from ...models.adapter import Block
 from ...policies import COMPUTE, REUSE
 from ...storage.state import State
 from ..base import BoundTarget
+from ..control import PENDING
 from ..decide import Part
 from ..guide import Guide
 from ..install import hooked_class
-from .gate import BlockListHook
-from .layout import BlockList, Layout
+from .gate import NOTHING, BlockListHook
+from .layout import BlockList, Entered, Layout, Left
 from .probe import ProbeSlots, lacks_slots
 from .recording import Recorder
-from .residual import allocate_unit, keep
+from .residual import allocate_unit, fits, keep
 from .routing import HOOK, RoutedModuleList
+from .way import Way
 
 
 class StackTarget(BoundTarget):
     """The block lists of one model, bound to one rule of a recipe."""
 
+    counted = True
     own_slots = ProbeSlots
 
     def __init__(
@@ -54,8 +57,10 @@ class StackTarget(BoundTarget):
             for i, (name, modules) in enumerate(lists)
         ]
         self.hooks = [BlockListHook(self, blocks) for blocks in self.lists]
+        self.segments = -1  # of the layout, -1 without any
         self.layout = Layout()  # as the last recording call has seen it
         self.recorder: Recorder | None = None  # of the running call
+        self.way: Way | None = None  # how it goes through the stack, where it computes
 
     # --- installing -------------------------------------------------------------------------------------
 
@@ -85,12 +90,47 @@ class StackTarget(BoundTarget):
         return self.layout.key
 
     def begin(self) -> None:
-        units = self.control.state.units[self.rule]
+        control = self.control
+        units, action = control.state.units[self.rule], control.actions[self.rule]
+        self.way = None
+        if action == COMPUTE or self.layout.number not in units:
+            self.start_way()
+        elif self.layout.loop_does_more:
+            self._enter_none()
         if self.layout.number not in units:
             units.clear()  # what is there is from before the stack was cut anew
-            self._watch(Recorder(self, self.lists, self.layout))
+            assert self.way is not None
+            self._watch(Recorder(self, self.lists, self.layout, self.way))
         elif self.recorder is not None:  # an exception has ended the call that it watched
             self._watch(None)
+
+    def start_way(self) -> Way:
+        """The step computes: see how it goes through the stack, and whether that holds the blocks that it held."""
+        self.way = way = Way()
+        self._enter_none()
+        if any(blocks.changed() for blocks in self.lists):
+            self._refurnish()
+        return way
+
+    def _enter_none(self) -> None:
+        """Forget what was entered by a call that never left."""
+        for hook in self.hooks:
+            hook.entered = NOTHING
+
+    def _refurnish(self) -> None:
+        """The lists hold other blocks than they did: forget how they run."""
+        empty = [blocks.name for blocks in self.lists if not len(blocks.modules)]
+        if empty:
+            raise ValueError(
+                f"target: {empty} hold no blocks any more; call cache.disable() before they are taken away"
+            )
+        self.lists = [
+            BlockList(old.index, old.name, old.modules, old.row, old.probed) for old in self.lists
+        ]
+        self.layout = Layout(used=self.layout.next_number)
+        for hook, blocks in zip(self.hooks, self.lists, strict=True):
+            hook.blocks = blocks
+            hook.furnish()
 
     def _watch(self, recorder: Recorder | None) -> None:
         self.recorder = recorder
@@ -116,14 +156,52 @@ class StackTarget(BoundTarget):
                 return False
         return True
 
+    def unanswered(self) -> bool:
+        """Whether a step that was to be reused has predicted too little.
+
+        The model has then not called what stood in for its blocks, so its output is without them. A step whose
+        first block was to decide, and which never ran, has computed what it did run.
+        """
+        control = self.control
+        action = control.actions[self.rule]
+        if action == REUSE:  # nothing counts in compiled code, where what chooses blocks is guarded
+            few = control.predicted < self.segments
+            return few and not control.may_be_compiled
+        if action == PENDING:
+            self.decider.compute_instead("its first block did not run")
+        return False
+
+    def refit(self, number: int, entered: Entered, left: Left) -> None:
+        """Have storage for the residual of a segment as it is in this call."""
+        state = self.control.state
+        units = state.units[self.rule]
+        unit = units[number]
+        if not fits(unit, entered, left, self.control.batch == "half"):
+            new = allocate_unit(entered, left, state.timelines[self.rule], self.make_store)
+            new.way, units[number] = unit.way, new
+
     def commit(self, state: State, action: str) -> None:
         if action != COMPUTE:
             return
+        self._check(state)
         left = state.steps_until_full_batch - 1
         half = self.control.batch == "half"
         state.steps_until_full_batch = state.timelines[self.rule].depth if half else max(left, 0)
         if self.meter is not None:
             self.meter.went_well(state)
+
+    def _check(self, state: State) -> None:
+        """Hold what a computed call was seen to do against what was learnt; learn anew where it is another way.
+
+        In compiled calls nothing was seen: what may differ there is guarded, or part of the signature.
+        """
+        way, self.way = self.way, None
+        if way is None or not (way.calls or way.broken):
+            return
+        units = state.units[self.rule]
+        known = next((unit.way for unit in units.values()), None)
+        if way.broken or tuple(way.calls) != known:
+            units.clear()
 
     def finish(self) -> None:
         """Take over what a recording call has learnt."""
@@ -131,10 +209,12 @@ class StackTarget(BoundTarget):
         if recorder is None:
             return
         self._watch(None)
+        self.way = None  # nothing to hold it against
         if self.control.actions[self.rule] == REUSE:
             return
         self.layout = recorder.finish()
-        for hook in self.hooks:
+        self.segments = len(self.layout.segments) or -1
+        for hook in self.hooks if self.layout.places else ():
             hook.arrange(self.layout, self.hooks)
         state, rule = self.control.state, self.rule
         residuals = list(recorder.residuals(self.layout))
@@ -143,5 +223,7 @@ class StackTarget(BoundTarget):
         units = {n: allocate_unit(e, left, timeline, make_store) for n, e, left in residuals}
         state.units[rule].clear()
         state.units[rule].update(units)
+        for unit in units.values():
+            unit.way = tuple(recorder.way.calls)
         for number, entered, left in residuals:
             keep(state, rule, number, entered, left, self.measure)
