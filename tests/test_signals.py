@@ -233,12 +233,12 @@ def test_runs_that_take_turns_on_little_memory_decide_as_if_they_were_alone():
 
 def test_no_room_for_the_latents_computes(monkeypatch):
     from fastcache.storage.allocate import NoRoom
-    from fastcache.targets.meters import model_input
+    from fastcache.targets.meters import change as meter
 
     def full(*_: Any) -> Any:
         raise NoRoom("no memory")
 
-    monkeypatch.setattr(model_input, "allocate", full)
+    monkeypatch.setattr(meter, "allocate", full)
     _, actions, _ = run(toys.model(), Recipe(Latents()), calls_of())
     assert actions == "C" * STEPS
 
