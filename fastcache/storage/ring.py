@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import direct
-from .allocate import stacked, static
+from .allocate import put, stacked, static
 from .history import Timeline
 
 _store = direct("residual_store_")
@@ -126,7 +126,7 @@ class Ring:
     def _write(self, held: Tensor, value: Tensor) -> None:
         """Put a value into the row that is next, in compiled code."""
         if self.timeline.depth == 1:
-            held.copy_(value[None])
+            put(held, value)
         elif WRITES_ROWS or held.device.type != "cpu" or value.is_contiguous():
             held.index_copy_(0, self.timeline.staged.row, value[None])
         else:

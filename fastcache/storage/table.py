@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import direct
-from .allocate import stacked, static
+from .allocate import put, stacked, static
 from .history import Timeline
 from .ring import weighted
 
@@ -17,21 +17,28 @@ _update = direct("taylor_update_")
 
 
 class Table:
-    """A difference table of one tensor, refreshed in place: TaylorSeer's factors."""
+    """A difference table of one tensor, refreshed in place: TaylorSeer's factors.
 
-    __slots__ = ("buffer", "dtype", "timeline", "views")
+    views: the factors, [...] each. slots: the same memory as [1, ...], for compiled code to write into.
+    """
+
+    __slots__ = ("buffer", "dtype", "slots", "timeline", "views")
 
     def __init__(self, value: Tensor, timeline: Timeline, dtype: torch.dtype | None) -> None:
         self.timeline, self.dtype = timeline, value.dtype
-        self.buffer = stacked(value, timeline.depth, dtype or value.dtype)
-        self.views = [static(view) for view in self.buffer.unbind(0)]
+        self._keep_in(stacked(value, timeline.depth, dtype or value.dtype))
+
+    def _keep_in(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.views = [static(view) for view in buffer.unbind(0)]
+        self.slots = [static(slot) for slot in buffer.split(1)]
 
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
         value = y if x is None else y - x
         if torch.compiler.is_compiling():
-            for factor, scale in zip(self.views, self.timeline.staged.scale.unbind(0), strict=True):
-                following = (value.float() - factor.float()) * scale
-                factor.copy_(value)
+            for slot, scale in zip(self.slots, self.timeline.staged.scale.unbind(0), strict=True):
+                following = (value.float() - slot[0].float()) * scale
+                put(slot, value)
                 value = following
             return
         _update(self.views, value, 1.0 / self.timeline.gap(step), len(self.timeline.steps))
@@ -39,10 +46,10 @@ class Table:
     def predict(self, base: Tensor | None, weights: Sequence[float]) -> Tensor:
         if torch.compiler.is_compiling():
             total: Any = None if base is None else base.float()
-            for factor, weight in zip(
-                self.views, self.timeline.staged.weights.unbind(0), strict=True
+            for slot, weight in zip(
+                self.slots, self.timeline.staged.weights.unbind(0), strict=True
             ):
-                term = factor.to(self.dtype).float() * weight
+                term = slot[0].to(self.dtype).float() * weight
                 total = term if total is None else total + term
             return total.to(self.dtype if base is None else base.dtype)
         return weighted(self.views[: len(weights)], weights, base, self.dtype)
@@ -60,8 +67,7 @@ class Table:
         return [self.buffer]
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
-        self.buffer = to(self.buffer)
-        self.views = [static(view) for view in self.buffer.unbind(0)]
+        self._keep_in(to(self.buffer))
 
 
 class Blank:

@@ -24,6 +24,7 @@ from .control import HEAD, PENDING, StepControl
 from .guide import Guide
 
 residual_change = direct("residual_l1")
+_change_into = direct("residual_l1_into_")
 
 
 class Part(NamedTuple):
@@ -111,9 +112,13 @@ class RuleDecider:
         if self.measures == "misfit":
             measured = self._misfit(state, hidden, x)
         elif "kept" in state.head:  # a computed step has left a residual
-            measured = first_change(hidden, x, tail(state.head["residual"], x), self.per_sample)
+            before, per_sample = tail(state.head["residual"], x), self.per_sample
             if control.phase == HEAD:
-                tail(state.head["sums"], measured).copy_(measured)
+                sums = state.head["sums"]
+                sums = tail(sums, x.flatten(1)) if per_sample else sums
+                _change_into(sums, hidden.detach(), x.detach(), before, per_sample)
+            else:
+                measured = first_change(hidden, x, before, per_sample)
         if control.phase != HEAD:
             self.decide_with(measured)
 
