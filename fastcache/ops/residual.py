@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import dispatch
 from .checks import check, check_out, check_samples
-from .registry import define, empty_sums, same_shapes
+from .registry import define, same_shapes, sums_for
 
 
 def _fake(name: str, width: int = 0, results: int = 0) -> Callable[..., Tensor | None]:
@@ -24,7 +24,7 @@ def _fake(name: str, width: int = 0, results: int = 0) -> Callable[..., Tensor |
         tensors = [a for a in args[results:] if isinstance(a, Tensor)]
         same_shapes(name, *tensors)
         # per_sample comes last, or is left out where it is False
-        return empty_sums(tensors[0], args[-1] is True, width) if width else None
+        return sums_for(tensors[0], width, args[-1] is True) if width else None
 
     return fake
 
