@@ -31,13 +31,19 @@ METHODS: dict[str, Callable[[], Any]] = {
 }
 
 
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
 def held(state: State) -> list[Tensor]:
     """Every tensor of a state that a graph may be given."""
     found: list[Tensor] = []
     streams = [s for units in state.units for unit in units.values() for s in unit.streams]
     for value in (*streams, *state.head.values()):
         if isinstance(value, Ring | Table):
-            found += [value.buffer, *value.views]
+            for name in (n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ())):
+                part = getattr(value, name)
+                found += [t for t in (part if isinstance(part, list) else [part]) if _is(t)]
         elif isinstance(value, Tensor):
             found.append(value)
     for timeline in state.timelines:

@@ -190,6 +190,10 @@ class Ring:
     def tensors(self) -> list[Tensor]:
         return [self.buffer]
 
+    def addresses(self) -> list[Tensor]:
+        """All that compiled code may read from or write to."""
+        return [*self.tensors(), *self.views]
+
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         """Keep everything in other storage from now on."""
         unmodified = self.unmodified()

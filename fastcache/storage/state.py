@@ -125,7 +125,7 @@ class State:
         streams = [s for units in self.units for unit in units.values() for s in unit.streams]
         for held in (*streams, *self.head.values()):
             if isinstance(held, Ring | Table):
-                for t in (*held.tensors(), *held.views):
+                for t in held.addresses():
                     static(t)
             elif isinstance(held, Tensor):
                 static(held)

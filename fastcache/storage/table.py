@@ -66,6 +66,9 @@ class Table:
     def tensors(self) -> list[Tensor]:
         return [self.buffer]
 
+    def addresses(self) -> list[Tensor]:
+        return [self.buffer, *self.views, *self.slots]
+
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         self._keep_in(to(self.buffer))
 
