@@ -17,7 +17,7 @@ from .. import sync
 from ..ops import direct
 from ..policies import COMPUTE, REUSE, Decision, Policy, Run, Step
 from ..predictors import Predictor
-from ..storage.history import stage
+from ..storage.history import Timeline, facts_of, stage, staged
 from ..storage.ring import tail
 from ..storage.state import State
 from .control import HEAD, PENDING, StepControl
@@ -174,6 +174,26 @@ class RuleDecider:
             elif action == PENDING and timeline.steps:
                 weights = self.weigh(timeline.steps, state.armed_step)
         stage(timeline, weights, state.armed_step, state.device)
+
+    def foresee(self, state: State, actions: Sequence[str]) -> None:
+        """Have the device hold what `upload` will give it in a run of these actions, in one copy.
+
+        A run that goes otherwise is none the worse for it: `upload` then copies what is not there.
+        """
+        timeline, told = Timeline(state.timelines[self.index].depth), []
+        for step, action in enumerate(actions):
+            reused = action == REUSE and self.guide is None and self.weighted
+            told.append(
+                facts_of(timeline, self.weigh(timeline.steps, step) if reused else (), step)
+            )
+            if action == COMPUTE or self.what.feeds_back:
+                timeline.push(step)
+        staged(state.timelines[self.index], state.device).foresee(told)
+
+    def foreseen(self, state: State) -> bool:
+        """Whether that was done for a run as long as this one, or is not needed."""
+        held = state.timelines[self.index].staged
+        return not self.uploads or (held is not None and held.foreseen == state.total)
 
     def upload_prior(self, state: State) -> None:
         """Give the guide the weights that its ridge pulls toward, and compiled code the order of its rows."""
