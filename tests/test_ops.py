@@ -519,6 +519,10 @@ def samples() -> dict[str, list[tuple]]:
     return {
         "residual_l1": [(y, x, prev), (y, x, prev, True), (y[:0], x[:0], prev[:0])],
         "residual_l1_": [(torch.zeros_like(y), y, x, prev)],
+        "residual_l1_into_": [
+            (torch.zeros(2), y, x, prev),
+            (torch.zeros(2, 2), y, x, prev, True),
+        ],
         "residual_magnitude": [(y, x, prev), (y, x, prev, 1e-3, True)],
         "residual_magnitude_": [(torch.zeros_like(y), y, x, prev)],
         "residual_store_": [(torch.zeros_like(y), y, x)],
@@ -546,6 +550,16 @@ def test_opcheck(name):
     for sample in samples()[name]:
         result = torch.library.opcheck(op, sample, test_utils=checks)
         assert list(result.values()) == ["SUCCESS"] * len(checks)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_the_sums_go_where_they_are_wanted(per_sample):
+    for tokens in (5, 0):
+        given = [t[:, :tokens] for t in three((2, 5, 8))]
+        want = torch.ops.fastcache.residual_l1.default(*given, per_sample)
+        got = torch.full_like(want, 7.0)
+        torch.ops.fastcache.residual_l1_into_.default(got, *given, per_sample)
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(

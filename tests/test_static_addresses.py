@@ -33,6 +33,10 @@ METHODS: dict[str, Callable[[], Any]] = {
 }
 
 
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
 def held(state: State) -> list[Tensor]:
     """Every tensor of a state that a graph may be given."""
     found: list[Tensor] = []
@@ -40,7 +44,11 @@ def held(state: State) -> list[Tensor]:
     keepers = [keeper for group in state.slots for _, keeper in group.owners("")]
     for keeper in (*streams, *keepers):
         if isinstance(keeper, Ring | Table):
-            found += [keeper.buffer, *keeper.views]
+            for name in (
+                n for kind in type(keeper).__mro__ for n in getattr(kind, "__slots__", ())
+            ):
+                part = getattr(keeper, name)
+                found += [t for t in (part if isinstance(part, list) else [part]) if _is(t)]
         else:
             found += [getattr(keeper, name) for name in keeper.kept]
     for timeline in state.timelines:

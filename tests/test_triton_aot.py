@@ -246,3 +246,24 @@ def test_only_the_misaligned_tensor_is_accessed_narrowly() -> None:
     loads, stores = wide(0, 0, 8, 8)
     assert wide(1, 0, 0, 0) == (loads, 0)
     assert wide(0, 0, 1, 0) == (loads * 2 // 3, stores)
+
+
+# How Triton prints that a load passes the first cache: up to 3.8, and from 3.9 on.
+PAST_THE_FIRST_CACHE = {
+    "3.8": "cacheModifier = cg :",
+    "3.9": "{cachePolicy = #tt.cache_policy<cache_modifier = cg, eviction_policy = evict_normal>} :",
+}
+
+
+@pytest.mark.parametrize("version", PAST_THE_FIRST_CACHE)
+def test_partial_sums_of_others_need_no_wide_access(version: str) -> None:
+    from fastcache.triton_kernels.machine_code import wide_accesses
+
+    partial = (
+        f"%s = tt.load %p, %m, %c {PAST_THE_FIRST_CACHE[version]} tensor<2x512x!tt.ptr<f32>, #b>"
+    )
+    assert wide_accesses(partial, "load", 256) == 0
+    masked = "%x = tt.load %p, %m : tensor<4096x!tt.ptr<bf16>, #b> loc(#loc1)"
+    assert wide_accesses(f"{partial} loc(#loc0)\n{masked}", "load", 256) == 2
+    whole = "%x = tt.load %p {tt.note = 1 : i32} : tensor<4096x!tt.ptr<f32>, #b>"
+    assert wide_accesses(f"{partial} loc(#loc0)\n{masked}\n{whole}", "load", 256) == 4

@@ -319,9 +319,8 @@ def test_the_number_of_launches_of_every_op(child: Callable) -> None:
     assert counts == dict.fromkeys(counts, 1)
 
 
-# Ops that also allocate what they return.
-ALLOCATE = ("l1", "l1 + store", "l1 per sample", "magnitude", "magnitude + store")
-ALLOCATE += ("guided sums", "guided sums 1", "guided solve")
+# Of the time of the JIT; "guided solve" allocates two results for a launch of few arguments.
+MOST = {"guided solve": 0.65}
 
 
 def test_the_host_spends_at_most_half_the_time_of_the_jit(child: Callable) -> None:
@@ -331,7 +330,7 @@ def test_the_host_spends_at_most_half_the_time_of_the_jit(child: Callable) -> No
     print(
         {op: f"{ours / add:.1f} of {jit / add:.1f} torch.add" for op, (jit, ours) in times.items()}
     )
-    assert {op: r for op, r in ratios.items() if r > (0.65 if op in ALLOCATE else 0.5)} == {}
+    assert {op: r for op, r in ratios.items() if r > MOST.get(op, 0.5)} == {}
 
 
 def test_whoever_watches_launches_or_sets_a_knob_gets_the_jit(child: Callable) -> None:

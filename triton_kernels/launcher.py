@@ -95,19 +95,20 @@ class Launcher:
         """The plan of a launch on the device of the first tensor.
 
         tensors: all that the kernel gets but fresh allocations, whose dtype and alignment never
-        change. options: integers and booleans.
+        change: None stands for one where there is a choice. options: integers and booleans.
         """
-        key: list[Any] = list(options)
+        first = cast(Tensor, tensors[0])
+        device = first.get_device()
+        key: list[Any] = [device if device >= 0 else first.device, *options]
         for t in tensors:
             if t is None:
                 key.append(None)
             else:
-                key.append(t.dtype)
-                key.append(t.data_ptr() & 15)
-                key.append(t.shape if t.is_contiguous() else (t.shape, t.stride()))
-        first = cast(Tensor, tensors[0])
-        device = first.get_device()
-        key.append(device if device >= 0 else first.device)
+                key += (
+                    t.dtype,
+                    t.data_ptr() & 15,
+                    t.shape if t.is_contiguous() else (t.shape, t.stride()),
+                )
         at = tuple(key)
         found = self._plans.get(at)
         if found is None:

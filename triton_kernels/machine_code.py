@@ -47,18 +47,19 @@ def disassembly(binary: bytes) -> str:
     return ask(binary, "nvdisasm", "-c", "-ndf")
 
 
-def tools_needed(ttgir: str, op: str, threads: int) -> int:
+def wide_accesses(ttgir: str, op: str, threads: int) -> int:
     """16-byte accesses per thread that the unmasked tensor accesses of a kernel take.
 
     Masked ones count where all are masked (kernels on rows).
     """
-    pattern = rf"tt\.{op} ([^:]*?) (?:\{{[^}}]*\}} )?: tensor<([0-9x]+)x!tt\.ptr<\w*?(\d+)\w*>"
+    pattern = rf"tt\.{op} ([^:]*?) (\{{[^}}]*\}} )?: tensor<([0-9x]+)x!tt\.ptr<\w*?(\d+)\w*>"
     operands = 1 if op == "load" else 2
     sizes = []
-    for arguments, shape, bits in re.findall(pattern, ttgir):
+    for arguments, attributes, shape, bits in re.findall(pattern, ttgir):
         size = math.prod(map(int, shape.split("x"))) * int(bits) // 8
-        # partial sums of other programs are read past the first cache, few and narrow
-        if size >= threads * 4 and "cacheModifier" not in arguments:
+        # partial sums of other programs are read past the first cache, few and narrow; up to triton
+        # 3.8 the modifier stands behind the arguments, from 3.9 on among the attributes
+        if size >= threads * 4 and "= cg" not in arguments + attributes:
             sizes.append((len(arguments.split(",")) == operands, size))
     plain = [size for unmasked, size in sizes if unmasked] or [size for _, size in sizes]
     return sum(math.ceil(size / (threads * 16)) for size in plain)

@@ -11,8 +11,10 @@ itself, the last one reads. It then sets the counter back to zero.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # 512 programs of 256 threads are one wave on 132 multiprocessors at up to 64 registers a thread.
 PROGRAMS = 512
@@ -31,6 +33,13 @@ def spread(
         return each, (samples, each)
     each = min(items, max(1, most // samples))
     return each, (1, samples * each)
+
+
+def result(like: Tensor, width: int, per_sample: bool, given: Tensor | None) -> Tensor:
+    """Where the float32 sums of a launch go: what was given, else a new [width], or [B, width] per sample."""
+    if given is None:
+        return like.new_empty((like.shape[0], width) if per_sample else width, dtype=torch.float32)
+    return given
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from . import reduction
 from .counters import counters
 from .geometry import WARPS, cdiv, samples, widest
 from .launcher import Launcher, Plan
-from .reduction import add_up, spread
+from .reduction import add_up, result, spread
 
 # BLOCK and the number of programs define the bits of the sums: neither depends on the GPU.
 BLOCK = 4096
@@ -112,11 +112,10 @@ def residual_l1(
     r is rounded to the dtype of `prev` first. sums: where to put the result, contiguous.
     Source: FirstBlockCache, diffusers 0.42.1.
     """
-    if sums is None:
-        sums = y.new_empty((y.shape[0], 2) if per_sample else 2, dtype=torch.float32)
     if not y.numel():
-        return sums.zero_()
+        return result(y, 2, per_sample, sums).zero_()
     plan = _launcher.plan((y, x, prev, out, sums), per_sample)
+    sums = result(y, 2, per_sample, sums)
     part = y.new_empty(plan.partials, dtype=torch.float32)
     _launcher.launch(plan, y, x, prev, out, sums, part, counters(y, plan.results))
     return sums

@@ -17,7 +17,7 @@ from . import reduction
 from .counters import counters
 from .geometry import WARPS, cdiv, row_tile, samples
 from .launcher import Launcher, Plan
-from .reduction import add_up, spread
+from .reduction import add_up, result, spread
 
 # Elements per tile. With the number of programs it defines the bits of the result.
 TILE = 2048
@@ -111,11 +111,10 @@ def residual_magnitude(
     may be `prev`. mean: where to put the result, contiguous.
     Source: MagCache (arXiv 2506.09045).
     """
-    if mean is None:
-        mean = y.new_empty((y.shape[0], 1) if per_sample else 1, dtype=torch.float32)
     if not y.numel():
-        return mean.fill_(_mean_of_empty(y, eps, per_sample))
+        return result(y, 1, per_sample, mean).fill_(_mean_of_empty(y, eps, per_sample))
     plan = _launcher.plan((y, x, prev, out, mean), per_sample)
+    mean = result(y, 1, per_sample, mean)
     part = y.new_empty(plan.partials, dtype=torch.float32)
     arrived = counters(y, plan.results)
     _launcher.launch(plan, y, x, prev, out, mean, part, arrived, float(eps))

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import dispatch
 from .checks import check, check_out, check_samples
-from .registry import define, empty_sums, same_shapes
+from .registry import define, same_shapes, sums_for
+
+
+def _fake(name: str, width: int = 0, results: int = 0) -> Callable[..., Tensor | None]:
+    """The fake of an op on tensors of one shape.
+
+    width: of the sums that it returns, in all or per sample; 0 where it returns nothing. results: how many
+    tensors of another shape come first.
+    """
+
+    def fake(*args: Any) -> Tensor | None:
+        tensors = [a for a in args[results:] if isinstance(a, Tensor)]
+        same_shapes(name, *tensors)
+        # per_sample comes last, or is left out where it is False
+        return sums_for(tensors[0], width, args[-1] is True) if width else None
+
+    return fake
 
 
 def _residual_l1(y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False) -> Tensor:
@@ -15,15 +34,10 @@ def _residual_l1(y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False) -
     return run(y, x, prev, None, per_sample)
 
 
-def _fake_residual_l1(y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False) -> Tensor:
-    same_shapes("residual_l1", y, x, prev)
-    return empty_sums(y, per_sample, 2)
-
-
 define(
     "residual_l1(Tensor y, Tensor x, Tensor prev, bool per_sample=False) -> Tensor",
     _residual_l1,
-    _fake_residual_l1,
+    _fake("residual_l1", 2),
 )
 
 
@@ -34,17 +48,24 @@ def _residual_l1_(
     return run(y, x, prev, out, per_sample)
 
 
-def _fake_residual_l1_(
-    out: Tensor, y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False
-) -> Tensor:
-    same_shapes("residual_l1_", y, x, prev, out)
-    return empty_sums(y, per_sample, 2)
-
-
 define(
     "residual_l1_(Tensor(a!) out, Tensor y, Tensor x, Tensor prev, bool per_sample=False) -> Tensor",
     _residual_l1_,
-    _fake_residual_l1_,
+    _fake("residual_l1_", 2),
+)
+
+
+def _residual_l1_into_(
+    sums: Tensor, y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False
+) -> None:
+    run, (y, x, prev) = dispatch.resolve("residual_l1", [y, x, prev], 0, per_sample)
+    run(y, x, prev, None, per_sample, sums)
+
+
+define(
+    "residual_l1_into_(Tensor(a!) sums, Tensor y, Tensor x, Tensor prev, bool per_sample=False) -> ()",
+    _residual_l1_into_,
+    _fake("residual_l1_into_", results=1),
 )
 
 
@@ -55,17 +76,10 @@ def _residual_magnitude(
     return run(y, x, prev, None, eps, per_sample)
 
 
-def _fake_residual_magnitude(
-    y: Tensor, x: Tensor, prev: Tensor, eps: float = 1e-08, per_sample: bool = False
-) -> Tensor:
-    same_shapes("residual_magnitude", y, x, prev)
-    return empty_sums(y, per_sample, 1)
-
-
 define(
     "residual_magnitude(Tensor y, Tensor x, Tensor prev, float eps=1e-08, bool per_sample=False) -> Tensor",
     _residual_magnitude,
-    _fake_residual_magnitude,
+    _fake("residual_magnitude", 1),
 )
 
 
@@ -77,18 +91,11 @@ def _residual_magnitude_(
     return run(y, x, prev, out, eps, per_sample)
 
 
-def _fake_residual_magnitude_(
-    out: Tensor, y: Tensor, x: Tensor, prev: Tensor, eps: float = 1e-08, per_sample: bool = False
-) -> Tensor:
-    same_shapes("residual_magnitude_", y, x, prev, out)
-    return empty_sums(y, per_sample, 1)
-
-
 define(
     "residual_magnitude_(Tensor(a!) out, Tensor y, Tensor x, Tensor prev, float eps=1e-08, "
     "bool per_sample=False) -> Tensor",
     _residual_magnitude_,
-    _fake_residual_magnitude_,
+    _fake("residual_magnitude_", 1),
 )
 
 
@@ -97,14 +104,10 @@ def _residual_store_(out: Tensor, y: Tensor, x: Tensor) -> None:
     run(out, y, x)
 
 
-def _fake_residual_store_(out: Tensor, y: Tensor, x: Tensor) -> None:
-    same_shapes("residual_store_", out, y, x)
-
-
 define(
     "residual_store_(Tensor(a!) out, Tensor y, Tensor x) -> ()",
     _residual_store_,
-    _fake_residual_store_,
+    _fake("residual_store_"),
 )
 
 
@@ -113,14 +116,10 @@ def _residual_apply_(out: Tensor, x: Tensor, r: Tensor) -> None:
     run(out, x, r)
 
 
-def _fake_residual_apply_(out: Tensor, x: Tensor, r: Tensor) -> None:
-    same_shapes("residual_apply_", out, x, r)
-
-
 define(
     "residual_apply_(Tensor(a!) out, Tensor x, Tensor r) -> ()",
     _residual_apply_,
-    _fake_residual_apply_,
+    _fake("residual_apply_"),
 )
 
 

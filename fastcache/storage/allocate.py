@@ -75,6 +75,15 @@ def static(t: Tensor) -> Tensor:
     return t
 
 
+def put(slot: Tensor, value: Tensor) -> None:
+    """Write a value into a slot [1, ...], in compiled code as part of the kernel that makes the value.
+
+    Traced, a write into a whole tensor moves to the end of the graph, where Inductor fuses it with nothing that
+    is more than 64 nodes away; a write into what is selected of a tensor stays in its place.
+    """
+    slot[0].copy_(value)
+
+
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """A small host tensor on the device, without waiting for it: the only way that host numbers go there."""
     if device.type == "cuda":  # not run on a GPU yet

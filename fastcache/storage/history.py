@@ -61,10 +61,11 @@ class Staged:
     """The same facts as small device tensors, for compiled code: written by the host before a step.
 
     They lie in one piece of memory, so a step takes one copy; facts that came before lie on the device
-    already, and a schedule repeats itself, so after its first rounds nothing comes from the host.
+    already, and a schedule repeats itself, so after its first rounds nothing comes from the host. Those of a run
+    whose schedule is known come in one copy when it begins.
     """
 
-    __slots__ = ("known", "now", "order", "packed", "row", "scale", "weights")
+    __slots__ = ("foreseen", "known", "now", "order", "packed", "row", "scale", "weights")
 
     def __init__(self, depth: int, device: torch.device) -> None:
         depth = max(depth, 1)
@@ -78,6 +79,7 @@ class Staged:
         self.scale = static(scale.view(torch.float32)[:depth])
         self.now: tuple = ()  # what the device holds
         self.known: dict[tuple, Tensor] = {}
+        self.foreseen = 0  # steps of the run whose facts were uploaded when it began
 
     def write(self, *facts: tuple[float, ...]) -> None:
         """Have the device hold this order, row, weights and scale, as tuples."""
@@ -90,6 +92,15 @@ class Staged:
         self.packed.copy_(self.known[facts])
         self.now = facts
 
+    def foresee(self, run: Sequence[tuple]) -> None:
+        """Have the facts of all steps of a run lie on the device, in one copy."""
+        room = KNOWN - len(self.known)
+        new = [facts for facts in dict.fromkeys(run) if facts not in self.known][:room]
+        if new:
+            rows = upload(torch.stack([_packed(facts) for facts in new]), self.packed.device)
+            self.known.update(zip(new, rows.unbind(0), strict=True))
+        self.foreseen = len(run)
+
 
 def _packed(facts: tuple[tuple[float, ...], ...]) -> Tensor:
     """The order, row, weights and scale of a step as a `Staged` keeps them, on the host."""
@@ -100,15 +111,24 @@ def _packed(facts: tuple[tuple[float, ...], ...]) -> Tensor:
     return torch.cat(parts)
 
 
-def stage(timeline: Timeline, weights: Sequence[float], step: int, device: torch.device) -> None:
-    """Have the device hold what compiled code needs for this step; small, asynchronous, no wait."""
-    s = timeline.staged
-    if s is None:
-        s = timeline.staged = Staged(timeline.depth, device)
-    depth, held, scale = len(s.weights), len(timeline.steps), 1.0 / timeline.gap(step)
-    s.write(
+def facts_of(timeline: Timeline, weights: Sequence[float], step: int) -> tuple:
+    """What compiled code needs for a step: the order, row, weights and scale of a `Staged`."""
+    depth, held, scale = max(timeline.depth, 1), len(timeline.steps), 1.0 / timeline.gap(step)
+    return (
         (*timeline.rows, *(r for r in range(depth) if r not in timeline.rows)),
         (timeline.next_row,),
         (*weights, *[0.0] * (depth - len(weights))),
         tuple(scale if j < held else 0.0 for j in range(depth)),
     )
+
+
+def staged(timeline: Timeline, device: torch.device) -> Staged:
+    """Where the device holds what compiled code needs of a history."""
+    if timeline.staged is None:
+        timeline.staged = Staged(timeline.depth, device)
+    return timeline.staged
+
+
+def stage(timeline: Timeline, weights: Sequence[float], step: int, device: torch.device) -> None:
+    """Have the device hold what compiled code needs for this step; small, asynchronous, no wait."""
+    staged(timeline, device).write(*facts_of(timeline, weights, step))

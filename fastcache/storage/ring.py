@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import direct
 from ..ops.passes import in_passes
-from .allocate import Unfit, stacked
+from .allocate import Unfit, put, stacked
 from .history import Timeline
 from .stream import Stream
 
@@ -140,7 +140,7 @@ class Ring(Stream):
     def _write(self, held: Tensor, value: Tensor) -> None:
         """Put a value into the row that is next, in compiled code."""
         if self.timeline.depth == 1:
-            held.copy_(value[None])
+            put(held, value)
         elif WRITES_ROWS or held.device.type != "cpu" or value.is_contiguous():
             held.index_copy_(0, self.timeline.staged.row, value[None])
         else:
@@ -199,6 +199,10 @@ class Ring(Stream):
             term = wide(row) * self.timeline.staged.weights[i]
             total = term if total is None else total + term
         return total.to(self.dtype)
+
+    def addresses(self) -> list[Tensor]:
+        """All that compiled code may read from or write to."""
+        return [*self.tensors(), *self.views]
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         unmodified = self.unmodified()

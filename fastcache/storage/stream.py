@@ -15,16 +15,18 @@ class Stream:
     """The history of one tensor. These defaults are those of a stream that holds nothing.
 
     kept: names of the attributes that hold tensors. dtype: of the values that it predicts. views: rows of the
-    buffer, at addresses that compiled code knows. hand_out_copies: a consumer has written into what it was handed.
+    buffer, at addresses that compiled code knows. slots: the same as [1, ...], for it to write into.
+    hand_out_copies: a consumer has written into what it was handed.
     """
 
-    __slots__ = ("buffer", "dtype", "hand_out_copies", "views")
+    __slots__ = ("buffer", "dtype", "hand_out_copies", "slots", "views")
     kept: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.hand_out_copies = dtype, False
         self.buffer: Any = None
         self.views: list[Tensor] = []
+        self.slots: list[Tensor] = []
 
     @property
     def rows(self) -> Tensor:
@@ -34,13 +36,13 @@ class Stream:
     @rows.setter
     def rows(self, buffer: Tensor) -> None:
         self.buffer = buffer
-        self.views = list(buffer.unbind(0))
+        self.views, self.slots = list(buffer.unbind(0)), list(buffer.split(1))
 
     def hold(self, buffer: Tensor) -> None:
         """Keep everything in this buffer from now on; its rows stay in place."""
         self.rows = buffer
-        for view in self.views:
-            static(view)
+        for t in (*self.views, *self.slots):
+            static(t)
 
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
         """Keep y, or y - x, as the value of a step."""
@@ -73,7 +75,7 @@ class Stream:
 
     def make_static(self) -> None:
         """Tell compiled code that what is held stays where it is."""
-        for t in (*self.tensors(), *self.views):
+        for t in (*self.tensors(), *self.views, *self.slots):
             static(t)
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import direct
-from .allocate import stacked
+from .allocate import put, stacked
 from .history import Timeline
 from .ring import fitting, weighted, wide
 from .stream import Stream
@@ -31,9 +31,9 @@ class Table(Stream):
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
         value = y if x is None else y - x
         if torch.compiler.is_compiling():
-            for factor, scale in zip(self.views, self.timeline.staged.scale.unbind(0), strict=True):
-                following = (wide(value) - wide(factor)) * scale
-                factor.copy_(value)
+            for slot, scale in zip(self.slots, self.timeline.staged.scale.unbind(0), strict=True):
+                following = (wide(value) - wide(slot[0])) * scale
+                put(slot, value)
                 value = following
             return
         _update(self.views, value, 1.0 / self.timeline.gap(step), len(self.timeline.steps))
@@ -41,10 +41,10 @@ class Table(Stream):
     def predict(self, base: Tensor | None, weights: Sequence[float]) -> Tensor:
         if torch.compiler.is_compiling():
             total: Any = None if base is None else wide(base)
-            for factor, weight in zip(
-                self.views, self.timeline.staged.weights.unbind(0), strict=True
+            for slot, weight in zip(
+                self.slots, self.timeline.staged.weights.unbind(0), strict=True
             ):
-                term = wide(factor.to(self.dtype)) * weight
+                term = wide(slot[0].to(self.dtype)) * weight
                 total = term if total is None else total + term
             return total.to(self.dtype)
         rows = [fitting(view, base) for view in self.views[: len(weights)]]

@@ -17,7 +17,7 @@ from .. import sync
 from ..policies import COMPUTE, REUSE, Decision, Policy, Run, Step
 from ..predictors import Predictor
 from ..storage.group import SlotGroup
-from ..storage.history import stage
+from ..storage.history import Timeline, facts_of, stage, staged
 from ..storage.state import State
 from .control import HEAD, PENDING, StepControl
 from .guide import Guide, GuideSlots
@@ -175,9 +175,7 @@ class RuleDecider:
         if (
             control.phase == HEAD
         ):  # `prepare_head` has seen that there is something to measure against
-            measured = meter.measure(state, y, x)
-            if measured is not None:
-                meter.leave(state, measured)
+            meter.measure_head(state, y, x)
             return
         if not meter.needs_history:
             measured = meter.measure(state, y, x)
@@ -223,6 +221,26 @@ class RuleDecider:
             elif action == PENDING and timeline.steps:
                 weights = self.weigh(timeline.steps, state.armed_step)
         stage(timeline, weights, state.armed_step, state.device)
+
+    def foresee(self, state: State, actions: Sequence[str]) -> None:
+        """Have the device hold what `upload` will give it in a run of these actions, in one copy.
+
+        A run that goes otherwise is none the worse for it: `upload` then copies what is not there.
+        """
+        timeline, told = Timeline(state.timelines[self.index].depth), []
+        for step, action in enumerate(actions):
+            reused = action == REUSE and self.guide is None and self.weighted
+            told.append(
+                facts_of(timeline, self.weigh(timeline.steps, step) if reused else (), step)
+            )
+            if action == COMPUTE or self.what.feeds_back:
+                timeline.push(step)
+        staged(state.timelines[self.index], state.device).foresee(told)
+
+    def foreseen(self, state: State) -> bool:
+        """Whether that was done for a run as long as this one, or is not needed."""
+        held = state.timelines[self.index].staged
+        return not self.uploads or (held is not None and held.foreseen == state.total)
 
     def upload_prior(self, state: State) -> None:
         """Give the guide the weights that its ridge pulls toward, and compiled code the order of its rows."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..registry import sums_for
 
 LIBRARY = Path(__file__).parents[2] / "_cpu_ops.so"
 
@@ -99,8 +100,7 @@ def residual_l1(
 ) -> Tensor:
     if not y.numel():
         return reference.residual_l1(y, x, prev, out, per_sample, sums)
-    if sums is None:
-        sums = torch.empty((y.shape[0], 2) if per_sample else 2, dtype=torch.float32, device=CPU)
+    sums = sums_for(y, 2, per_sample, sums)
     _op("residual_l1")(sums, y, x, prev, out, per_sample)
     return sums
 
@@ -116,8 +116,7 @@ def residual_magnitude(
 ) -> Tensor:
     if not y.numel():
         return reference.residual_magnitude(y, x, prev, out, eps, per_sample, mean)
-    if mean is None:
-        mean = torch.empty((y.shape[0], 1) if per_sample else 1, dtype=torch.float32, device=CPU)
+    mean = sums_for(y, 1, per_sample, mean)
     _op("residual_magnitude")(mean, y, x, prev, out, eps, per_sample)
     return mean
 

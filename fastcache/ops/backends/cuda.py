@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import reference
 from ..passes import in_passes
 from ..reference import guidance_combine, taylor_update
+from ..registry import sums_for
 from . import cpp
 
 __all__ = [
@@ -86,8 +87,7 @@ def residual_l1(
 ) -> Tensor:
     if not y.numel():
         return reference.residual_l1(y, x, prev, out, per_sample, sums)
-    if sums is None:
-        sums = y.new_empty((y.shape[0], 2) if per_sample else 2, dtype=torch.float32)
+    sums = sums_for(y, 2, per_sample, sums)
     _op("residual_l1")(sums, _scratch(y), y, x, prev, out, per_sample)
     return sums
 
@@ -103,8 +103,7 @@ def residual_magnitude(
 ) -> Tensor:
     if not y.numel():
         return reference.residual_magnitude(y, x, prev, out, eps, per_sample, mean)
-    if mean is None:
-        mean = y.new_empty((y.shape[0], 1) if per_sample else 1, dtype=torch.float32)
+    mean = sums_for(y, 1, per_sample, mean)
     _op("residual_magnitude")(mean, _scratch(y), y, x, prev, out, eps, per_sample)
     return mean
 

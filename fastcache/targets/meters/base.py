@@ -70,8 +70,9 @@ class Meter:
         """Make room for what the first part measures; False where there is nothing to measure it against."""
         return True
 
-    def leave(self, state: State, measured: Tensor) -> None:
-        """Keep what the first part has measured, where that is not its place already."""
+    def measure_head(self, state: State, y: Tensor, x: Tensor | None) -> None:
+        """Measure, and leave the numbers in their place for the host to read."""
+        self.measure(state, y, x)
 
     def left(self, state: State) -> Tensor:
         """What the first part has measured."""

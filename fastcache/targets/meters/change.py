@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ...storage.state import State
 from .base import Meter, SignalSlots
 
 _sums = direct("residual_l1")
+_sums_into = direct("residual_l1_into_")
 _store = direct("residual_store_")
 
 
@@ -28,11 +30,7 @@ class Change(Meter):
         slots: SignalSlots = state.slots[self.rule].signal
         if not slots.kept_reference:
             return None
-        y = y.detach() if y.requires_grad else y
-        if x is None:
-            x = tail(slots.nothing, y)
-        elif x.requires_grad:
-            x = x.detach()
+        y, x = self._pair(slots, y, x)
         before = tail(slots.reference, y)
         return (
             _sums(y, x, before, self.per_sample) if before.shape == y.shape else None
@@ -70,8 +68,23 @@ class Change(Meter):
             slots.sums = allocate(shape, torch.float32, device)
         return True
 
-    def leave(self, state: State, measured: Tensor) -> None:
-        tail(self._slots(state).sums, measured).copy_(measured)
+    @staticmethod
+    def _pair(slots: SignalSlots, y: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is measured, as a difference of two."""
+        y = y.detach() if y.requires_grad else y
+        if x is None:
+            return y, tail(slots.nothing, y)
+        return y, x.detach() if x.requires_grad else x
+
+    def measure_head(self, state: State, y: Tensor, x: Tensor | None) -> None:
+        slots = self._slots(state)
+        y, x = self._pair(slots, y, x)
+        before, sums = tail(slots.reference, y), slots.sums
+        if before.shape != y.shape:  # of another length
+            sums.fill_(math.nan)
+            return
+        sums = tail(sums, y.flatten(1)) if self.per_sample else sums
+        _sums_into(sums, y, x, before, self.per_sample)
 
     def left(self, state: State) -> Tensor:
         return self._slots(state).sums
