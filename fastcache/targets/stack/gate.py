@@ -193,8 +193,7 @@ class BlockListHook:
         before = way.left
         direct = way.arrive(self.blocks.index, index, hidden)
         joined = not (index or direct or self.opens or self.loop_does_more) and self.segment >= 0
-        if joined and before is not None and not continues_previous(before, hidden):
-            way.broken = True
+        way.broken |= joined and before is not None and not continues_previous(before, hidden)
 
     def _enter(self, hidden: Any, encoder: Any) -> None:
         """Note what enters the segment that this list opens."""
@@ -221,8 +220,7 @@ class BlockListHook:
             way = stack.way
             if way is None:  # a block that autograd runs once more
                 return
-            if entered.hidden is None or entered.version != version(entered.hidden):
-                way.broken = True
+            way.broken |= entered.hidden is None or entered.version != version(entered.hidden)
             if way.broken:
                 return
             stack.refit(self.segment, entered, left)
