@@ -153,7 +153,7 @@ class Ahead:
         elif self.prepared is None and not self.control.may_be_compiled:
             frame = innermost(self.owner)
             # no waiting: torch holds a lock of its own here
-            if frame is not None and frame.context is not None and frame.lock(0):
+            if frame is not None and frame.one_call and frame.lock(0):
                 self.expect_graphs()
                 self.prepare(frame)
 

@@ -18,11 +18,11 @@ from ..storage.pool import Slots, follow
 from ..storage.state import State
 from ..targets.base import BoundTarget
 from .context import Context
-from .frames import Frame, thread_request, when_thread_ends
+from .frames import thread_request, when_thread_ends
 from .notices import LOG
 from .settings import Settings
 from .signature import call_signature
-from .steps import BEGINS, EVALUATION, TURNING, UNCLEAR, Moment, StepTracker
+from .steps import BEGINS, EVALUATION, NEVER, TURNING, UNCLEAR, Moment, StepTracker
 from .trip import Trip
 
 ALL: Any = object()  # every request
@@ -66,23 +66,30 @@ class Runs:
         self.planned = next((n for n in totals if n), None)  # steps, as the recipe has it
 
     def locate(
-        self, frame: Frame | None, args: tuple, kwargs: dict, told: Any = UNASKED
+        self, frame: Any, args: tuple, kwargs: dict, told: Any = UNASKED
     ) -> tuple[State, Step]:
         """The state that a call uses, and its step; a run begins where one has to.
 
-        frame: what is open around it. told: the timestep, where it was asked for before.
+        frame: what is open around it, a Frame or None. told: the timestep, where it was asked for before.
         """
-        generation, context = (None, None) if frame is None else (frame.generation, frame.context)
+        generation = None if frame is None else frame.generation
+        context: Context | None = frame if frame is not None and frame.one_call else None
         steps, unclear, first = self.steps, False, True
         if told is UNASKED:
-            told = steps.told(context, self.callback)
-        known = context is not None and context.step_index is not None
-        moment = steps.moment(told, generation, None if known else steps.argument(args, kwargs))
-        if context is not None and (known or not context.calls):
-            call: Context = context
-            call.first = None if known else (moment, args, kwargs)
+            if self.callback is not None:
+                told = steps.told(context, self.callback)
+            else:
+                told = None if context is None else context.timestep
+        if context is None or context.step_index is None:
+            moment = steps.moment(told, generation, steps.argument(args, kwargs))
+            if context is None or context.calls:
+                call, unclear, first = self.unnamed(frame, moment, args, kwargs)
+            else:
+                call = context
+                call.first = moment, args, kwargs
         else:
-            call, unclear, first = self.unnamed(frame, moment, args, kwargs)
+            call = context
+            moment = steps.moment(told, generation, None) if told or generation else NEVER
         if self.one_batch or torch.is_grad_enabled():
             self.refuse(call)
         key = (call.request, call.name)
@@ -118,7 +125,7 @@ class Runs:
         return found
 
     def unnamed(
-        self, frame: Frame | None, moment: Moment, args: tuple, kwargs: dict
+        self, frame: Any, moment: Moment, args: tuple, kwargs: dict
     ) -> tuple[Context, bool, bool]:
         """What stands for the context of a call without one of its own: the first branch of guidance, or another.
 
@@ -128,15 +135,13 @@ class Runs:
         trip = self.unnamed_trip = self.trip(request)
         if frame is not None and frame.generation is not None:
             trip.enter(frame.generation.serial)
-        if (
-            frame is not None and (around := frame.context) is not None
-        ):  # and around more than one call
-            name = around.name
-            if around.first is not None:  # nobody knew then that others would come
+        if frame is not None and frame.one_call:  # and around more than one call
+            name = frame.name
+            if frame.first is not None:  # nobody knew then that others would come
                 trip.clear()
-                before, *given = around.first
+                before, *given = frame.first
                 self.branch(trip, trip.again(before), *given)
-                around.first = None
+                frame.first = None
         again = trip.again(moment)
         number = self.branch(trip, again, args, kwargs)
         for target in self.one_batch if number else ():
@@ -202,7 +207,7 @@ class Runs:
         if how == UNCLEAR or unclear:
             self.notices.later("unclear", UNTOLD.format(model=self.name, name=call.name))
         state.unclear = how == UNCLEAR or unclear
-        if call.step_index is None:
+        if call.step_index is None and moment is not NEVER:
             index += trip.left_out(state, moment)
         if not state.index:
             self._begins(state, call, generation)
@@ -210,7 +215,8 @@ class Runs:
         if call.num_inference_steps is not None:
             state.total = call.num_inference_steps - state.start
         state.armed_step, state.step_timestep, state.uncached_step = index, moment.time, False
-        self.note(state, moment)
+        if moment is not NEVER:
+            self.note(state, moment)
         compute = compute or how == TURNING
         return Step(index, state.total, moment.time, call.sigma, False, compute, how == EVALUATION)
 
