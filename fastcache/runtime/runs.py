@@ -231,8 +231,15 @@ class Runs:
         state.total = call.num_inference_steps or (generation and generation.total(self.name))
         state.total = state.total or self.planned
         if self.name in EXPERTS and len(self.pools) > 1:
-            state.start = call.step_index or 0 if self._take_over(state.key[0]) else 0
+            step, request = call.step_index or 0, state.key[0]
+            state.start = step if self._take_over(request) else self._joined(request, step)
         LOG.debug("run of request %r, context %r begins", *state.key)
+
+    def _joined(self, request: Any, step: int) -> int:
+        """Where the stretch of steps began that another branch, which is at this step, is in."""
+        states = self.pool.states.values()
+        at = (s.start for s in states if s.key[0] == request and s.start + s.armed_step == step)
+        return max(at, default=0)
 
     def _take_over(self, request: Any) -> bool:
         """Whether another expert has had the steps before; its storage is given back, since it had them."""
