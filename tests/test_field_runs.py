@@ -219,6 +219,44 @@ def test_wrappers_are_looked_through(positional):
         assert acts(cache) == "C....C...."
 
 
+class Experts:
+    """Two denoisers that share a run between them."""
+
+    def __init__(self) -> None:
+        self.transformer, self.transformer_2 = toys.Model(), toys.Model()
+
+
+def test_each_branch_of_a_second_expert_counts_its_own_stretch():
+    pipe, calls = Experts(), toys.inputs(8)
+    with quiet(), fastcache.enable(pipe, Recipe(Interval(4), Taylor(1))) as cache:
+        for _ in range(2):
+            for i, call in enumerate(calls):
+                for name in ("cond", "uncond"):
+                    with cache.context(name, step_index=i, num_inference_steps=8):
+                        called(pipe.transformer if i < 3 else pipe.transformer_2, call)
+        for name in ("cond", "uncond"):
+            steps = [r.step for r in cache.stats if r.context == name]
+            assert steps == 2 * [*range(3), *range(5)], name
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_the_first_step_of_a_run_that_was_cancelled_after_it_may_come_again(first):
+    """An expert, or image-to-image, begins in the middle of the scale."""
+    target, calls = toys.Model(), toys.inputs(8)
+    with quiet(), fastcache.enable(target, HALF) as cache:
+        runs = []
+        for steps in (1, 3, 3):
+            runs.append([])
+            for i in range(first, first + steps):
+                with cache.context("cond", step_index=i):
+                    runs[-1].append(called(target, calls[i]))
+        assert [r.step - first for r in cache.stats] == [0, 0, 1, 2, 0, 1, 2]
+        assert equal(runs[1], runs[2])
+        again = cache.context("cond", step_index=first + 2)
+        with pytest.raises(ValueError, match="came twice"), again:
+            called(target, calls[first + 2])
+
+
 # --- solvers of second order ----------------------------------------------------------------------
 
 

@@ -143,7 +143,7 @@ class StepTracker:
                 return 0, how
             return (state.index if how in (NEXT, TURNING) else state.index - 1), how
         last = state.index - 1
-        if started and call.step_index == last and (last > 0 or call.calls):
+        if started and call.step_index == last and (len(state.records) > 1 or call.calls):
             raise ValueError(
                 f"step_index {last} came twice for request {call.request!r}, context {call.name!r}: a second "
                 "call at the same step is another branch, give it a name of its own, as in "
