@@ -199,6 +199,36 @@ def test_a_pinned_first_frame_does_not_stop_the_clock():
     assert equal(*runs)
 
 
+class Frames(Far):
+    """A model with a timestep per frame."""
+
+    def forward(self, hidden_states, timestep=None, encoder_hidden_states=None):  # type: ignore[override]
+        if isinstance(timestep, OnDevice):
+            timestep = timestep.as_subclass(Tensor)
+        return super().forward(hidden_states, timestep.mean(-1), encoder_hidden_states)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("stopped", [2, 3, 5])
+def test_frames_that_wait_for_others_do_not_stop_the_clock(place, stopped):
+    """Diffusion forcing: the last frame begins late, so the noisiest timestep is the same for many steps."""
+
+    def run(seed: int) -> list[dict]:
+        calls = toys.inputs(6, batch=1, seed=seed)
+        frames = [[900.0 - 100 * max(i - lag, 0) for lag in (0, 3, 6)] for i in range(6)]
+        given = [{**c, "timestep": torch.tensor([f])} for c, f in zip(calls, frames, strict=True)]
+        return list(map(PLACES[place], given))
+
+    target, alone = Frames(), Frames()
+    with quiet(), fastcache.enable(alone, HALF):
+        expected = [called(alone, call) for call in run(1)]
+    with quiet(), fastcache.enable(target, HALF) as cache:
+        for call in run(0)[:stopped]:
+            called(target, call)
+        assert equal([called(target, call) for call in run(1)], expected)
+        assert [r.step for r in cache.stats] == [*range(stopped), *range(6)]
+
+
 class Wrapper(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

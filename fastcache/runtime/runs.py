@@ -194,8 +194,8 @@ class Runs:
         index, how = self.steps.index(state, call, generation, moment)
         trip = state.trip
         if how == TURNING:
-            assert moment.time is not None
-            how = self.steps.learn(state, moment.time)
+            assert moment.clock is not None
+            how = self.steps.learn(state, moment.clock)
         if how == BEGINS:
             self.pool.begin_anew(state)
             if first:
@@ -222,8 +222,8 @@ class Runs:
         state.trip.called(state, moment)
         if moment.mark is not None:
             state.mark, state.evaluation = moment.mark, moment.evaluation
-        if moment.time is not None:
-            state.timestep = moment.time
+        if moment.clock is not None:
+            state.timestep = moment.clock
 
     def _begins(self, state: State, call: Context, generation: Any) -> None:
         """A run begins: how long it is, and whether another expert has had the steps before."""

@@ -29,6 +29,12 @@ class Moment(NamedTuple):
     mark: Any = None
     evaluation: int | None = None
 
+    @property
+    def clock(self) -> float | None:
+        """What tells that time goes on, or back: the mean where parts have timesteps of their own, of which the
+        noisiest may wait for the others."""
+        return self.mark[2] if isinstance(self.mark, tuple) else self.time
+
 
 NEVER = Moment()
 
@@ -162,7 +168,7 @@ class StepTracker:
                 return BEGINS
             again = moment.evaluation is not None and moment.evaluation != state.evaluation
             return EVALUATION if again else UNCLEAR
-        now, before = moment.time, state.timestep
+        now, before = moment.clock, state.timestep
         if now is None or before is None or now == before:
             return BEGINS if over else NEXT
         if generation is not None and (generation.loops or state.index == 1):
