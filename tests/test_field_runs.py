@@ -178,6 +178,25 @@ def test_time_that_rises_is_learnt_without_reusing_anything():
         assert [r.step for r in cache.stats] == 2 * list(range(8))
 
 
+class Lumina2Transformer2DModel(Far):
+    """By its name, a model whose time is known to rise."""
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_time_that_is_known_to_rise_need_not_be_learnt(place, wrapped):
+    calls = list(map(PLACES[place], toys.inputs(8)[::-1]))
+    target = Lumina2Transformer2DModel()
+    target = Wrapper(target) if wrapped else target
+    with fastcache.enable(target, HALF) as cache:
+        first, again = ([called(target, c) for c in calls] for _ in range(2))
+        first = list(first)
+        assert equal(first, list(again)) and acts(cache) == 2 * "C.C.C.C."
+        cache.reset()  # and another direction is learnt
+        backwards = [[called(target, c) for c in calls[::-1]] for _ in range(3)]
+        assert equal(*backwards[1:]) and [r.step for r in cache.stats] == 5 * list(range(8))
+
+
 def test_a_pinned_first_frame_does_not_stop_the_clock():
     target, runs = toys.Model(), []
     calls = toys.inputs(6, batch=1)

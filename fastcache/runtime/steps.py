@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import sync
 from ..models.block_io import TIMESTEP_NAMES, parameter_names, timed_forward
+from ..models.registry import time_rises
 from ..storage.state import State
 from .context import Context
 from .generation import Generation
@@ -58,13 +59,14 @@ class StepTracker:
         self.place = self.names.index(self.name) if self.name else -1
         named = "hidden_states" in self.names or not self.names
         self.first = "hidden_states" if named else self.names[0]  # the latents
-        self.ascending = False  # the timesteps grow during a run
+        self._rises = time_rises(model)
+        self.ascending = self._rises  # the timesteps grow during a run
         # all timesteps of a run on a device, once they were looked at
         self._of: weakref.ref[Tensor] | None = None
         self._version, self._times = 0, list[float]()
 
     def clear(self) -> None:
-        self.ascending = False
+        self.ascending = self._rises
 
     # --- what time it is ------------------------------------------------------------------------------------
 
