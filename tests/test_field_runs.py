@@ -495,6 +495,26 @@ def test_sequential_guidance_without_contexts_of_its_own(place, around):
         assert equal(found[branch], alone[branch]), branch
 
 
+class Away(Far):
+    """A model whose text lies on a device, too, where only the identity of a tensor can be known."""
+
+    def forward(self, hidden_states, timestep=None, encoder_hidden_states=None):  # type: ignore[override]
+        return super().forward(hidden_states, timestep, encoder_hidden_states.as_subclass(Tensor))
+
+
+def test_branches_of_a_next_run_with_new_text_on_a_device_are_cached_from_its_first_step_on():
+    calls, target = toys.inputs(6, text=True), Away(block=toys.Optional)
+    with fastcache.enable(target, HALF) as cache:
+        runs = []
+        for _ in range(3):
+            made = [calls[0]["encoder_hidden_states"] * sign for sign in (1, -1)]
+            words = [w.as_subclass(OnDevice) for w in made]  # pipelines encode it anew in every run
+            given = [far({**c, "encoder_hidden_states": w}) for c in calls for w in words]
+            runs.append([called(target, call) for call in given])
+        assert equal(*runs[:2]) and equal(*runs[1:]) and acts(cache) == 9 * "CC.."
+        assert [r.step for r in cache.stats] == 3 * [s for s in range(6) for _ in "cu"]
+
+
 def test_a_request_that_comes_back_does_not_take_what_another_has_left():
     """Two generations of one loop, one step of each at a time, and nobody names them."""
     make = lambda: toys.Model(block=toys.Optional)  # noqa: E731

@@ -198,8 +198,9 @@ class Runs:
             how = self.steps.learn(state, moment.clock)
         if how == BEGINS:
             self.pool.begin_anew(state)
-            if first:
+            if first:  # whichever branch it is, the others begin after it
                 trip.began(call)
+                unclear = False
         elif how == UNCLEAR or unclear or state.unclear:
             state.doubt()
         if how == UNCLEAR or unclear:
