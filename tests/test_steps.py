@@ -41,6 +41,7 @@ def tracker(of: type[nn.Module] = Timed) -> StepTracker:
 def state(index: int = 0, timestep: float | None = None, total: int | None = None) -> State:
     made = State((0, "cond"), 1)
     made.index, made.timestep, made.mark, made.total = index, timestep, timestep, total
+    made.records.extend(range(index))
     return made
 
 

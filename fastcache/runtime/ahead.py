@@ -249,7 +249,7 @@ class Ahead:
     def _notice_new_run(self, state: State, step: Step) -> None:
         """Notice a new run that began inside a graph, where no timestep could be looked at beforehand."""
         steps = self.runs.steps
-        now = steps.moment(None, None, self.control.seen).time
+        now = steps.moment(None, None, self.control.seen).clock
         before, state.timestep = state.timestep, now if now is not None else state.timestep
         if now is None or before is None or not step.index or not steps.backwards(before, now):
             return

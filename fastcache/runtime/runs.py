@@ -196,12 +196,13 @@ class Runs:
         index, how = self.steps.index(state, call, generation, moment)
         trip = state.trip
         if how == TURNING:
-            assert moment.time is not None
-            how = self.steps.learn(state, moment.time)
+            assert moment.clock is not None
+            how = self.steps.learn(state, moment.clock)
         if how == BEGINS:
             self.pool.begin_anew(state)
-            if first:
+            if first:  # whichever branch it is, the others begin after it
                 trip.began(call)
+                unclear = False
         elif how == UNCLEAR or unclear or state.unclear:
             state.doubt()
         if how == UNCLEAR or unclear:
@@ -225,8 +226,8 @@ class Runs:
         state.trip.called(state, moment)
         if moment.mark is not None:
             state.mark, state.evaluation = moment.mark, moment.evaluation
-        if moment.time is not None:
-            state.timestep = moment.time
+        if moment.clock is not None:
+            state.timestep = moment.clock
 
     def _begins(self, state: State, call: Context, generation: Any) -> None:
         """A run begins: how long it is, and whether another expert has had the steps before."""
@@ -234,8 +235,15 @@ class Runs:
         state.total = call.num_inference_steps or (generation and generation.total(self.name))
         state.total = state.total or self.planned
         if self.name in EXPERTS and len(self.pools) > 1:
-            state.start = call.step_index or 0 if self._take_over(state.key[0]) else 0
+            step, request = call.step_index or 0, state.key[0]
+            state.start = step if self._take_over(request) else self._joined(request, step)
         LOG.debug("run of request %r, context %r begins", *state.key)
+
+    def _joined(self, request: Any, step: int) -> int:
+        """Where the stretch of steps began that another branch, which is at this step, is in."""
+        states = self.pool.states.values()
+        at = (s.start for s in states if s.key[0] == request and s.start + s.armed_step == step)
+        return max(at, default=0)
 
     def _take_over(self, request: Any) -> bool:
         """Whether another expert has had the steps before; its storage is given back, since it had them."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import sync
 from ..models.block_io import TIMESTEP_NAMES, parameter_names, timed_forward
+from ..models.registry import time_rises
 from ..storage.state import State
 from .context import Context
 from .generation import Generation
@@ -28,6 +29,12 @@ class Moment(NamedTuple):
     time: float | None = None
     mark: Any = None
     evaluation: int | None = None
+
+    @property
+    def clock(self) -> float | None:
+        """What tells that time goes on, or back: the mean where parts have timesteps of their own, of which the
+        noisiest may wait for the others."""
+        return self.mark[2] if isinstance(self.mark, tuple) else self.time
 
 
 NEVER = Moment()
@@ -52,13 +59,14 @@ class StepTracker:
         self.place = self.names.index(self.name) if self.name else -1
         named = "hidden_states" in self.names or not self.names
         self.first = "hidden_states" if named else self.names[0]  # the latents
-        self.ascending = False  # the timesteps grow during a run
+        self._rises = time_rises(model)
+        self.ascending = self._rises  # the timesteps grow during a run
         # all timesteps of a run on a device, once they were looked at
         self._of: weakref.ref[Tensor] | None = None
         self._version, self._times = 0, list[float]()
 
     def clear(self) -> None:
-        self.ascending = False
+        self.ascending = self._rises
 
     # --- what time it is ------------------------------------------------------------------------------------
 
@@ -143,7 +151,7 @@ class StepTracker:
                 return 0, how
             return (state.index if how in (NEXT, TURNING) else state.index - 1), how
         last = state.index - 1
-        if started and call.step_index == last and (last > 0 or call.calls):
+        if started and call.step_index == last and (len(state.records) > 1 or call.calls):
             raise ValueError(
                 f"step_index {last} came twice for request {call.request!r}, context {call.name!r}: a second "
                 "call at the same step is another branch, give it a name of its own, as in "
@@ -162,7 +170,7 @@ class StepTracker:
                 return BEGINS
             again = moment.evaluation is not None and moment.evaluation != state.evaluation
             return EVALUATION if again else UNCLEAR
-        now, before = moment.time, state.timestep
+        now, before = moment.clock, state.timestep
         if now is None or before is None or now == before:
             return BEGINS if over else NEXT
         if generation is not None and (generation.loops or state.index == 1):

@@ -104,5 +104,5 @@ class Trip:
 
 def _place(moment: Moment) -> float | None:
     """Where a step lies among the others of its run."""
-    place = moment.mark if moment.time is None else moment.time
+    place = moment.mark if moment.clock is None else moment.clock
     return place if isinstance(place, int | float) else None
