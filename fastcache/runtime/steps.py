@@ -191,10 +191,13 @@ class StepTracker:
         return TURNING
 
     def learn(self, state: State, time: float) -> How:
-        """Count a step against the direction of time; after some, it is the other one."""
+        """Count a step against the direction of time; after some, it is the other one.
+
+        At once where it was known beforehand and not seen: such a run would not have begun where this one has.
+        """
         assert state.timestep is not None
         state.turns, state.rising = state.turns + 1, time > state.timestep
-        if state.turns < TURNS:
+        if state.turns < TURNS and not self._rises:
             return TURNING
         self.ascending, state.turns = state.rising, 0
         return NEXT
