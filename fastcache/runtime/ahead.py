@@ -48,7 +48,6 @@ class Ahead:
         self.original, self.control = original, control
         self.runs, self.decider, self.executor, self.committer = rooms
         self.pool, self.targets = self.runs.pool, self.executor.targets
-        self.timed = any(rule.when.needs_timestep for rule in recipe.rules)
         self.decides_inside = recipe.needs_signal  # asked for in every context
         self.owns_graphs = False  # fastcache.compile drives this model
         self.untraceable = False  # torch.compile(model) has given up on the forward
@@ -186,11 +185,14 @@ class Ahead:
             if fits and not self.runs.asked(args, kwargs):
                 steps, generation = self.runs.steps, frame.generation
                 known = told is not None or frame.step_index is not None
-                value = None if known else steps.argument(args, kwargs)
-                now = steps.moment(told, generation, value)
+                timed = self.runs.timed
+                needed = told is None and (timed or not known)
+                now = steps.moment(
+                    told, generation, steps.argument(args, kwargs) if needed else None
+                )
                 # where nobody has told the time, the model's own argument may
-                same = now.time == step.timestep or not self.timed
-                if known or (same and self._goes_on(state, frame, now)):
+                same = now.time == step.timestep or not timed
+                if same and (known or self._goes_on(state, frame, now)):
                     self.runs.note(state, now)
                     state.step_timestep = now.time
                     frame.calls += 1
@@ -234,7 +236,7 @@ class Ahead:
     def _notice_new_run(self, state: State, step: Step) -> None:
         """Notice a new run that began inside a graph, where no timestep could be looked at beforehand."""
         steps = self.runs.steps
-        now = steps.moment(None, None, self.control.seen).time
+        now = steps.moment(None, None, self.control.seen).clock
         before, state.timestep = state.timestep, now if now is not None else state.timestep
         if now is None or before is None or not step.index or not steps.backwards(before, now):
             return

@@ -11,18 +11,18 @@ import torch
 from torch import nn
 
 from ..models.adapter import BlockAdapter
-from ..models.pipeline import EXPERTS
 from ..policies import Step
 from ..recipe import Recipe
 from ..storage.pool import Slots, follow
 from ..storage.state import State
 from ..targets.guidance import GuidanceTarget
 from .context import Context
+from .experts import Experts
 from .frames import Frame, thread_request, when_thread_ends
 from .notices import LOG
 from .settings import Settings
 from .signature import call_signature
-from .steps import BEGINS, EVALUATION, TURNING, UNCLEAR, Moment, StepTracker
+from .steps import BEGINS, DOUBTFUL, EVALUATION, TURNING, UNCLEAR, How, Moment, StepTracker
 from .trip import Trip
 
 ALL: Any = object()  # every request
@@ -48,11 +48,8 @@ class Runs:
         guidance: GuidanceTarget | None,
     ) -> None:
         self.model, self.name, self.pool, self.guidance = model, name, pool, guidance
-        self.callback, self.pools, self.notices = (
-            settings.timestep_callback,
-            settings.pools,
-            settings.notices,
-        )
+        self.callback, self.notices = settings.timestep_callback, settings.notices
+        self.experts = Experts(name, pool, settings.pools)
         self.steps = StepTracker(model)
         at = self.steps.names.index
         names = adapter.always_compute
@@ -61,6 +58,8 @@ class Runs:
         self.trips: weakref.WeakValueDictionary[Any, Trip] = weakref.WeakValueDictionary()
         self.unnamed_trip: Trip | None = None  # the last one, kept until a state of its own does
         self.gone: deque[Any] = deque()  # requests of threads that are no more
+        self.timed = any(rule.when.needs_timestep for rule in recipe.rules)
+        self.several: set[tuple[Any, str]] = set()  # contexts that were around several calls
         totals = (rule.when.num_inference_steps for rule in recipe.rules)
         self.planned = next((n for n in totals if n), None)  # steps, as the recipe has it
 
@@ -76,8 +75,9 @@ class Runs:
         if told is UNASKED:
             told = steps.told(context, self.callback)
         known = context is not None and context.step_index is not None
-        moment = steps.moment(told, generation, None if known else steps.argument(args, kwargs))
-        if context is not None and (known or not context.calls):
+        needed = not known or (self.timed and told is None)
+        moment = steps.moment(told, generation, steps.argument(args, kwargs) if needed else None)
+        if context is not None and (known or not (context.calls or self.around_several(context))):
             call: Context = context
             call.first = None if known else (moment, args, kwargs)
         else:
@@ -93,6 +93,8 @@ class Runs:
         else:
             signature = call_signature(args, kwargs)
         if state.signature != signature:
+            if state.index and not self.steps.turned(state, call, moment):
+                state.trip.members.discard(state.key)  # whatever the other branches do
             self.pool.adopt(state, signature)
         step = self.step(state, call, generation, moment, unclear, compute, first)
         if context is not None:
@@ -116,6 +118,10 @@ class Runs:
                 when_thread_ends(self.gone.append)
         return found
 
+    def around_several(self, context: Context) -> bool:
+        """Whether contexts of this name are around calls of several branches."""
+        return bool(self.several) and (context.request, context.name) in self.several
+
     def unnamed(
         self, frame: Frame | None, moment: Moment, args: tuple, kwargs: dict
     ) -> tuple[Context, bool, bool]:
@@ -124,15 +130,15 @@ class Runs:
         Returns it, whether nothing tells which branch it is, and whether it is the first of its step.
         """
         request, name = thread_request() if frame is None else frame.request, "default"
+        around = None if frame is None else frame.context
         trip = self.unnamed_trip = self.trip(request)
         if frame is not None and frame.generation is not None:
             trip.enter(frame.generation.serial)
-        if (
-            frame is not None and (around := frame.context) is not None
-        ):  # and around more than one call
+        if around is not None:  # and around more than one call
             name = around.name
             if around.first is not None:  # nobody knew then that others would come
-                trip.clear()
+                self.several.add((request, name))
+                trip.forget_branches()
                 before, *given = around.first
                 self.branch(trip, trip.again(before), *given)
                 around.first = None
@@ -144,7 +150,11 @@ class Runs:
                 "FasterCache's guidance half needs both halves in one batch; open cache.context('cond') "
                 "and cache.context('uncond') around the calls, or set is_guidance_distilled=True"
             )
-        return trip.context(name, number), trip.branches.unclear, not again
+        call = trip.context(name, number)
+        call.compute = around is not None and around.compute
+        call.num_inference_steps = None if around is None else around.num_inference_steps
+        call.sigma = None if around is None else around.sigma
+        return call, trip.branches.unclear, not again
 
     def branch(self, trip: Trip, again: bool | None, args: tuple, kwargs: dict) -> int:
         """The branch of a call by what it is given."""
@@ -191,21 +201,34 @@ class Runs:
         """
         if self.pool.streams:
             follow(state)
-        index, how = self.steps.index(state, call, generation, moment)
-        trip = state.trip
+        trip, known = state.trip, call.step_index
+        if generation is not None:
+            trip.enter(generation.serial)
+        if not state.index or state.key in trip.members:
+            index, how = self.steps.index(state, call, generation, moment)
+        else:
+            index, how = self.rejoins(state, call, generation, moment)
         if how == TURNING:
-            assert moment.time is not None
-            how = self.steps.learn(state, moment.time)
+            assert moment.clock is not None
+            how = self.steps.learn(state, moment.clock)
         if how == BEGINS:
+            if generation is None or state.serial == generation.serial:
+                self.experts.end_the_other(call.request)
             self.pool.begin_anew(state)
-            if first:
-                trip.began(call)
-        elif how == UNCLEAR or unclear or state.unclear:
+        elif how in (DOUBTFUL, UNCLEAR) or unclear or state.unclear:
             state.doubt()
+            if how == UNCLEAR and state.index == 1:
+                self.doubt_first_steps(call.request)
+        state.leapt = state.leapt and how in (BEGINS, TURNING)
+        state.indexed = known is not None
         if how == UNCLEAR or unclear:
             self.notices.later("unclear", UNTOLD.format(model=self.name, name=call.name))
-        state.unclear = how == UNCLEAR or unclear
-        if call.step_index is None:
+        state.unclear = state.unclear or how == UNCLEAR or unclear
+        if not state.index:
+            if state.key in trip.members:
+                trip.began(call if first else None)
+            trip.members.add(state.key)
+        if known is None:
             index += trip.left_out(state, moment)
         if not state.index:
             self._begins(state, call, generation)
@@ -217,38 +240,42 @@ class Runs:
         compute = compute or how == TURNING
         return Step(index, state.total, moment.time, call.sigma, False, compute, how == EVALUATION)
 
+    def rejoins(
+        self, state: State, call: Context, generation: Any, moment: Moment
+    ) -> tuple[int, How]:
+        """The step of a branch, where another one of its request has begun a run since its last.
+
+        It is of that run too, unless nobody has announced it and it is the very next step: then it goes at a
+        pace of its own.
+        """
+        known = call.step_index
+        if generation is None and (known is None or known == state.index):
+            index, how = self.steps.index(state, call, generation, moment)
+            if known is not None or how == BEGINS or not state.trip.skipped(state, moment):
+                return index, how
+        return known or 0, BEGINS
+
     def note(self, state: State, moment: Moment) -> None:
         """Keep when the call of a state is, for those that follow."""
         state.trip.called(state, moment)
         if moment.mark is not None:
             state.mark, state.evaluation = moment.mark, moment.evaluation
-        if moment.time is not None:
-            state.timestep = moment.time
+        if (clock := moment.clock) is not None:
+            state.timestep = clock
 
     def _begins(self, state: State, call: Context, generation: Any) -> None:
         """A run begins: how long it is, and whether another expert has had the steps before."""
         state.serial = 0 if generation is None else generation.serial
         state.total = call.num_inference_steps or (generation and generation.total(self.name))
         state.total = state.total or self.planned
-        if self.name in EXPERTS and len(self.pools) > 1:
-            state.start = call.step_index or 0 if self._take_over(state.key[0]) else 0
+        state.start = call.step_index or 0 if self.experts.take_over(state.key[0]) else 0
         LOG.debug("run of request %r, context %r begins", *state.key)
 
-    def _take_over(self, request: Any) -> bool:
-        """Whether another expert has had the steps before; its storage is given back, since it had them."""
-        found = False
-        for pool in self.pools:
-            for state in pool.states.values() if pool is not self.pool else ():
-                if state.key[0] == request and state.index > 1:
-                    found = True
-                    pool.end_run(state)
-                    if not pool.fixed:
-                        pool.drop(state)
-                        state.signature = None
-                    state.begin_run()
-            if found and pool is not self.pool and not pool.fixed:
-                pool.spares.clear()
-        return found
+    def doubt_first_steps(self, request: Any) -> None:
+        """A first step has come twice: those of the other branches may be of a run of one step, which is over."""
+        for state in self.pool.states.values():
+            if state.key[0] == request and state.index == 1:
+                state.doubt()
 
     def refuse(self, call: Context) -> None:
         """Raise where a call cannot be cached: one of guidance that comes apart, or one that is trained on."""
@@ -267,6 +294,8 @@ class Runs:
         """Forget the runs of one request, or all; their storage serves the next ones."""
         for key in [k for k in self.pool.states if request is ALL or k[0] == request]:
             self.pool.forget(key)
+        if self.several:
+            self.several -= {k for k in self.several if request is ALL or k[0] == request}
         if request is ALL:
             self.steps.clear()
 
