@@ -51,10 +51,7 @@ class Ahead:
         self.original, self.control = original, control
         self.runs, self.decider, self.executor, self.committer = rooms
         self.pool, self.targets = self.runs.pool, self.executor.targets
-        self.timed = any(rule.when.needs_timestep for rule in recipe.rules)
-        self.looks = (
-            recipe.needs_signal
-        )  # asked for in every context: a decision needs the call itself
+        self.looks = recipe.needs_signal  # in every context: a decision needs the call itself
         self.looks_where = (
             "FirstBlockCache decides inside the forward"
             if recipe.decides_inside
@@ -198,14 +195,17 @@ class Ahead:
             self.runs.refuse(frame)
             told = step.timestep
             fits = state.signature == call_signature(args, kwargs)
-            if fits and not self.runs.asked(args, kwargs):
+            if fits and not self.runs.always.asked(args, kwargs):
                 steps, generation = self.runs.steps, frame.generation
                 known = told is not None or frame.step_index is not None
-                value = None if known else steps.argument(args, kwargs)
-                now = steps.moment(told, generation, value)
+                timed = self.runs.timed
+                needed = told is None and (timed or not known)
+                now = steps.moment(
+                    told, generation, steps.argument(args, kwargs) if needed else None
+                )
                 # where nobody has told the time, the model's own argument may
-                same = now.time == step.timestep or not self.timed
-                if known or (same and self._goes_on(state, frame, now)):
+                same = now.time == step.timestep or not timed
+                if same and (known or self._goes_on(state, frame, now)):
                     self.runs.note(state, now)
                     state.step_timestep = now.time
                     frame.calls += 1

@@ -34,19 +34,20 @@ class Moment(NamedTuple):
     def clock(self) -> float | None:
         """What tells that time goes on, or back: the mean where parts have timesteps of their own, of which the
         noisiest may wait for the others."""
-        return self.mark[2] if isinstance(self.mark, tuple) else self.time
+        return self.mark[2] if type(self.mark) is tuple else self.time
 
 
 NEVER = Moment()
 
 # How a call follows the one before in its state: the next step; the first of a run; another evaluation of the
-# same step, by a solver that is known to need it; a step of a run whose direction in time is not known yet; a call
-# at the same step which may be anybody's.
-How = Literal["next", "begins", "evaluation", "turning", "unclear"]
+# same step, by a solver that is known to need it; a step of a run whose direction in time is not known yet; the
+# next step of a run that may have begun with it; a call at the same step which may be anybody's.
+How = Literal["next", "begins", "evaluation", "turning", "doubtful", "unclear"]
 NEXT: Final = "next"
 BEGINS: Final = "begins"
 EVALUATION: Final = "evaluation"
 TURNING: Final = "turning"
+DOUBTFUL: Final = "doubtful"
 UNCLEAR: Final = "unclear"
 
 
@@ -143,13 +144,15 @@ class StepTracker:
         Raises ValueError where the same explicit step_index comes twice.
         """
         started = state.index > 0
+        if started and state.indexed and call.step_index is None:
+            return 0, BEGINS  # by somebody else
         if generation is not None and state.serial != generation.serial:
             return call.step_index or 0, BEGINS
         if call.step_index is None:
             how = self.follows(state, call, generation, moment) if started else NEXT
             if how == BEGINS:
                 return 0, how
-            return (state.index if how in (NEXT, TURNING) else state.index - 1), how
+            return (state.index - 1 if how in (EVALUATION, UNCLEAR) else state.index), how
         last = state.index - 1
         if started and call.step_index == last and (len(state.records) > 1 or call.calls):
             raise ValueError(
@@ -158,6 +161,13 @@ class StepTracker:
                 "cache.context('uncond', step_index=...)"
             )
         return call.step_index, BEGINS if started and call.step_index <= last else NEXT
+
+    def turned(self, state: State, call: Context, moment: Moment) -> bool:
+        """Whether a call lies before the one before in its state, so that a run has begun."""
+        if call.step_index is not None:
+            return call.step_index < state.index
+        now, before = moment.clock, state.timestep
+        return now is not None and before is not None and self.backwards(before, now)
 
     def follows(
         self, state: State, call: Context, generation: Generation | None, moment: Moment
@@ -184,8 +194,17 @@ class StepTracker:
         """Whether time has turned back, where nobody has announced a run."""
         rising = now > before
         if rising == self.ascending:
-            return BEGINS if state.turns and state.rising != rising else NEXT
+            if state.turns and state.rising != rising:
+                return BEGINS
+            # two runs, the first of one step; or one that goes the other way, and then another
+            if state.index > 1 or not state.leapt:
+                return NEXT
+            state.turns, state.rising = 1, rising
+            return DOUBTFUL
         if state.index > 1 + state.turns or not _may_turn(before, now):
+            # a run that begins high may as well be one that goes on upwards
+            alone = state.index == 1 + state.turns
+            state.leapt = alone and (state.leapt or now < 0.9 * _scale(before, now))
             return BEGINS
         # a run of one step and another one, or a run that goes the other way: computed until that is known
         return TURNING
@@ -207,10 +226,15 @@ class StepTracker:
         return now < before if self.ascending else now > before
 
 
+def _scale(before: float, now: float) -> float:
+    """Where time begins that falls."""
+    return 1.0 if max(before, now) <= 1 else 1000.0
+
+
 def _may_turn(before: float, now: float) -> bool:
     """Whether these may be the first timesteps of a run that goes their way: it begins at its own end of the scale,
     and goes on by less than a leap to where runs begin that go the other way."""
-    scale = 1.0 if max(before, now) <= 1 else 1000.0
+    scale = _scale(before, now)
     if now < before:
         before, now = scale - before, scale - now
     return before < 0.5 * scale and now < 0.9 * scale
