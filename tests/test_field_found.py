@@ -70,6 +70,16 @@ def test_runs_too_short_to_learn_from_that_time_rises_are_never_mixed(times):
                 caller.call(run, "cond", step, t)
 
 
+def test_a_branch_that_pauses_where_time_rises_unlearnt_is_never_mixed():
+    caller = Caller(LONG)
+    with caller.under_a_cache() as cache:
+        for run in range(2):
+            for step, t in enumerate((0.0, 0.25, 0.5, 0.75)):
+                for name in ("cond", "weaker") if step in (0, 3) else ("cond",):
+                    with cache.context(name):
+                        caller.call(run, name, step, t)
+
+
 def test_a_policy_that_looks_at_the_timestep_is_told_it_also_with_a_step_index():
     caller = Caller(Kind(Recipe(TimestepRange(2, (100, 900), **GUARDS), Reuse()), 1))
     with caller.under_a_cache() as cache:

@@ -252,6 +252,7 @@ class Runs:
             index, how = self.steps.index(state, call, generation, moment)
             if known is not None or how == BEGINS or not state.trip.skipped(state, moment):
                 return index, how
+            state.leapt = state.leapt or how == TURNING
         return known or 0, BEGINS
 
     def note(self, state: State, moment: Moment) -> None:
