@@ -631,6 +631,33 @@ def test_a_pause_is_seen_by_what_the_other_branch_did(announced, order):
     assert dict(steps)[14] == "compute"
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_branch_that_comes_late_takes_nothing_from_the_run_before(place):
+    """Guidance that begins later, at a timestep that the branch has not reached in the run before."""
+    calls = toys.inputs(12, text=True)
+    runs = {n: [dict(call) for call in calls] for n in "cu"}
+    for call in runs["u"]:
+        call["encoder_hidden_states"] = -calls[0]["encoder_hidden_states"]
+    for call in runs["c"]:
+        call["encoder_hidden_states"] = calls[0]["encoder_hidden_states"]
+
+    def run(target: nn.Module, guided: range) -> list[Tensor]:
+        found = []
+        for i in range(12):
+            for name in "cu" if i in guided else "c":
+                found.append(called(target, PLACES[place](runs[name][i])))
+        return found
+
+    make = lambda: Far(block=toys.Optional)  # noqa: E731
+    config = fastcache.FirstBlockCacheConfig(5.0)  # whatever there is would be reused
+    target, alone = make(), make()
+    with quiet(), fastcache.enable(target, config):
+        run(target, range(1, 4))
+        outputs = run(target, range(6, 10))
+    with quiet(), fastcache.enable(alone, config):
+        assert equal(outputs, run(alone, range(6, 10)))
+
+
 def test_branches_at_a_pace_of_their_own_have_not_paused():
     target, calls = toys.Model(), toys.inputs(9)
     with fastcache.enable(target, HALF) as cache:
