@@ -25,13 +25,17 @@ CUDA_PYTHON ?= python3.12
 CUDA := .venv-cuda
 KIT := .gpu-kit
 
-.PHONY: demo test test-oldest test-torch lint report bench gpu-kit venv clean
+.PHONY: demo test test-fast test-oldest test-torch lint report bench gpu-kit venv clean
 
 demo: venv
 	$(RUN)fastcache demo
 
 test: venv
 	$(call tests,$(VENV))
+
+# what answers while one works: nothing that compiles, interprets kernels or runs whole models
+test-fast: venv
+	$(call tests,$(VENV)) -m "not slow"
 
 test-oldest: $(OLDEST)/.installed
 	$(call tests,$(OLDEST)) $(FACING)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,7 @@ from .configs.resolve import callback_of
 from .models.adapter import BlockAdapter
 from .models.pipeline import denoisers_of
 from .models.registry import adapter_for
-from .ops import dispatch
-from .reporting.summary import summarise
+from .reporting.telling import Telling
 from .runtime.announce import Announcer
 from .runtime.compiling import watch_compiling
 from .runtime.context import Context, check_request
@@ -29,15 +27,23 @@ from .runtime.patch import refuse_enabled
 from .runtime.runs import ALL, abandon
 from .runtime.settings import Settings
 from .storage.budget import budget_of
-from .storage.pool import SPARE, Slots
+from .storage.pool import Slots
 
 if TYPE_CHECKING:
     from .calibration.calibration import Calibration
-    from .calibration.collect import Measured
 
 
-class Cache:
-    """A cache attached to one model or to every denoiser of a pipeline; made by `fastcache.enable`."""
+class Cache(Telling):
+    """A cache attached to one model or to every denoiser of a pipeline; made by `fastcache.enable`.
+
+    As a context manager it is disabled where the block ends. One call runs at a time, whichever thread it comes from.
+
+    Args:
+        target, config, adapter, backend, process_group, max_bytes, cache_dtype, offload: as for `enable`.
+
+    Raises:
+        TypeError, ValueError: that names the argument; the model is left as it was.
+    """
 
     def __init__(
         self,
@@ -148,13 +154,22 @@ class Cache:
         return Generation(self, request, num_inference_steps)
 
     def loop(self, steps: int | None) -> None:
-        """Another loop over timesteps begins in the generation that runs."""
+        """Another loop over timesteps begins in the generation that runs.
+
+        Args:
+            steps: of that loop, a count; None where it is not known.
+        """
         frame = innermost(self)
         if frame is not None and frame.generation is not None:
             frame.generation.loop(steps)
 
     def ended(self, generation: Generation, failed: bool) -> None:
-        """Forget the runs of a generation that is over."""
+        """Forget the runs of a generation that is over.
+
+        Args:
+            generation: the one that `run` has opened, or a pipeline's call.
+            failed: whether an exception has ended it, as a bool; then whatever it holds is given up.
+        """
         if failed:
             with self.lock:
                 abandon(self.settings.pools, generation.request)
@@ -164,7 +179,13 @@ class Cache:
             self.settings.notices.emit()
 
     def prepare(self, frame: Context) -> bool:
-        """Get every denoiser ready for a compiled call; False where it must run eagerly."""
+        """Get every denoiser ready for a compiled call.
+
+        Args:
+            frame: the context that opens.
+        Returns:
+            A bool: False where the call must run eagerly.
+        """
         watch_compiling()
         ready = True
         for denoiser in self.denoisers:
@@ -172,7 +193,12 @@ class Cache:
         return ready
 
     def commit_prepared(self, frame: Context, failed: bool) -> None:
-        """Account for a context that closes."""
+        """Account for a context that closes.
+
+        Args:
+            frame: the context.
+            failed: whether an exception leaves it, as a bool; then its request's runs are given up.
+        """
         for denoiser in self.denoisers:
             if denoiser.ahead.prepared is not None:
                 denoiser.ahead.commit_prepared(frame, failed)
@@ -183,15 +209,24 @@ class Cache:
             self.settings.notices.once(told)
 
     def reset(self, request: Any = ALL) -> None:
-        """Forget the run of one request, or all runs (also with None). Storage is kept for the next."""
+        """Forget the run of one request, or all runs. Storage is kept for the next.
+
+        Args:
+            request: the hashable that contexts or `run` were given; left out or None, every request.
+        """
         for denoiser in self.denoisers:
             denoiser.forget(ALL if request is None else request)
         self.settings.notices.emit()
 
     def update(self, config: Any) -> Cache:
-        """Change the settings to anything that `enable` takes. Runs begin anew.
+        """Change the method. Runs begin anew; where the new settings do not fit, the old ones stay.
 
-        Where the new settings do not fit, the old ones stay.
+        Args:
+            config: anything that `enable` takes.
+        Returns:
+            This cache.
+        Raises:
+            TypeError, ValueError: that names the field, or says that this cache is disabled.
         """
         before = self.denoisers
         if not before:
@@ -220,6 +255,7 @@ class Cache:
 
     @property
     def enabled(self) -> bool:
+        """Whether it is attached, as a bool: True until `disable`."""
         return bool(self.denoisers)
 
     def __enter__(self) -> Cache:
@@ -228,68 +264,16 @@ class Cache:
     def __exit__(self, *exc: object) -> None:
         self.disable()
 
-    # --- telling ------------------------------------------------------------------------------------------
-
-    def hooked(self) -> dict[str, list[str]]:
-        """What is hooked, per denoiser."""
-        return {d.name: [name for t in d.targets for name in t.hooked()] for d in self.denoisers}
-
-    def nbytes(self) -> int:
-        """Bytes of cached tensors."""
-        return sum(d.pool.nbytes() for d in self.denoisers)
-
-    def summary(self) -> str:
-        """In words: what is hooked, steps computed and reused and why, bytes held, kernel backend."""
-        device = next(
-            (str(p.device.type) for d in self.denoisers for p in d.model.parameters()), "cpu"
-        )
-        backend = self.settings.backend
-        kernels = backend if backend != dispatch.AUTO else dispatch.active(device)
-        return summarise(self.recipe, self.stats, self.hooked(), self.nbytes(), kernels)
-
-    def __repr__(self) -> str:
-        return f"<fastcache.Cache {self.recipe.name} on {[d.name for d in self.denoisers]}, {self.stats!r}>"
-
-    def plot(self, path: Any) -> Any:
-        """Draw signal against threshold and the decisions per step into a picture at `path`."""
-        from .reporting.plots import plot_run
-
-        held = {
-            f"{d.name} {name}" if len(self.denoisers) > 1 and name != SPARE else name: size
-            for d in self.denoisers
-            for name, size in d.pool.held().items()
-        }
-        return plot_run(self.stats, self.recipe, held, path)
-
     @property
     def calibration(self) -> Calibration:
         """What `MagCacheConfig(calibrate=True)` has measured so far, as an object keyed by context.
 
-        Raises CalibrationError, a ValueError, where nothing was measured.
+        Raises:
+            CalibrationError: a ValueError; nothing was measured.
         """
-        from .calibration.collect import collect
+        from .calibration.collect import collect, measured
 
-        return collect(self.measured(), model=self.model_names)
-
-    def measured(self) -> Iterator[Measured]:
-        """What calibrating runs have measured, those that are over and those that still go on."""
-        for key, finished in self.settings.calibrated.items():
-            yield from ((key, measured, count) for measured, count in finished)
-        for denoiser in self.denoisers:
-            yield from denoiser.measured()
-
-    @property
-    def model_names(self) -> str:
-        """Classes of the denoisers."""
-        return ", ".join(dict.fromkeys(type(model).__name__ for _, model in self.models))
-
-    def progress(
-        self, total: int | None = None, **options: Any
-    ) -> contextlib.AbstractContextManager:
-        """A progress line of denoiser calls and how many of them were reused; see `fastcache.progress`."""
-        from .reporting.progress import progress
-
-        return progress(self, total, **options)
+        return collect(measured(self.settings.calibrated, self.denoisers), model=self.model_names)
 
 
 def enable(
@@ -305,16 +289,27 @@ def enable(
 ) -> Cache:
     """Attach a cache to a diffusers pipeline (all its denoisers) or to any nn.Module.
 
-    config: one of the five configs, fastcache's or diffusers' own, which is copied, a Recipe, a preset's name (see
-    `fastcache.presets`), or the path of a recipe file, a str or Path that ends in .json.
-    adapter: how to find and drive the blocks of a model fastcache does not know. backend: kernels to use,
-    see `fastcache.backends()`. process_group: ranks that share a sample; decisions taken from data are
-    agreed over it, and errors surface within its timeout. max_bytes: what cached tensors may take after a
-    call; beyond it the run used least recently goes on without a cache until there is room again, or with
-    offload=True waits in host memory for its next call (not in compiled models, whose storage stays in place).
-    cache_dtype: what floating values are kept in, torch.bfloat16, torch.float16 or torch.float8_e4m3fn (with
-    one scale per token); None keeps them as they are.
     All or nothing: if anything fails the model is untouched.
-    Raises TypeError or ValueError that names the argument and says what was looked for.
+
+    Args:
+        target: the pipeline or the nn.Module; blocks are found by usual names of their list, or by `adapter`.
+        config: one of the five configs, fastcache's or diffusers' own, which is copied, a Recipe, a preset's
+            name (see `fastcache.presets`), or the path of a recipe file, a str or Path that ends in .json.
+        adapter: a BlockAdapter, how to find and drive the blocks of a model fastcache does not know.
+        backend: kernels to use, "auto" or a name in `fastcache.backends()` that works here.
+        process_group: the torch.distributed.ProcessGroup of ranks that share a sample; decisions taken from data
+            are agreed over it, and errors surface within its timeout.
+        max_bytes: bytes that cached tensors may take after a call, a count; None is no limit. Beyond it the
+            run used least recently goes on without a cache until there is room again.
+        cache_dtype: what floating values are kept in, torch.float32, torch.bfloat16, torch.float16 or
+            torch.float8_e4m3fn (with one scale per token); None keeps them as they are.
+        offload: True has such a run wait in host memory for its next call instead (not in compiled models,
+            whose storage stays in place).
+
+    Returns:
+        The Cache.
+
+    Raises:
+        TypeError, ValueError: that names the argument and says what was looked for.
     """
     return Cache(target, config, adapter, backend, process_group, max_bytes, cache_dtype, offload)

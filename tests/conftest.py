@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 # before anything imports the hub's client: a test that reaches for the network should fail at once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,31 @@ from hypothesis import settings
 # the same examples on every machine; no deadline, for CI machines are shared
 settings.register_profile("fastcache", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("fastcache")
+
+
+# What `make test-fast` leaves out beside tests that are marked themselves: files whose every test is slow, ...
+SLOW = {
+    "parity": ("parity", "diffusers_presets", "matrix", "pipelines"),
+    "slow": (
+        "bench", "captured_reuse", "compile", "compile_gpu", "cuda_build", "cuda_emulation", "demo_model",
+        "export", "field_facts", "generated_code", "gpu_code", "gpu_kit", "gpu_pretended", "gpu_run",
+        "model_kernels", "native_cuda", "on_device", "packaging", "ranks", "serve", "state_machine",
+        "static_addresses", "transfers", "triton_aot", "triton_counters", "triton_gpu",
+        "triton_interpreter", "triton_launcher", "triton_layouts", "triton_offsets", "triton_sass",
+    ),
+}  # fmt: skip
+# ... and tests that compile, by what their names or parameters say.
+COMPILES = re.compile(r"compile|frozen|graph|interpreter|inductor", re.IGNORECASE)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes long: `slow`, and `parity` where it runs diffusers' own methods beside ours."""
+    marks = {f"test_{name}": mark for mark, names in SLOW.items() for name in names}
+    for item in items:
+        if mark := marks.get(item.path.stem):
+            item.add_marker(mark)
+        if mark or COMPILES.search(item.name):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fastcache
 from fastcache import Decision, Guidance, Modules, Policy, Recipe, Reuse, Stack, Taylor, sync
+from fastcache.graphs import compiled
 from fastcache.policies import COMPUTE, REUSE
 from fastcache.signals import Signal
 
@@ -386,6 +387,21 @@ def test_the_modulated_input_decides_before_any_block(policy, walk, what, way):
     assert len(ran) == (actions.count("C") if way == "eager" else 0)
     mask = fastcache.Mask(tuple(a == "C" for a in actions), warmup=0, last=False)
     wanted, _, _ = run_modulated(ModulatedModel(walk), Recipe(mask, what), calls, way)
+    for a, b in zip(outputs, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_steps_whose_first_part_alone_is_compiled_are_stored_too():
+    """As with cudagraphs="reuse": what computes all blocks is the model's own forward."""
+    calls, policy = calls_of(), Modulated(0.3, warmup=0, last=False)
+    wanted, actions, _ = run_modulated(ModulatedModel(), Recipe(policy), calls)
+    assert "." in actions
+    model = ModulatedModel()
+    with fastcache.enable(model, Recipe(policy), adapter=ADAPTER) as cache:
+        driven = fastcache.compile(model, backend="aot_eager")
+        driven._compiles = compiled.COMPILED["reuse"]
+        outputs = toys.run(cache, driven, calls)
+        assert toys.actions(cache) == actions
     for a, b in zip(outputs, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 

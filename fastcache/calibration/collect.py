@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .. import sync
+from ..runtime.denoiser import Denoiser
+from ..runtime.settings import Calibrated
 from .calibration import Calibration
 from .errors import CalibrationError
 
 # (model, context), the ratios of a run, and how many steps it had
 Measured = tuple[tuple[str, str], list[Tensor], int]
+
+
+def measured(calibrated: Calibrated, denoisers: Iterable[Denoiser]) -> Iterator[Measured]:
+    """What calibrating runs have measured, those that are over and those that still go on."""
+    for key, finished in calibrated.items():
+        yield from ((key, ratios, count) for ratios, count in finished)
+    for denoiser in denoisers:
+        yield from denoiser.measured()
 
 
 def collect(
@@ -30,8 +40,8 @@ def collect(
     be, None for any. names: fields of `Calibration` that name the run.
     """
     runs: dict[tuple[str, str], list[list[float]]] = {}
-    for key, measured, count in finished:
-        runs.setdefault(key, []).append(_per_step(sync.numbers(measured), count))
+    for key, found, count in finished:
+        runs.setdefault(key, []).append(_per_step(sync.numbers(found), count))
     if not runs:
         raise CalibrationError(
             "calibration: nothing was measured; enable with MagCacheConfig(calibrate=True) and run "

@@ -145,9 +145,19 @@ def export_variants(
 ) -> Exported:
     """Export the computed and the reused step of an enabled model, for rules that decide beforehand.
 
-    args, kwargs: an example call, by which storage is laid out. options: as for torch.export.export;
-    strict is False unless given. The model keeps its cache; a run in it is not disturbed.
-    Raises ValueError where the model is not enabled or decides inside its forward.
+    The model keeps its cache; a run in it is not disturbed.
+
+    Args:
+        model: an nn.Module on which `fastcache.enable` was called.
+        args, kwargs: an example call, by whose shapes, dtypes and devices storage is laid out.
+        options: as for torch.export.export; strict is False unless given.
+
+    Returns:
+        The two programs, "compute" and "reuse", and the storage they share, as an `Exported`.
+
+    Raises:
+        ValueError: the model is not enabled, has several rules, decides inside its forward, or keeps values in
+            another dtype than theirs.
     """
     denoiser = denoisers_of(model)[0][1].__dict__.get(ATTACHED)
     if denoiser is None:

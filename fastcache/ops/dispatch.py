@@ -35,7 +35,7 @@ def status(name: str) -> bool | str:
 
 
 def backends() -> dict[str, bool | str]:
-    """Every backend by name: True where it works, else the reason why not."""
+    """Every backend by name, best first: True where it works, else the reason why not, a str."""
     return {name: row.status for name, row in BACKENDS.items()}
 
 
@@ -52,10 +52,17 @@ def check_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force one backend for the ops called inside: "reference", "cpp", "triton", "cuda" or "auto".
+    """Force one backend for the ops called inside.
 
-    Raises ValueError where that backend does not work here. A mix of dtypes that the forced kernel does
-    not take, or a layout that it cannot write to, still runs on the reference.
+    A mix of dtypes that the forced kernel does not take, or a layout that it cannot write to, still runs on
+    the reference.
+
+    Args:
+        name: a key of `backends()`, "reference", "cpp", "triton" or "cuda", or "auto".
+    Returns:
+        A context manager, for this thread.
+    Raises:
+        ValueError: there is no such backend, or it does not work here.
     """
     check_backend(name)
     token = _forced.set(name)

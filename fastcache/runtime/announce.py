@@ -35,7 +35,8 @@ class Announcer:
         self.pipeline.__dict__[TOLD] = self
 
     def take_off(self) -> None:
-        if self.pipeline.__dict__.pop(TOLD, None) is self:
+        if self.pipeline.__dict__.get(TOLD) is self:  # not another cache's, which came later
+            del self.pipeline.__dict__[TOLD]
             self.pipeline.__class__ = self.kind
 
     def generation(self) -> Generation:

@@ -24,22 +24,39 @@ KEEP = 100_000  # records kept, so that a server that never resets does not grow
 
 
 class Record(NamedTuple):
-    """One denoiser call."""
+    """One denoiser call.
+
+    Args:
+        request: whose call it was.
+        context: name of the branch, such as "cond".
+        step: number of the step in its run, from 0.
+        action: "compute", or "reuse" where some rule reused.
+        signal: what the rule looked at, a float: relative change, accumulated error, timestep; None where it
+            looked at nothing.
+        threshold: what the signal was weighed against, in its unit; None where there is none.
+        reason: why, in words.
+        timestep: of the call, in the model's scale; None where it was not known on the host.
+        actions: one per rule, "compute" or "reuse".
+        model: name of the denoiser.
+    """
 
     request: Any
     context: str
     step: int
-    action: str  # "compute" or "reuse" (some rule reused)
-    signal: float | None  # what the rule looked at: relative change, accumulated error, timestep
+    action: str
+    signal: float | None
     threshold: float | None
     reason: str
     timestep: float | None = None
-    actions: tuple[str, ...] = ()  # one per rule
+    actions: tuple[str, ...] = ()
     model: str = ""
 
 
 class Stats:
-    """Records in order of calls. Iterable, indexable; `computed` and `reused` count."""
+    """Records in order of calls, the latest 100,000. Iterable, indexable; `computed` and `reused` count.
+
+    `fallbacks` counts, by op, calls on large tensors of a GPU that ran on the reference in place of a kernel.
+    """
 
     def __init__(self) -> None:
         self._all: deque[Record] = deque(maxlen=KEEP)
@@ -50,8 +67,12 @@ class Stats:
         self.watch: Callable[[Record], object] | None = None  # told of every record, while set
 
     def add(self, record: Record) -> None:
-        """Append a record. Its signal may be a tensor of [signal] or [signal, whether it reused], which stays
-        on the device until somebody looks."""
+        """Append a record.
+
+        Args:
+            record: the call. Its signal may be a tensor of [signal] or [signal, whether it reused], which stays
+                on its device until somebody looks.
+        """
         if isinstance(record.signal, Tensor):
             self._pending = True
         self._all.append(record)
@@ -59,7 +80,7 @@ class Stats:
             self.watch(record)
 
     def uncalled(self) -> str:
-        """Count a context that no call was made in; what there is to say about that, once."""
+        """Count a context that no call was made in; what there is to say about that, once, else ""."""
         self.idle += 1
         return "" if self._all or self.idle != IDLE else f"fastcache: {UNCALLED.format(self.idle)}"
 
@@ -72,6 +93,7 @@ class Stats:
         return self._all
 
     def clear(self) -> None:
+        """Forget the records and the counts."""
         self._all.clear()
         self.fallbacks.clear()
         self.idle = 0
@@ -90,14 +112,24 @@ class Stats:
 
     @property
     def computed(self) -> int:
+        """Calls in which every rule computed, a count."""
         return sum(r.action == COMPUTE for r in self._records)
 
     @property
     def reused(self) -> int:
+        """Calls in which some rule reused, a count."""
         return sum(r.action == REUSE for r in self._records)
 
     def last_run(self, model: str, request: Any, context: str) -> list[Record]:
-        """The records of the latest run of one context, in order."""
+        """The records of the latest run of one context, in order.
+
+        Args:
+            model: name of the denoiser, as `Record.model` has it.
+            request: whose run.
+            context: name of the branch.
+        Returns:
+            A list, step 0 first; empty where there is no such run.
+        """
         run: list[Record] = []
         for r in reversed(self._records):
             if (r.model, r.request, r.context) != (model, request, context):
@@ -108,7 +140,7 @@ class Stats:
         return run[::-1]
 
     def lines(self) -> list[str]:
-        """The summary: totals, a strip per context, reasons."""
+        """The summary in words, a line each: totals, a strip per context, reasons."""
         total = len(self._records)
         if not total:
             return ["no denoiser call yet", *([UNCALLED.format(self.idle)] if self.idle else [])]

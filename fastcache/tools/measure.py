@@ -11,7 +11,7 @@ import torch
 
 from ..cache import Cache, enable
 from ..calibration.calibration import Calibration
-from ..calibration.collect import collect
+from ..calibration.collect import collect, measured
 from ..calibration.fields import MAX_STEPS
 from ..checks import whole
 from ..configs import MagCacheConfig
@@ -78,7 +78,8 @@ def calibrate(
     }
     if names["scheduler"] == "NoneType":
         names["scheduler"] = ""
-    return collect(cache.measured(), watched, contexts, expected, source=source, **names)
+    runs = measured(cache.settings.calibrated, cache.denoisers)
+    return collect(runs, watched, contexts, expected, source=source, **names)
 
 
 def generate_with(job: Callable[..., Any], cache: Cache) -> None:

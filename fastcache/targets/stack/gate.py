@@ -151,6 +151,8 @@ class BlockListHook:
 
     def first(self, *args: Any, **kwargs: Any) -> Any:
         """The first block of a segment."""
+        if self.asks and not torch.compiler.is_compiling():
+            self.stack.start_way()  # which had to wait for the decision
         look_at_input(self.stack, self.blocks, args, kwargs)
         self._enter(*self.first_io.read(args, kwargs))
         return self._run(0, args, kwargs)
