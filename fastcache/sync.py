@@ -105,6 +105,6 @@ def extreme(timesteps: Tensor, ascending: bool) -> tuple[float, Any]:
         number = float(timesteps.item())
         return number, number
     flat = timesteps.detach().flatten().double()
-    low, high, total = torch.stack([flat.amin(), flat.amax(), flat.sum()]).tolist()
+    low, high, mean = torch.stack([flat.amin(), flat.amax(), flat.mean()]).tolist()
     number = low if ascending else high
-    return number, number if low == high else (low, high, total)
+    return number, number if low == high else (low, high, mean)

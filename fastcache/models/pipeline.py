@@ -48,6 +48,8 @@ class Schedule:
         self.steps: int | None = None  # as announced
         self._times: list[float] | None = None
         self._evaluations = 0
+        self._timesteps: Any = None  # the scheduler's, as the loop began, and
+        self._index = -1  # of its latest step
 
     def now(self) -> Any:
         """An object or a number that is another one in the next evaluation; None where nothing tells."""
@@ -59,6 +61,14 @@ class Schedule:
             return None
         index = scheduler["_step_index"]
         return "the first" if index is None else index
+
+    def anew(self) -> bool:
+        """Whether the scheduler was set for another loop, or was put back to its first step."""
+        scheduler = self._scheduler
+        timesteps, index = getattr(scheduler, "timesteps", None), vars(scheduler).get("_step_index")
+        before, last = self._timesteps, self._index
+        self._timesteps, self._index = timesteps, index if isinstance(index, int) else -1
+        return before is not None and (timesteps is not before or self._index < last)
 
     @property
     def _scheduler(self) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .adapter import BlockAdapter
-from .table import KEEPING, MODELS
+from .table import KEEPING, MODELS, RISING
 
 _registered: dict[str, BlockAdapter] = {}
 
@@ -45,3 +45,8 @@ def adapter_for(model: object) -> BlockAdapter:
             if base.__name__ in table:
                 return table[base.__name__]
     return BlockAdapter()
+
+
+def time_rises(model: Any) -> bool:
+    """Whether the timesteps of a model, or of what it wraps, are known to grow during a run."""
+    return any(base.__name__ in RISING for m in model.modules() for base in type(m).__mro__)

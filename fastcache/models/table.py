@@ -119,3 +119,18 @@ MODULATIONS: dict[str, tuple[str, str, str]] = {
 KEEPING: dict[str, tuple[str, ...]] = {
     "kv_cache_mode": ("extract", "capture_pre_rope", "inject_and_capture_post_rope"),
 }
+
+
+# Models whose pipelines in diffusers count time from noise at 0 up to the picture, where most count down to it.
+RISING = frozenset(
+    (
+        "Ideogram4Transformer2DModel",
+        "LongCatAudioDiTTransformer",
+        "Lumina2Transformer2DModel",
+        "LuminaNextDiT2DModel",
+        "MiniMaxMusic3Transformer1DModel",
+        "MochiTransformer3DModel",
+        "OmniGenTransformer2DModel",
+        "ZImageTransformer2DModel",
+    )
+)

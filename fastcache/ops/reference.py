@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
+def _wide(t: Tensor, like: Tensor | None = None) -> Tensor:
+    """In the precision of the arithmetic: float64 where values such as `like` (or it itself) are, else float32."""
+    like = t if like is None else like
+    return t.double() if like.dtype == torch.float64 else t.float()
 
 
 def _residual(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,9 +95,9 @@ def linear_combine(
     out: Tensor, tensors: Sequence[Tensor], weights: Sequence[float] | Tensor
 ) -> None:
     """out <- sum_i weights[i] * tensors[i], added in order; `out` may be one of the tensors."""
-    total = _wide(tensors[0]) * weights[0]
+    total = _wide(tensors[0], out) * weights[0]
     for i in range(1, len(tensors)):
-        total = total + _wide(tensors[i]) * weights[i]
+        total = total + _wide(tensors[i], out) * weights[i]
     out.copy_(total)
 
 
@@ -108,7 +110,7 @@ def taylor_update(factors: Sequence[Tensor], y: Tensor, inv_delta: float, valid:
     """
     new, delta = _wide(y), 1.0 / inv_delta if inv_delta else float("inf")
     for j in range(min(valid, len(factors) - 1)):
-        difference = (new - _wide(factors[j])) / delta
+        difference = (new - _wide(factors[j], y)) / delta
         factors[j].copy_(new)
         new = difference
     factors[min(valid, len(factors) - 1)].copy_(new)

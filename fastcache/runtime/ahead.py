@@ -51,10 +51,7 @@ class Ahead:
         self.original, self.control = original, control
         self.runs, self.decider, self.executor, self.committer = rooms
         self.pool, self.targets = self.runs.pool, self.executor.targets
-        self.timed = any(rule.when.needs_timestep for rule in recipe.rules)
-        self.looks = (
-            recipe.needs_signal
-        )  # asked for in every context: a decision needs the call itself
+        self.looks = recipe.needs_signal  # in every context: a decision needs the call itself
         self.looks_where = (
             "FirstBlockCache decides inside the forward"
             if recipe.decides_inside
@@ -153,7 +150,7 @@ class Ahead:
         elif self.prepared is None and not self.control.may_be_compiled:
             frame = innermost(self.owner)
             # no waiting: torch holds a lock of its own here
-            if frame is not None and frame.context is not None and frame.lock(0):
+            if frame is not None and frame.one_call and frame.lock(0):
                 self.expect_graphs()
                 self.prepare(frame)
 
@@ -198,14 +195,17 @@ class Ahead:
             self.runs.refuse(frame)
             told = step.timestep
             fits = state.signature == call_signature(args, kwargs)
-            if fits and not self.runs.asked(args, kwargs):
+            if fits and not self.runs.always.asked(args, kwargs):
                 steps, generation = self.runs.steps, frame.generation
                 known = told is not None or frame.step_index is not None
-                value = None if known else steps.argument(args, kwargs)
-                now = steps.moment(told, generation, value)
+                timed = self.runs.timed
+                needed = told is None and (timed or not known)
+                now = steps.moment(
+                    told, generation, steps.argument(args, kwargs) if needed else None
+                )
                 # where nobody has told the time, the model's own argument may
-                same = now.time == step.timestep or not self.timed
-                if known or (same and self._goes_on(state, frame, now)):
+                same = now.time == step.timestep or not timed
+                if same and (known or self._goes_on(state, frame, now)):
                     self.runs.note(state, now)
                     state.step_timestep = now.time
                     frame.calls += 1
@@ -249,7 +249,7 @@ class Ahead:
     def _notice_new_run(self, state: State, step: Step) -> None:
         """Notice a new run that began inside a graph, where no timestep could be looked at beforehand."""
         steps = self.runs.steps
-        now = steps.moment(None, None, self.control.seen).time
+        now = steps.moment(None, None, self.control.seen).clock
         before, state.timestep = state.timestep, now if now is not None else state.timestep
         if now is None or before is None or not step.index or not steps.backwards(before, now):
             return

@@ -45,10 +45,10 @@ class BranchDetector:
         self._known: list[list[Fact]] = []  # conditions of each branch
         self._past: list[list[Fact]] = []  # of the branches of the run before
         self._replaced: list[Fact] | None = None  # by those of the latest call
-        self._changing: set[int] = set()  # places of conditions that are others in every step
-        self._changed: set[int] = (
-            set()
-        )  # those that the latest call suggests, if it went on with its run
+        self._changing: list[
+            set[int]
+        ] = []  # of each branch, places of those that are others in every step
+        self._changed: tuple[int, set[int]] = (0, set())  # by the latest call, if its run went on
         self.unclear = False
 
     def of(
@@ -61,8 +61,8 @@ class BranchDetector:
         step = [_fact(latents, alive=True), _fact(timestep, alive=True)]
         facts = [_fact(leaf) for leaf in (_shape(latents), *_leaves(conditions))]
         known, self.unclear = self._known, False
-        self._changing |= self._changed
-        number, self._changed = self._find(facts), set()
+        self._learn()
+        number, sure = self._find(facts, self._used if again else [])
         if again is None:
             again = bool(self._used) and _same(step, self._step)
             if not again and number is None and self._used:
@@ -81,39 +81,53 @@ class BranchDetector:
             self.unclear = more or (not again and self._returns(facts))
         if number < len(known) and not self.unclear:
             pairs = enumerate(zip(known[number], facts, strict=False))
-            self._changed = {i for i, (old, new) in pairs if not _equal(old, new)}
+            self._changed = number, {i for i, (old, new) in pairs if not _equal(old, new)}
+        self.unclear = self.unclear or not sure
         self._replaced = known[number] if number < len(known) else None
         known[number : number + 1] = [facts]
+        if number == len(self._changing):
+            self._changing.append(set())
         if number not in self._used:
             self._used.append(number)
         return number
 
     def began(self, number: int) -> None:
         """Note that another run began with the latest call, which is of this branch."""
-        known, self._changed = self._known, set()
+        known, self._changed = self._known, (0, set())
         others = [facts for i, facts in enumerate(known) if i != number]
         self._past = others if self._replaced is None else [self._replaced, *others]
         del known[number + 1 :]
+        del self._changing[number + 1 :]
 
-    def _find(self, facts: list[Fact]) -> int | None:
-        """The branch that a call looks like, by conditions that last, while nothing speaks for another one."""
+    def _learn(self) -> None:
+        """The run went on after the latest call: what has changed in it may do so in every step."""
+        number, changed = self._changed
+        if number < len(self._changing):
+            self._changing[number] = changed
+        self._changed = len(self._changing), set()
+
+    def _find(self, facts: list[Fact], used: list[int]) -> tuple[int | None, bool]:
+        """The branch that a call looks like, by conditions that last, while nothing speaks for another one.
+
+        Returns it, and whether nothing else can be meant: all other conditions are known to change.
+        used: branches of this step, which come no second time.
+        """
         known = [(i, k) for i, k in enumerate(self._known) if len(k) == len(facts)]
         alike = [(i, [_equal(a, b) for a, b in zip(k, facts, strict=True)]) for i, k in known]
         for i, marks in alike:
             if all(marks):
-                return i
+                return i, True
         for i, marks in alike:
             others = [m for j, m in alike if j != i]
-            if others and all(self._rather(marks, m) for m in others):
-                return i
-        return None
+            if i not in used and others and all(self._rather(marks, m) for m in others):
+                return i, all(m or at in self._changing[i] for at, m in enumerate(marks))
+        return None, True
 
     def _rather(self, these: Sequence[bool], those: Sequence[bool]) -> bool:
         """Whether lasting conditions speak for these and none for those."""
+        changing = set().union(*self._changing)
         pairs = {
-            (a, b)
-            for i, (a, b) in enumerate(zip(these, those, strict=True))
-            if i not in self._changing
+            (a, b) for i, (a, b) in enumerate(zip(these, those, strict=True)) if i not in changing
         }
         return (True, False) in pairs and (False, True) not in pairs
 

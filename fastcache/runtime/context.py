@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -35,6 +35,7 @@ class Context(Frame):
         "step_index",
         "timestep",
     )
+    one_call: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -84,10 +85,6 @@ class Context(Frame):
         # calls of denoisers since it was opened, and what the first of them was given
         self.calls = 0
         self.first: tuple[Any, tuple, dict] | None = None
-
-    @property
-    def context(self) -> Context:
-        return self
 
     def __enter__(self) -> None:
         if self._token is not None:

@@ -88,7 +88,7 @@ class Denoiser:
             if self.control.inside or keeps(kwargs):
                 return self._past(args, kwargs)
             frame = innermost(self.owner)
-            if frame is None or frame.context is None:
+            if frame is None or not frame.one_call:
                 watch_compiling()
             try:
                 if self.ahead.prepared is None:

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 
 class Owner(Protocol):
@@ -34,9 +34,13 @@ OWN: Any = Own(0)
 
 
 class Frame:
-    """Something open: a context or a generation."""
+    """Something open: a context or a generation.
+
+    one_call: whether it is around one denoiser call and says which branch and step that is.
+    """
 
     __slots__ = ("_token", "asked", "cache", "generation", "outer", "request")
+    one_call: ClassVar[bool] = False
 
     def __init__(self, cache: Any, request: Any) -> None:
         self.cache = cache
@@ -57,13 +61,8 @@ class Frame:
 
     def pop(self) -> None:
         """Close it; what was open around it is again."""
-        _open.reset(self._token)
-        self._token = None
-
-    @property
-    def context(self) -> Any:
-        """Itself, where it is around one denoiser call and says which branch and step that is; else None."""
-        return None
+        token, self._token = self._token, None
+        _open.reset(token)
 
     def within(self, other: Frame) -> bool:
         """Whether this one was opened inside `other`."""
@@ -103,22 +102,18 @@ class _Thread:
 _threads, _numbers = threading.local(), itertools.count(1)
 
 
-def _this_thread() -> _Thread:
-    try:
-        own: _Thread = _threads.own
-    except AttributeError:
-        main = threading.current_thread() is threading.main_thread()
-        own = _threads.own = _Thread(0 if main else ("thread", next(_numbers)))
-    return own
-
-
 def thread_request() -> Any:
     """The request of calls that nobody names: 0 in the main thread, one of its own in every other."""
-    return _this_thread().request
+    try:
+        return _threads.own.request
+    except AttributeError:
+        main = threading.current_thread() is threading.main_thread()
+        _threads.own = _Thread(0 if main else ("thread", next(_numbers)))
+        return _threads.own.request
 
 
 def when_thread_ends(tell: Callable[[Any], object]) -> None:
     """Have `tell` called with the request of this thread once the thread is gone; never for the main one."""
-    own = _this_thread()
-    if own.request != 0:
-        weakref.finalize(own, tell, own.request).atexit = False
+    request = thread_request()
+    if request != 0:
+        weakref.finalize(_threads.own, tell, request).atexit = False

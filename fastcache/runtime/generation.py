@@ -82,6 +82,9 @@ class Generation(Frame):
     def tick(self) -> int | None:
         """How many evaluations of the solver came before, without a look at tensors on a device; None where
         no pipeline tells."""
+        if self.schedule is not None and self.schedule.anew():
+            self._begin()
+            self.schedule.anew()
         now = None if self.schedule is None else self.schedule.now()
         if now is None:
             return None

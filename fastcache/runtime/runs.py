@@ -11,18 +11,29 @@ import torch
 from torch import nn
 
 from ..models.adapter import BlockAdapter
-from ..models.pipeline import EXPERTS
 from ..policies import Step
 from ..recipe import Recipe
 from ..storage.pool import Slots, follow
 from ..storage.state import State
 from ..targets.base import BoundTarget
+from .always import AlwaysComputes
 from .context import Context
-from .frames import Frame, thread_request, when_thread_ends
+from .experts import Experts
+from .frames import thread_request, when_thread_ends
 from .notices import LOG
 from .settings import Settings
 from .signature import call_signature
-from .steps import BEGINS, EVALUATION, TURNING, UNCLEAR, Moment, StepTracker
+from .steps import (
+    BEGINS,
+    DOUBTFUL,
+    EVALUATION,
+    NEVER,
+    TURNING,
+    UNCLEAR,
+    How,
+    Moment,
+    StepTracker,
+)
 from .trip import Trip
 
 ALL: Any = object()  # every request
@@ -49,51 +60,60 @@ class Runs:
     ) -> None:
         self.model, self.name, self.pool = model, name, pool
         self.one_batch = [target for target in targets if target.one_batch]
-        self.callback, self.pools, self.notices = (
-            settings.timestep_callback,
-            settings.pools,
-            settings.notices,
-        )
+        self.callback, self.notices = settings.timestep_callback, settings.notices
+        self.experts = Experts(name, pool, settings.pools)
         self.steps = StepTracker(model)
-        at = self.steps.names.index
-        names = adapter.always_compute
-        # arguments that make a call compute where they are given, and their places
-        self.always = [(n, at(n) if n in self.steps.names else -1) for n in names]
+        self.always = AlwaysComputes(adapter.always_compute, self.steps.names)
         self.trips: weakref.WeakValueDictionary[Any, Trip] = weakref.WeakValueDictionary()
         self.unnamed_trip: Trip | None = None  # the last one, kept until a state of its own does
         self.gone: deque[Any] = deque()  # requests of threads that are no more
+        self.timed = any(rule.when.needs_timestep for rule in recipe.rules)
+        self.several: set[tuple[Any, str]] = set()  # contexts that were around several calls
         totals = (rule.when.num_inference_steps for rule in recipe.rules)
         self.planned = next((n for n in totals if n), None)  # steps, as the recipe has it
 
     def locate(
-        self, frame: Frame | None, args: tuple, kwargs: dict, told: Any = UNASKED
+        self, frame: Any, args: tuple, kwargs: dict, told: Any = UNASKED
     ) -> tuple[State, Step]:
         """The state that a call uses, and its step; a run begins where one has to.
 
-        frame: what is open around it. told: the timestep, where it was asked for before.
+        frame: what is open around it, a Frame or None. told: the timestep, where it was asked for before.
         """
-        generation, context = (None, None) if frame is None else (frame.generation, frame.context)
+        generation = None if frame is None else frame.generation
+        context: Context | None = frame if frame is not None and frame.one_call else None
         steps, unclear, first = self.steps, False, True
         if told is UNASKED:
-            told = steps.told(context, self.callback)
-        known = context is not None and context.step_index is not None
-        moment = steps.moment(told, generation, None if known else steps.argument(args, kwargs))
-        if context is not None and (known or not context.calls):
-            call: Context = context
-            call.first = None if known else (moment, args, kwargs)
+            if self.callback is not None:
+                told = steps.told(context, self.callback)
+            else:
+                told = None if context is None else context.timestep
+        if context is None or context.step_index is None:
+            moment = steps.moment(told, generation, steps.argument(args, kwargs))
+            if context is None or context.calls or self.around_several(context):
+                call, unclear, first = self.unnamed(frame, moment, args, kwargs)
+            else:
+                call = context
+                call.first = moment, args, kwargs
         else:
-            call, unclear, first = self.unnamed(frame, moment, args, kwargs)
+            call, moment = context, NEVER
+            if self.timed or generation is not None or told is not None:
+                needed = self.timed and told is None
+                moment = steps.moment(
+                    told, generation, steps.argument(args, kwargs) if needed else None
+                )
         if self.one_batch or torch.is_grad_enabled():
             self.refuse(call)
         key = (call.request, call.name)
         state = self.pool.states.get(key) or self.add(key)
         compute = call.compute
-        if self.always and self.asked(args, kwargs):
+        if self.always.names and self.always.asked(args, kwargs):
             compute = True
-            signature = call_signature(*self.without(args, kwargs))
+            signature = call_signature(*self.always.without(args, kwargs))
         else:
             signature = call_signature(args, kwargs)
         if state.signature != signature:
+            if state.index and not self.steps.turned(state, call, moment):
+                state.trip.members.discard(state.key)  # whatever the other branches do
             self.pool.adopt(state, signature)
         step = self.step(state, call, generation, moment, unclear, compute, first)
         if context is not None:
@@ -117,31 +137,39 @@ class Runs:
                 when_thread_ends(self.gone.append)
         return found
 
+    def around_several(self, context: Context) -> bool:
+        """Whether contexts of this name are around calls of several branches."""
+        return bool(self.several) and (context.request, context.name) in self.several
+
     def unnamed(
-        self, frame: Frame | None, moment: Moment, args: tuple, kwargs: dict
+        self, frame: Any, moment: Moment, args: tuple, kwargs: dict
     ) -> tuple[Context, bool, bool]:
         """What stands for the context of a call without one of its own: the first branch of guidance, or another.
 
         Returns it, whether nothing tells which branch it is, and whether it is the first of its step.
         """
         request, name = thread_request() if frame is None else frame.request, "default"
+        around = frame if frame is not None and frame.one_call else None
         trip = self.unnamed_trip = self.trip(request)
         if frame is not None and frame.generation is not None:
             trip.enter(frame.generation.serial)
-        if (
-            frame is not None and (around := frame.context) is not None
-        ):  # and around more than one call
+        if around is not None:  # and around more than one call
             name = around.name
             if around.first is not None:  # nobody knew then that others would come
-                trip.clear()
+                self.several.add((request, name))
+                trip.forget_branches()
                 before, *given = around.first
                 self.branch(trip, trip.again(before), *given)
-                around.first = None
+                frame.first = None
         again = trip.again(moment)
         number = self.branch(trip, again, args, kwargs)
         for target in self.one_batch if number else ():
             target.refuse_branch()
-        return trip.context(name, number), trip.branches.unclear, not again
+        call = trip.context(name, number)
+        call.compute = around is not None and around.compute
+        call.num_inference_steps = None if around is None else around.num_inference_steps
+        call.sigma = None if around is None else around.sigma
+        return call, trip.branches.unclear, not again
 
     def branch(self, trip: Trip, again: bool | None, args: tuple, kwargs: dict) -> int:
         """The branch of a call by what it is given."""
@@ -152,25 +180,6 @@ class Runs:
         values = [(k, v) for k, v in given.items() if v is not timestep and v is not latents]
         rest = [v for v in args if v is not latents and v is not timestep]
         return trip.branches.of(latents, timestep, [*rest, *(v for _, v in values)], again)
-
-    def asked(self, args: tuple, kwargs: dict) -> bool:
-        """Whether an argument is given that makes a call compute."""
-        for name, place in self.always:
-            given = kwargs.get(name)
-            if given is None and len(args) > place >= 0:
-                given = args[place]
-            if given is not None:
-                return True
-        return False
-
-    def without(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """A call with None in place of those arguments."""
-        names = {name for name, _ in self.always}
-        places = {place for _, place in self.always}
-        return (
-            tuple(None if i in places else v for i, v in enumerate(args)),
-            {k: None if k in names else v for k, v in kwargs.items()},
-        )
 
     def step(
         self,
@@ -188,21 +197,36 @@ class Runs:
         """
         if self.pool.streams:
             follow(state)
-        index, how = self.steps.index(state, call, generation, moment)
-        trip = state.trip
+        trip, known = state.trip, call.step_index
+        if generation is not None:
+            trip.enter(generation.serial)
+        if not state.index or state.key in trip.members:
+            index, how = self.steps.index(state, call, generation, moment)
+        else:
+            index, how = self.rejoins(state, call, generation, moment)
         if how == TURNING:
-            assert moment.time is not None
-            how = self.steps.learn(state, moment.time)
+            assert moment.clock is not None
+            how = self.steps.learn(state, moment.clock)
         if how == BEGINS:
+            if generation is None or state.serial == generation.serial:
+                self.experts.end_the_other(call.request)
             self.pool.begin_anew(state)
-            if first:
-                trip.began(call)
-        elif how == UNCLEAR or unclear or state.unclear:
+            if first:  # whichever branch it is, the others begin after it
+                unclear = False
+        elif how in (DOUBTFUL, UNCLEAR) or unclear or state.unclear:
             state.doubt()
+            if how == UNCLEAR and state.index == 1:
+                self.doubt_first_steps(call.request)
+        state.leapt = state.leapt and how in (BEGINS, TURNING)
+        state.indexed = known is not None
         if how == UNCLEAR or unclear:
             self.notices.later("unclear", UNTOLD.format(model=self.name, name=call.name))
-        state.unclear = how == UNCLEAR or unclear
-        if call.step_index is None:
+        state.unclear = state.unclear or how == UNCLEAR or unclear
+        if not state.index:
+            if state.key in trip.members:
+                trip.began(call if first else None)
+            trip.members.add(state.key)
+        if known is None and moment is not NEVER:
             index += trip.left_out(state, moment)
         if not state.index:
             self._begins(state, call, generation)
@@ -210,42 +234,48 @@ class Runs:
         if call.num_inference_steps is not None:
             state.total = call.num_inference_steps - state.start
         state.armed_step, state.step_timestep, state.uncached_step = index, moment.time, False
-        self.note(state, moment)
+        if moment is not NEVER:
+            self.note(state, moment)
         compute = compute or how == TURNING
         return Step(index, state.total, moment.time, call.sigma, False, compute, how == EVALUATION)
+
+    def rejoins(
+        self, state: State, call: Context, generation: Any, moment: Moment
+    ) -> tuple[int, How]:
+        """The step of a branch, where another one of its request has begun a run since its last.
+
+        It is of that run too, unless nobody has announced it and it is the very next step: then it goes at a
+        pace of its own.
+        """
+        known = call.step_index
+        if generation is None and (known is None or known == state.index):
+            index, how = self.steps.index(state, call, generation, moment)
+            if known is not None or how == BEGINS or not state.trip.skipped(state, moment):
+                return index, how
+            state.leapt = state.leapt or how == TURNING
+        return known or 0, BEGINS
 
     def note(self, state: State, moment: Moment) -> None:
         """Keep when the call of a state is, for those that follow."""
         state.trip.called(state, moment)
         if moment.mark is not None:
             state.mark, state.evaluation = moment.mark, moment.evaluation
-        if moment.time is not None:
-            state.timestep = moment.time
+        if (clock := moment.clock) is not None:
+            state.timestep = clock
 
     def _begins(self, state: State, call: Context, generation: Any) -> None:
         """A run begins: how long it is, and whether another expert has had the steps before."""
         state.serial = 0 if generation is None else generation.serial
         state.total = call.num_inference_steps or (generation and generation.total(self.name))
         state.total = state.total or self.planned
-        if self.name in EXPERTS and len(self.pools) > 1:
-            state.start = call.step_index or 0 if self._take_over(state.key[0]) else 0
+        state.start = self.experts.start(state.key[0], call.step_index or 0)
         LOG.debug("run of request %r, context %r begins", *state.key)
 
-    def _take_over(self, request: Any) -> bool:
-        """Whether another expert has had the steps before; its storage is given back, since it had them."""
-        found = False
-        for pool in self.pools:
-            for state in pool.states.values() if pool is not self.pool else ():
-                if state.key[0] == request and state.index > 1:
-                    found = True
-                    pool.end_run(state)
-                    if not pool.fixed:
-                        pool.drop(state)
-                        state.signature = None
-                    state.begin_run()
-            if found and pool is not self.pool and not pool.fixed:
-                pool.spares.clear()
-        return found
+    def doubt_first_steps(self, request: Any) -> None:
+        """A first step has come twice: those of the other branches may be of a run of one step, which is over."""
+        for state in self.pool.states.values():
+            if state.key[0] == request and state.index == 1:
+                state.doubt()
 
     def refuse(self, call: Context) -> None:
         """Raise where a call cannot be cached: one of guidance that comes apart, or one that is trained on."""
@@ -265,6 +295,8 @@ class Runs:
         """Forget the runs of one request, or all; their storage serves the next ones."""
         for key in [k for k in self.pool.states if request is ALL or k[0] == request]:
             self.pool.forget(key)
+        if self.several:
+            self.several -= {k for k in self.several if request is ALL or k[0] == request}
         if request is ALL:
             self.steps.clear()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import sync
 from ..models.block_io import TIMESTEP_NAMES, parameter_names, timed_forward
+from ..models.registry import time_rises
 from ..storage.state import State
 from .context import Context
 from .generation import Generation
@@ -29,17 +30,24 @@ class Moment(NamedTuple):
     mark: Any = None
     evaluation: int | None = None
 
+    @property
+    def clock(self) -> float | None:
+        """What tells that time goes on, or back: the mean where parts have timesteps of their own, of which the
+        noisiest may wait for the others."""
+        return self.mark[2] if type(self.mark) is tuple else self.time
+
 
 NEVER = Moment()
 
 # How a call follows the one before in its state: the next step; the first of a run; another evaluation of the
-# same step, by a solver that is known to need it; a step of a run whose direction in time is not known yet; a call
-# at the same step which may be anybody's.
-How = Literal["next", "begins", "evaluation", "turning", "unclear"]
+# same step, by a solver that is known to need it; a step of a run whose direction in time is not known yet; the
+# next step of a run that may have begun with it; a call at the same step which may be anybody's.
+How = Literal["next", "begins", "evaluation", "turning", "doubtful", "unclear"]
 NEXT: Final = "next"
 BEGINS: Final = "begins"
 EVALUATION: Final = "evaluation"
 TURNING: Final = "turning"
+DOUBTFUL: Final = "doubtful"
 UNCLEAR: Final = "unclear"
 
 
@@ -52,13 +60,14 @@ class StepTracker:
         self.place = self.names.index(self.name) if self.name else -1
         named = "hidden_states" in self.names or not self.names
         self.first = "hidden_states" if named else self.names[0]  # the latents
-        self.ascending = False  # the timesteps grow during a run
+        self._rises = time_rises(model)
+        self.ascending = self._rises  # the timesteps grow during a run
         # all timesteps of a run on a device, once they were looked at
         self._of: weakref.ref[Tensor] | None = None
         self._version, self._times = 0, list[float]()
 
     def clear(self) -> None:
-        self.ascending = False
+        self.ascending = self._rises
 
     # --- what time it is ------------------------------------------------------------------------------------
 
@@ -135,21 +144,30 @@ class StepTracker:
         Raises ValueError where the same explicit step_index comes twice.
         """
         started = state.index > 0
+        if started and state.indexed and call.step_index is None:
+            return 0, BEGINS  # by somebody else
         if generation is not None and state.serial != generation.serial:
             return call.step_index or 0, BEGINS
         if call.step_index is None:
             how = self.follows(state, call, generation, moment) if started else NEXT
             if how == BEGINS:
                 return 0, how
-            return (state.index if how in (NEXT, TURNING) else state.index - 1), how
+            return (state.index - 1 if how in (EVALUATION, UNCLEAR) else state.index), how
         last = state.index - 1
-        if started and call.step_index == last and (last > 0 or call.calls):
+        if started and call.step_index == last and (len(state.records) > 1 or call.calls):
             raise ValueError(
                 f"step_index {last} came twice for request {call.request!r}, context {call.name!r}: a second "
                 "call at the same step is another branch, give it a name of its own, as in "
                 "cache.context('uncond', step_index=...)"
             )
         return call.step_index, BEGINS if started and call.step_index <= last else NEXT
+
+    def turned(self, state: State, call: Context, moment: Moment) -> bool:
+        """Whether a call lies before the one before in its state, so that a run has begun."""
+        if call.step_index is not None:
+            return call.step_index < state.index
+        now, before = moment.clock, state.timestep
+        return now is not None and before is not None and self.backwards(before, now)
 
     def follows(
         self, state: State, call: Context, generation: Generation | None, moment: Moment
@@ -162,7 +180,7 @@ class StepTracker:
                 return BEGINS
             again = moment.evaluation is not None and moment.evaluation != state.evaluation
             return EVALUATION if again else UNCLEAR
-        now, before = moment.time, state.timestep
+        now, before = moment.clock, state.timestep
         if now is None or before is None or now == before:
             return BEGINS if over else NEXT
         if generation is not None and (generation.loops or state.index == 1):
@@ -176,17 +194,29 @@ class StepTracker:
         """Whether time has turned back, where nobody has announced a run."""
         rising = now > before
         if rising == self.ascending:
-            return BEGINS if state.turns and state.rising != rising else NEXT
+            if state.turns and state.rising != rising:
+                return BEGINS
+            # two runs, the first of one step; or one that goes the other way, and then another
+            if state.index > 1 or not state.leapt:
+                return NEXT
+            state.turns, state.rising = 1, rising
+            return DOUBTFUL
         if state.index > 1 + state.turns or not _may_turn(before, now):
+            # a run that begins high may as well be one that goes on upwards
+            alone = state.index == 1 + state.turns
+            state.leapt = alone and (state.leapt or now < 0.9 * _scale(before, now))
             return BEGINS
         # a run of one step and another one, or a run that goes the other way: computed until that is known
         return TURNING
 
     def learn(self, state: State, time: float) -> How:
-        """Count a step against the direction of time; after some, it is the other one."""
+        """Count a step against the direction of time; after some, it is the other one.
+
+        At once where it was known beforehand and not seen: such a run would not have begun where this one has.
+        """
         assert state.timestep is not None
         state.turns, state.rising = state.turns + 1, time > state.timestep
-        if state.turns < TURNS:
+        if state.turns < TURNS and not self._rises:
             return TURNING
         self.ascending, state.turns = state.rising, 0
         return NEXT
@@ -196,10 +226,15 @@ class StepTracker:
         return now < before if self.ascending else now > before
 
 
+def _scale(before: float, now: float) -> float:
+    """Where time begins that falls."""
+    return 1.0 if max(before, now) <= 1 else 1000.0
+
+
 def _may_turn(before: float, now: float) -> bool:
     """Whether these may be the first timesteps of a run that goes their way: it begins at its own end of the scale,
     and goes on by less than a leap to where runs begin that go the other way."""
-    scale = 1.0 if max(before, now) <= 1 else 1000.0
+    scale = _scale(before, now)
     if now < before:
         before, now = scale - before, scale - now
     return before < 0.5 * scale and now < 0.9 * scale

@@ -23,6 +23,7 @@ class Trip:
         "branches",
         "contexts",
         "last",
+        "members",
         "passed",
         "places",
         "request",
@@ -35,6 +36,7 @@ class Trip:
         self.contexts: dict[tuple[str, int], Context] = {}  # in place of those that nobody opens
         self.last: tuple[Any, Any] = (None, None)  # mark and evaluation of the last unnamed call
         self.serial = 0  # of the announced loop
+        self.members: set[Any] = set()  # keys of the states that have a step in the run
         # where the steps lie, and the branch that was there; None for several
         self.places: dict[float, tuple | None] = {}
         self.passed = 0  # steps until now
@@ -46,8 +48,12 @@ class Trip:
             self.clear()
 
     def clear(self) -> None:
-        self.branches.clear()
+        self.forget_branches()
         self.places.clear()
+        self.members.clear()
+
+    def forget_branches(self) -> None:
+        self.branches.clear()
         self.last = (None, None)
 
     def context(self, name: str, number: int) -> Context:
@@ -58,12 +64,18 @@ class Trip:
             found = self.contexts[name, number] = Context(None, label, self.request)
         return found
 
-    def began(self, call: Context) -> None:
-        """Another run began with a call that was the first of its step."""
+    def began(self, call: Context | None) -> None:
+        """Another run began, with that call where it was the first of its step."""
         self.places.clear()
+        self.members.clear()
         for (_, number), context in self.contexts.items():
             if context is call:
                 self.branches.began(number)
+
+    def skipped(self, state: State, moment: Moment) -> bool:
+        """Whether the run that goes on has had steps between the last call of a state and this one, or began here."""
+        place = _place(moment)
+        return place == next(iter(self.places), None) or self._between(state.place, place) > 0
 
     def again(self, moment: Moment) -> bool | None:
         """Whether an unnamed call belongs to the step of the one before; None where nothing tells."""
@@ -92,8 +104,14 @@ class Trip:
             or places.get(before, state.key) is not None
         ):
             return 0
+        return self._between(before, place)
+
+    def _between(self, before: float, place: float | None) -> int:
+        """Steps of the request between two places."""
+        if place is None:
+            return 0
         low, high = min(before, place), max(before, place)
-        return sum(low < other < high for other in places)
+        return sum(low < other < high for other in self.places)
 
     def called(self, state: State, moment: Moment) -> None:
         """Note where a state was called last."""
@@ -104,5 +122,5 @@ class Trip:
 
 def _place(moment: Moment) -> float | None:
     """Where a step lies among the others of its run."""
-    place = moment.mark if moment.time is None else moment.time
+    place = moment.mark if (clock := moment.clock) is None else clock
     return place if isinstance(place, int | float) else None

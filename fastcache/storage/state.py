@@ -41,7 +41,9 @@ class State:
         "evicted",
         "held",
         "index",
+        "indexed",
         "key",
+        "leapt",
         "mark",
         "measured",
         "out_of_memory",
@@ -79,6 +81,7 @@ class State:
         self.used = 0  # number of that call: both kept where there is a budget
         self.stream: Any = None  # the CUDA stream that used the storage last
         self.trip: Any = None  # what its branches have in common, kept alive by them
+        self.leapt = False  # time went the other way than it does, where no run of that way begins
         self.begin_run()
 
     def restart(self) -> None:
@@ -89,6 +92,7 @@ class State:
     def begin_run(self) -> None:
         """The facts of a run that has not begun. Storage must be empty."""
         self.index = 0  # of the next step
+        self.indexed = False  # the last call was told which step it was
         self.uncached_step = False  # the running step does without a cache
         self.evicted = False  # its storage went to other runs
         self.out_of_memory = False  # memory ran out: the rest of the run does without

@@ -32,7 +32,7 @@ class Table(Stream):
         value = y if x is None else y - x
         if torch.compiler.is_compiling():
             for slot, scale in zip(self.slots, self.timeline.staged.scale.unbind(0), strict=True):
-                following = (wide(value) - wide(slot[0])) * scale
+                following = (wide(value) - slot[0].to(wide(value).dtype)) * scale
                 put(slot, value)
                 value = following
             return

@@ -178,6 +178,25 @@ def test_time_that_rises_is_learnt_without_reusing_anything():
         assert [r.step for r in cache.stats] == 2 * list(range(8))
 
 
+class Lumina2Transformer2DModel(Far):
+    """By its name, a model whose time is known to rise."""
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_time_that_is_known_to_rise_need_not_be_learnt(place, wrapped):
+    calls = list(map(PLACES[place], toys.inputs(8)[::-1]))
+    target = Lumina2Transformer2DModel()
+    target = Wrapper(target) if wrapped else target
+    with fastcache.enable(target, HALF) as cache:
+        first, again = ([called(target, c) for c in calls] for _ in range(2))
+        first = list(first)
+        assert equal(first, list(again)) and acts(cache) == 2 * "C.C.C.C."
+        cache.reset()  # and another direction is learnt
+        backwards = [[called(target, c) for c in calls[::-1]] for _ in range(3)]
+        assert equal(*backwards[1:]) and [r.step for r in cache.stats] == 5 * list(range(8))
+
+
 def test_a_pinned_first_frame_does_not_stop_the_clock():
     target, runs = toys.Model(), []
     calls = toys.inputs(6, batch=1)
@@ -199,6 +218,36 @@ def test_a_pinned_first_frame_does_not_stop_the_clock():
     assert equal(*runs)
 
 
+class Frames(Far):
+    """A model with a timestep per frame."""
+
+    def forward(self, hidden_states, timestep=None, encoder_hidden_states=None):  # type: ignore[override]
+        if isinstance(timestep, OnDevice):
+            timestep = timestep.as_subclass(Tensor)
+        return super().forward(hidden_states, timestep.mean(-1), encoder_hidden_states)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("stopped", [2, 3, 5])
+def test_frames_that_wait_for_others_do_not_stop_the_clock(place, stopped):
+    """Diffusion forcing: the last frame begins late, so the noisiest timestep is the same for many steps."""
+
+    def run(seed: int) -> list[dict]:
+        calls = toys.inputs(6, batch=1, seed=seed)
+        frames = [[900.0 - 100 * max(i - lag, 0) for lag in (0, 3, 6)] for i in range(6)]
+        given = [{**c, "timestep": torch.tensor([f])} for c, f in zip(calls, frames, strict=True)]
+        return list(map(PLACES[place], given))
+
+    target, alone = Frames(), Frames()
+    with quiet(), fastcache.enable(alone, HALF):
+        expected = [called(alone, call) for call in run(1)]
+    with quiet(), fastcache.enable(target, HALF) as cache:
+        for call in run(0)[:stopped]:
+            called(target, call)
+        assert equal([called(target, call) for call in run(1)], expected)
+        assert [r.step for r in cache.stats] == [*range(stopped), *range(6)]
+
+
 class Wrapper(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -217,6 +266,44 @@ def test_wrappers_are_looked_through(positional):
                 with torch.no_grad():
                     target(*call.values()) if positional else target(**call)
         assert acts(cache) == "C....C...."
+
+
+class Experts:
+    """Two denoisers that share a run between them."""
+
+    def __init__(self) -> None:
+        self.transformer, self.transformer_2 = toys.Model(), toys.Model()
+
+
+def test_each_branch_of_a_second_expert_counts_its_own_stretch():
+    pipe, calls = Experts(), toys.inputs(8)
+    with quiet(), fastcache.enable(pipe, Recipe(Interval(4), Taylor(1))) as cache:
+        for _ in range(2):
+            for i, call in enumerate(calls):
+                for name in ("cond", "uncond"):
+                    with cache.context(name, step_index=i, num_inference_steps=8):
+                        called(pipe.transformer if i < 3 else pipe.transformer_2, call)
+        for name in ("cond", "uncond"):
+            steps = [r.step for r in cache.stats if r.context == name]
+            assert steps == 2 * [*range(3), *range(5)], name
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_the_first_step_of_a_run_that_was_cancelled_after_it_may_come_again(first):
+    """An expert, or image-to-image, begins in the middle of the scale."""
+    target, calls = toys.Model(), toys.inputs(8)
+    with quiet(), fastcache.enable(target, HALF) as cache:
+        runs = []
+        for steps in (1, 3, 3):
+            runs.append([])
+            for i in range(first, first + steps):
+                with cache.context("cond", step_index=i):
+                    runs[-1].append(called(target, calls[i]))
+        assert [r.step - first for r in cache.stats] == [0, 0, 1, 2, 0, 1, 2]
+        assert equal(runs[1], runs[2])
+        again = cache.context("cond", step_index=first + 2)
+        with pytest.raises(ValueError, match="came twice"), again:
+            called(target, calls[first + 2])
 
 
 # --- solvers of second order ----------------------------------------------------------------------
@@ -408,6 +495,26 @@ def test_sequential_guidance_without_contexts_of_its_own(place, around):
         assert equal(found[branch], alone[branch]), branch
 
 
+class Away(Far):
+    """A model whose text lies on a device, too, where only the identity of a tensor can be known."""
+
+    def forward(self, hidden_states, timestep=None, encoder_hidden_states=None):  # type: ignore[override]
+        return super().forward(hidden_states, timestep, encoder_hidden_states.as_subclass(Tensor))
+
+
+def test_branches_of_a_next_run_with_new_text_on_a_device_are_cached_from_its_first_step_on():
+    calls, target = toys.inputs(6, text=True), Away(block=toys.Optional)
+    with fastcache.enable(target, HALF) as cache:
+        runs = []
+        for _ in range(3):
+            made = [calls[0]["encoder_hidden_states"] * sign for sign in (1, -1)]
+            words = [w.as_subclass(OnDevice) for w in made]  # pipelines encode it anew in every run
+            given = [far({**c, "encoder_hidden_states": w}) for c in calls for w in words]
+            runs.append([called(target, call) for call in given])
+        assert equal(*runs[:2]) and equal(*runs[1:]) and acts(cache) == 9 * "CC.."
+        assert [r.step for r in cache.stats] == 3 * [s for s in range(6) for _ in "cu"]
+
+
 def test_a_request_that_comes_back_does_not_take_what_another_has_left():
     """Two generations of one loop, one step of each at a time, and nobody names them."""
     make = lambda: toys.Model(block=toys.Optional)  # noqa: E731
@@ -522,6 +629,33 @@ def test_a_pause_is_seen_by_what_the_other_branch_did(announced, order):
         steps = [(r.step, r.action) for r in cache.stats if r.context == "uncond"]
     assert [s for s, _ in steps] == [*range(5), *range(14, 20)]
     assert dict(steps)[14] == "compute"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_branch_that_comes_late_takes_nothing_from_the_run_before(place):
+    """Guidance that begins later, at a timestep that the branch has not reached in the run before."""
+    calls = toys.inputs(12, text=True)
+    runs = {n: [dict(call) for call in calls] for n in "cu"}
+    for call in runs["u"]:
+        call["encoder_hidden_states"] = -calls[0]["encoder_hidden_states"]
+    for call in runs["c"]:
+        call["encoder_hidden_states"] = calls[0]["encoder_hidden_states"]
+
+    def run(target: nn.Module, guided: range) -> list[Tensor]:
+        found = []
+        for i in range(12):
+            for name in "cu" if i in guided else "c":
+                found.append(called(target, PLACES[place](runs[name][i])))
+        return found
+
+    make = lambda: Far(block=toys.Optional)  # noqa: E731
+    config = fastcache.FirstBlockCacheConfig(5.0)  # whatever there is would be reused
+    target, alone = make(), make()
+    with quiet(), fastcache.enable(target, config):
+        run(target, range(1, 4))
+        outputs = run(target, range(6, 10))
+    with quiet(), fastcache.enable(alone, config):
+        assert equal(outputs, run(alone, range(6, 10)))
 
 
 def test_branches_at_a_pace_of_their_own_have_not_paused():

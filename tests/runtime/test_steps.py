@@ -41,6 +41,7 @@ def tracker(of: type[nn.Module] = Timed) -> StepTracker:
 def state(index: int = 0, timestep: float | None = None, total: int | None = None) -> State:
     made = State((0, "cond"), 1)
     made.index, made.timestep, made.mark, made.total = index, timestep, timestep, total
+    made.records.extend(range(index))
     return made
 
 
@@ -272,6 +273,16 @@ def test_time_that_rises_is_learnt_in_the_first_run():
     assert index(steps, one, call(), 0.0) == (0, BEGINS)
     steps.clear()
     assert not steps.ascending and steps.backwards(0.0, 0.9)
+
+
+def test_a_run_that_falls_in_a_model_whose_time_is_known_to_rise_is_seen_at_once():
+    """By where it begins: at 1, the end of a run that rises."""
+    rising = type("Lumina2Transformer2DModel", (Timed,), {})
+    steps = tracker(rising)
+    assert steps.ascending
+    assert index(steps, state(1, timestep=1.0), call(), 0.9) == (1, NEXT)
+    assert index(steps, state(2, timestep=0.9), call(), 0.8) == (2, NEXT)
+    assert not steps.ascending
 
 
 def test_a_sibling_knows_the_direction_once_one_branch_has_learnt_it():

@@ -230,7 +230,7 @@ def test_facts_that_were_staged_before_are_what_the_device_holds_again() -> None
         assert tensor.storage_offset() * tensor.element_size() % 16 == 0
 
 
-@pytest.mark.parametrize("method", {"taylorseer", "taylor", "quality"})
+@pytest.mark.parametrize("method", ["taylorseer", "taylor", "quality"])
 def test_a_run_of_another_length_is_foreseen_too(method: str, monkeypatch: Any) -> None:
     """And one that goes otherwise than planned copies what it needs."""
     fresh()

@@ -159,15 +159,11 @@ class BlockListHook:
 
     def last(self, *args: Any, **kwargs: Any) -> Any:
         """The last block of a segment."""
-        output = self._run(len(self.modules) - 1, args, kwargs)
-        self._leave(args, kwargs, output)
-        return output
+        return self._leave(args, kwargs, self._run(len(self.modules) - 1, args, kwargs))
 
     def only(self, *args: Any, **kwargs: Any) -> Any:
         """The single block of a segment."""
-        output = self.first(*args, **kwargs)
-        self._leave(args, kwargs, output)
-        return output
+        return self._leave(args, kwargs, self.first(*args, **kwargs))
 
     def _run(self, index: int, args: tuple, kwargs: dict) -> Any:
         if torch.compiler.is_compiling():
@@ -193,7 +189,8 @@ class BlockListHook:
         before = way.left
         direct = way.arrive(self.blocks.index, index, hidden)
         joined = not (index or direct or self.opens or self.loop_does_more) and self.segment >= 0
-        way.broken |= joined and before is not None and not continues_previous(before, hidden)
+        if joined and before is not None and not continues_previous(before, hidden):
+            way.broken = True
 
     def _enter(self, hidden: Any, encoder: Any) -> None:
         """Note what enters the segment that this list opens."""
@@ -210,8 +207,8 @@ class BlockListHook:
         entered, self.entered = self.entered, NOTHING
         return entered
 
-    def _leave(self, args: tuple, kwargs: dict, output: Any) -> None:
-        """Store the residual of the segment that this list closes."""
+    def _leave(self, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Store the residual of the segment that this list closes; returns what its last block has returned."""
         stack, state = self.stack, self.control.state
         hidden, encoder = self.last_io.read(args, kwargs)
         left = Left(*self.last_io.taken_apart(output, hidden, encoder, self.positions))
@@ -219,12 +216,14 @@ class BlockListHook:
         if not torch.compiler.is_compiling():
             way = stack.way
             if way is None:  # a block that autograd runs once more
-                return
-            way.broken |= entered.hidden is None or entered.version != version(entered.hidden)
+                return output
+            if entered.hidden is None or entered.version != version(entered.hidden):
+                way.broken = True
             if way.broken:
-                return
+                return output
             stack.refit(self.segment, entered, left)
         keep(state, stack.rule, self.segment, entered, left, stack.measure)
+        return output
 
     def decide_first(self, *args: Any, **kwargs: Any) -> Any:
         """The first block of the stack, where what enters it decides whether it runs."""
