@@ -30,14 +30,19 @@ SLOW = {
     "parity": ("parity", "diffusers_presets", "matrix", "pipelines"),
     "slow": (
         "bench", "captured_reuse", "compile", "compile_gpu", "cuda_build", "cuda_emulation", "demo_model",
-        "export", "field_facts", "generated_code", "gpu_code", "gpu_kit", "gpu_pretended", "gpu_run",
+        "docs", "export", "field_doors", "field_facts", "field_pipelines",
+        "generated_code", "gpu_code", "gpu_kit", "gpu_pretended", "gpu_run",
         "model_kernels", "native_cuda", "on_device", "packaging", "ranks", "serve", "state_machine",
         "static_addresses", "transfers", "triton_aot", "triton_counters", "triton_gpu",
         "triton_interpreter", "triton_launcher", "triton_layouts", "triton_offsets", "triton_sass",
     ),
 }  # fmt: skip
-# ... and tests that compile, by what their names or parameters say.
-COMPILES = re.compile(r"compile|frozen|graph|interpreter|inductor", re.IGNORECASE)
+# ... and single tests: those that compile, by what their names or parameters say, and a few long ones.
+LONG = re.compile(
+    r"compile|frozen|graph|interpreter|inductor|triton_launcher|keep_their_lead|every_recipe_comes_back|"
+    r"loaded_recipe_gives|guided_beats|memory_is_flat|foretold_to_the_byte|shows_two_lists|several_rules",
+    re.IGNORECASE,
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if mark := marks.get(item.path.stem):
             item.add_marker(mark)
-        if mark or COMPILES.search(item.name):
+        if mark or LONG.search(item.name):
             item.add_marker("slow")
 
 
