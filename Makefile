@@ -15,10 +15,10 @@ tests = HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n 2 --dist worksteal -q $(PY
 # Versions of CI's own over everything else in $(VENV), each with a constraints file that names them:
 # the oldest diffusers that is supported, with the tests that face it,
 OLDEST := .venv-oldest
-FACING := $(addprefix tests/test_,diffusers_backend.py diffusers_presets.py pipelines.py parity.py matrix.py)
+FACING := tests/parity tests/test_pipelines.py tests/integrations/test_diffusers_backend.py
 # and another torch and triton, in the CUDA build that users of a GPU have (4.5 GB, no GPU needed).
 TORCH := .venv-torch
-GRAPHS := $(addprefix tests/test_,ops.py compile.py on_device.py export.py generated_code.py static_addresses.py contract.py)
+GRAPHS := tests/ops/test_ops.py tests/runtime/test_contract.py $(addprefix tests/graphs/test_,compile.py on_device.py export.py generated_code.py static_addresses.py)
 
 # what travels to a machine with a GPU and no network; its Python and the versions it has
 CUDA_PYTHON ?= python3.12

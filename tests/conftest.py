@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 # before anything imports the hub's client: a test that reaches for the network should fail at once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from hypothesis import settings
+
+HERE = Path(__file__).parent
+# tests that run as scripts of their own find the helpers here, and cases that others use in their folders
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(HERE), *(str(HERE / name) for name in ("graphs", "ops", "parity", "runtime"))]
+    + [os.environ[name] for name in ("PYTHONPATH",) if os.environ.get(name)]
+)
 
 # the same examples on every machine; no deadline, for CI machines are shared
 settings.register_profile("fastcache", derandomize=True, deadline=None, max_examples=100)

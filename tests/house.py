@@ -2,7 +2,7 @@
 
     python tests/house.py            # print the figures; exit 1 where one is above its limit
 
-What it counts is in `FIGURES`; `tests/test_layering.py` holds the layers, this file the arithmetic.
+What it counts is in `FIGURES`; `tests/tools/test_layering.py` holds the layers, this file the arithmetic.
 """
 
 from __future__ import annotations

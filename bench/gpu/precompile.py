@@ -30,7 +30,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Everything that is launched, in pieces."""
-    sys.path.insert(0, "tests")
+    sys.path[:0] = ["tests", "tests/ops"]
     import test_triton_interpreter as tests
 
     for name in tests.CASES:

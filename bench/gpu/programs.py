@@ -74,7 +74,7 @@ def skips(session: Session) -> None:
     if session.dry:
         session.row("skips", skipped="needs a GPU")
         return
-    sys.path.insert(0, str(common.ROOT / "tests"))
+    sys.path[:0] = [str(common.ROOT / "tests"), str(common.ROOT / "tests" / "graphs")]
     from test_compile import PlainModel, fresh
     from test_compile_gpu import METHODS
     from test_compile_gpu import run as play

@@ -24,9 +24,8 @@ SPARE = 6.0  # seconds of a stage left for the last row
 
 def run(session: Session, files: list[str]) -> None:
     """Run test files until they end or the stage nearly does."""
-    paths = [f"tests/{name}.py" for name in files]
-    missing = [p for p in paths if not (common.ROOT / p).exists()]
-    if missing:
+    here = {path.stem: path for path in (common.ROOT / "tests").rglob("test_*.py")}
+    if missing := [name for name in files if name not in here]:
         session.fail("tests", f"not in this tree: {', '.join(missing)}")
         return
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider"]
@@ -35,7 +34,9 @@ def run(session: Session, files: list[str]) -> None:
         command += ["-n", str(WORKERS)]
     told = {"stage": session.stage, "path": session.path, "device": session.device}
     environment = os.environ | {f"FASTCACHE_GPU_{k.upper()}": str(v) for k, v in told.items()}
-    process = subprocess.Popen([*command, *paths], cwd=common.ROOT, env=environment)
+    process = subprocess.Popen(
+        [*command, *(here[name] for name in files)], cwd=common.ROOT, env=environment
+    )
     try:
         code: Any = process.wait(max(1.0, session.left() - SPARE))
     except subprocess.TimeoutExpired:

@@ -6,7 +6,7 @@
 //
 // It checks indices, barriers, the reduction tree, the last-block logic, what is fenced and which
 // launches share memory. It says nothing about blocks that run at once, alignment or speed.
-// tests/test_cuda_emulation.py compiles it together with the .cu files, their <<<launches>>> rewritten.
+// tests/ops/test_cuda_emulation.py compiles it together with the .cu files, their <<<launches>>> rewritten.
 #pragma once
 
 #include <ucontext.h>

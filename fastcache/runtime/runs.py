@@ -298,7 +298,9 @@ class Runs:
             self.pool.forget(key)
         if self.several:
             self.several -= {k for k in self.several if request is ALL or k[0] == request}
+        self.trips.pop(request, None)  # what it knows of branches is of runs that are gone
         if request is ALL:
+            self.trips.clear()
             self.steps.clear()
         self.unnamed_trip = None
 

@@ -57,7 +57,8 @@ class Change(Meter):
             _store(tail(slots.reference, y), y, x)
 
     def went_well(self, state: State) -> None:
-        self._slots(state).kept_reference = True
+        slots = self._slots(state)
+        slots.kept_reference = slots.reference is not None  # None where the first block never ran
 
     def prepare_head(self, state: State) -> bool:
         slots = self._slots(state)

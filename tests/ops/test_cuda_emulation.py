@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastcache.ops import reference
 
-CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 SOURCES = sorted(CUDA.glob("*.cu"))
 CXX = shutil.which("c++")
 SANITIZED = "FASTCACHE_SANITIZED"

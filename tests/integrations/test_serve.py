@@ -18,7 +18,7 @@ pytest.importorskip("diffusers")
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    path = Path(__file__).parent.parent / "examples" / "serve.py"
+    path = Path(__file__).parents[2] / "examples" / "serve.py"
     spec = importlib.util.spec_from_file_location("serve", path)
     module = sys.modules["serve"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton")
 
 
@@ -29,7 +29,12 @@ def gate(*flags: str, path: Path | None = None) -> subprocess.CompletedProcess[s
 def interpreted(case: str, path: Path) -> str:
     """The failure of one case of `test_triton_interpreter.py` on the kernels under `path`."""
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "test_triton_interpreter.py")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(Path(__file__).with_name("test_triton_interpreter.py")),
+    ]
     child = subprocess.run(
         command, input=case, capture_output=True, text=True, env=env, cwd=path, check=True
     )

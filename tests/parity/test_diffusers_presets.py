@@ -65,7 +65,7 @@ def test_changes_reach_the_policy_and_the_predictor():
 
 def test_budgets_were_measured():
     """Each names a point of the committed sweep, and dearer budgets are better."""
-    results = Path(__file__).parent.parent / "bench" / "results" / "quality-cpu.jsonl"
+    results = Path(__file__).parents[2] / "bench" / "results" / "quality-cpu.jsonl"
     if not results.exists():
         pytest.skip("needs the source tree")
     rows = [json.loads(line) for line in results.read_text().splitlines()]

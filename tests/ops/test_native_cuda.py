@@ -11,7 +11,7 @@ import torch
 from fastcache.ops import reference
 from fastcache.ops.backends import cuda
 
-HEADER = Path(__file__).parent.parent / "csrc" / "cuda" / "kernels.h"
+HEADER = Path(__file__).parents[2] / "csrc" / "cuda" / "kernels.h"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 7, 96), (2, 300, 513), (3, 129, 3072)]
 

@@ -657,7 +657,7 @@ def test_import_touches_no_device_and_refuses_another_name() -> None:
         "import sys, fastcache.triton_kernels as k, torch; assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     found = subprocess.run(
         [sys.executable, "-c", "import triton_kernels"], cwd=root, capture_output=True, text=True
     )

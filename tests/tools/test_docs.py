@@ -13,7 +13,7 @@ import torch
 import fastcache
 from fastcache.cli import command as commands
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 pytestmark = pytest.mark.skipif(not PAGES[0].exists(), reason="needs the source tree")

@@ -3,8 +3,8 @@
 Each cell runs a trajectory that stands still: the same inputs at every step. What a method reuses
 or forecasts is then exactly what the model would have computed, so the output must be the uncached
 one up to rounding: a text stream in the image's place, a residual left out or counted twice, or half
-batches in the wrong order all show. `python tests/test_matrix.py [name ...]` prints the table.
-Classes without a row are in `LEFT_OUT`.
+batches in the wrong order all show. `PYTHONPATH=tests python tests/parity/test_matrix.py [name ...]`
+prints the table. Classes without a row are in `LEFT_OUT`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ import tiny  # noqa: E402
 import fastcache  # noqa: E402
 
 STEPS = 6
-MORE: dict[str, dict] = json.loads((Path(__file__).parent / "more_tiny_models.json").read_text())
+MORE: dict[str, dict] = json.loads(
+    (Path(__file__).parents[1] / "more_tiny_models.json").read_text()
+)
 NAMES = (*tiny.ENTRIES, *MORE)
 TOLERANCE = 2e-4  # of the largest output value; fp32 sums in another order, through three blocks
 

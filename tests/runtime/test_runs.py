@@ -326,8 +326,7 @@ class Timed(nn.Module):
 
 
 def runs(name: str = "Timed", **more: Any) -> tuple[Runs, Settings]:
-    settings = Settings()
-    pool = Slots([1])
+    settings, pool = more.pop("settings", None) or Settings(), Slots([1])
     settings.pools.append(pool)
     recipe = more.pop("recipe", Recipe(fastcache.Interval(2)))
     adapter = fastcache.BlockAdapter(**more)
@@ -399,8 +398,11 @@ def test_what_nothing_tells_apart_is_doubted_and_said_once():
             state.timelines[0].push(state.index)
     assert len(settings.notices.waiting) == 1
     assert "called more than once at one step in context 'cond'" in settings.notices.waiting[0]
-    assert len(state.timelines[0].steps) == 1  # forgotten at the call after it, too
-    assert not state.unclear
+    assert len(state.timelines[0].steps) == 1  # each call of the rest of the run finds nothing
+    assert state.unclear
+    with Context(owner, "cond"):
+        assert locate(of, 1000.0, innermost(owner))[1].index == 0
+    assert not state.unclear  # but the next run does
 
 
 def test_a_context_around_two_branches_gives_each_a_state():
@@ -433,9 +435,7 @@ def test_the_recipe_tells_the_length_where_nobody_else_does():
 
 def test_the_second_expert_begins_where_the_first_has_stopped():
     first, settings = runs("transformer")
-    second, _ = runs("transformer_2")
-    second.pools = settings.pools
-    settings.pools.append(second.pool)
+    second, _ = runs("transformer_2", settings=settings)
     owner = Owner()
     for i, of in enumerate((first, first, second, second)):
         with Context(owner, "cond", step_index=i, num_inference_steps=4):
@@ -515,3 +515,16 @@ def test_what_a_cache_announces_is_what_its_runs_see():
         assert [(r.request, r.step) for r in cache.stats] == [("job", i) for i in range(3)]
         assert not cache.denoisers[0].pool.states  # forgotten at its end
         assert toys.actions(cache) == "C.C"
+
+
+def test_after_a_reset_a_run_is_in_no_doubt_though_it_looks_like_one_before():
+    """Its conditions are those of the run before the last."""
+    target = toys.build("faster_guided")
+    one, two = (toys.inputs_for("faster_guided", seed=seed) for seed in (0, 9))
+    with fastcache.enable(target, Recipe(fastcache.Interval(2))) as cache:
+        for calls in (one, two):
+            toys.plain(target, calls)
+        cache.reset()
+        cache.stats.clear()
+        toys.plain(target, one)
+        assert toys.actions(cache) == 5 * "C."

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 if not (ROOT / "bench").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
@@ -38,7 +38,7 @@ EXPECTED = {  # kinds of rows, and how many at least
 @pytest.mark.parametrize("stage", [stage.name for stage in table.FIRST])
 def test_every_stage_finds_its_way(tmp_path, stage):
     path = tmp_path / "rows.jsonl"
-    script = [sys.executable, Path(__file__).with_name("pretend_cuda.py"), stage, path]
+    script = [sys.executable, ROOT / "tests" / "pretend_cuda.py", stage, path]
     done = subprocess.run(script, capture_output=True, text=True)
     found = common.read_lines(path)
     errors = [r["error"] for r in found if "error" in r]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # where the helpers are
 FIVE = ("mag", "first_block", "taylorseer", "pab", "faster")
 METHODS = {"Wan3D": (*FIVE, "interval_taylor2", "interval_guided", "on_device"), "Flux": FIVE}
 # Kernels that a computed step has above the uncached ones, two blocks per list; none where there is no row.

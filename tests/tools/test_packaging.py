@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIBRARY = "fastcache/_cpu_ops.so"
 
 pytestmark = pytest.mark.skipif(
