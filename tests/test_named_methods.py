@@ -14,6 +14,16 @@ from torch import Tensor, nn
 import fastcache
 
 STEPS, RUNS = 14, 20
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """Graphs of other tests count against the recompile limit."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 MAKE: dict[str, Callable[[], nn.Module]] = {"modulated": ModulatedModel, "plain": toys.model}
 
 
