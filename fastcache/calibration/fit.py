@@ -29,13 +29,14 @@ class InputFit(NamedTuple):
 def fitted(pairs: Sequence[tuple[float, float]]) -> InputFit:
     """Least squares over (change of the input, change of the output)."""
     x, y = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
-    degree = min(DEGREE, len(set(x.tolist())) - 1)
+    degree = min(DEGREE, len(np.unique(x)) - 1)
     if degree:
         line = np.polynomial.Polynomial.fit(x, y, degree)
         ascending = line.convert().coef
     else:
         ascending = np.array([y.mean()])
-    highest_first = [0.0] * (DEGREE + 1 - len(ascending)) + ascending[::-1].tolist()
+    descending = map(float, ascending[::-1])
+    highest_first = [0.0] * (DEGREE + 1 - len(ascending)) + list(descending)
     missed = float(((np.polyval(highest_first, x) - y) ** 2).sum())
     spread = float(((y - y.mean()) ** 2).sum())
     r2 = 1 - missed / spread if spread else float(missed == 0)
