@@ -143,6 +143,31 @@ def test_the_configs_fields_and_defaults_are_diffusers():
         assert type(cache.config) is fastcache.SeaCacheConfig
 
 
+def test_diffusers_own_calls_run_on_fastcache():
+    from fastcache.integrations import diffusers as backend
+
+    config, runs = upstream().SeaCacheConfig(1.0), {"cond": video("Wan3D", 0, 0.05)}
+    wanted = theirs("Wan3D", config, runs)
+    backend.install()
+    try:
+        model, _ = tiny.build("Wan3D")
+        before = type(model), sorted(model.__dict__)
+        model.enable_cache(config)
+        cache, outputs = backend.cache_of(model), []
+        for i, sigma in enumerate(sigmas()):
+            with model.cache_context("cond", step_index=i, sigma=sigma, num_inference_steps=STEPS):
+                outputs.append(tiny.output(model, runs["cond"][i]))
+        assert toys.actions(cache) == wanted["cond"][0] and cache.stats.reused
+        assert (
+            max(float((a - b).abs().max()) for a, b in zip(outputs, wanted["cond"][1], strict=True))
+            <= 1e-5
+        )
+        model.disable_cache()
+        assert "forward" not in model.__dict__ and type(model) is before[0]
+    finally:
+        backend.uninstall()
+
+
 # --- beyond it ------------------------------------------------------------------------------------------
 
 
