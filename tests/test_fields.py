@@ -705,7 +705,7 @@ def test_random_configs_work_or_are_refused_by_name(name, chunk):
         if number % 10 == 0 or stage == "enabled":
             assert toys.snapshot(target) == before, f"{number}: {given}"
     assert toys.snapshot(target) == before
-    assert worked > 20 and refused > 20, (worked, refused)
+    assert worked > 10 and refused > 10, (worked, refused)
 
 
 def test_the_fuzzer_makes_the_promised_number():

@@ -78,7 +78,7 @@ class Inspection:
             lines += [("rule", rule), ("  hooks", _shortened(hooked))]
         lines.append(("close by", _shortened(self.close_by) or "nothing"))
         plan = self.plan or (
-            f"{self.steps} steps, each decided while running, from what the first block returns"
+            f"{self.steps} steps, each decided while running, from what is seen there"
         )
         lines.append(("plan", plan.replace("\n", "\n" + " " * 12)))
         lines.append(("graphs", f"{self.graphs} expected under compile: {self.graphs_note}"))
