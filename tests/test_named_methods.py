@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -257,6 +258,36 @@ def test_contexts_and_requests_keep_to_themselves(case):
         own = [r for r in records if (r.request, r.context) == (request, name)]
         assert "".join("C" if r.action == "compute" else "." for r in own) == actions
         assert all(map(torch.equal, found[request, name], outputs))
+
+
+@pytest.mark.parametrize("case", ["tea", "easy", "sen"])
+def test_where_there_is_room_for_one_run_that_one_goes_on_as_alone(case):
+    """The other one computes, or with offload waits in host memory and acts as alone too."""
+    config, make = CASES[case]
+    kind = make().kind
+    adapter = ADAPTER if kind == "modulated" else None
+    trips = {request: toys.inputs(STEPS, request) for request in (0, 1)}
+
+    def driven(**room: Any) -> tuple[dict[int, str], int]:
+        model = MAKE[kind]()
+        with fastcache.enable(model, config, adapter=adapter, **room) as cache:
+            for i in range(STEPS):
+                for request, calls in trips.items():
+                    with cache.context(request=request, num_inference_steps=STEPS):
+                        toys.step(model, calls[i])
+            actions = dict.fromkeys(trips, "")
+            for record in cache.stats:
+                actions[record.request] += "C" if record.action == "compute" else "."
+            return actions, cache.nbytes()
+
+    free, held = driven()
+    assert all("." in actions for actions in free.values())
+    room = held // 2 + 100
+    assert driven(max_bytes=room, offload=True)[0] == free
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a run without reuse says so
+        one = driven(max_bytes=room)[0]
+    assert one == {0: "C" * STEPS, 1: free[1]}
 
 
 PER_SAMPLE = {
