@@ -78,7 +78,7 @@ def bind_rules(
     """
     bound, taken = BoundModel(), set[int]()
     for number, rule in enumerate(rules):
-        part = Part(len(bound.targets), rule.when, rule.what, bound.control, group)
+        part = Part(len(bound.targets), rule.when, rule.what, bound.control, group, model)
         kept = kept_dtype(rule, dtype)
         make = functools.partial(make_store, part.what, dtype=kept)
         halved = any(target.decider.halves for target in bound.targets)
