@@ -296,13 +296,11 @@ class Runs:
         """Forget the runs of one request, or all; their storage serves the next ones."""
         for key in [k for k in self.pool.states if request is ALL or k[0] == request]:
             self.pool.forget(key)
-        if self.several:
-            self.several -= {k for k in self.several if request is ALL or k[0] == request}
+        self.several -= {k for k in self.several if request is ALL or k[0] == request}
         self.trips.pop(request, None)  # what it knows of branches is of runs that are gone
         if request is ALL:
             self.trips.clear()
             self.steps.clear()
-        self.unnamed_trip = None
 
 
 # What is said where nothing tells branches apart.
