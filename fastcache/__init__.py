@@ -63,7 +63,7 @@ from .runtime.notices import FastcacheWarning
 from .runtime.stats import Record, Stats
 from .targets.base import BoundTarget
 from .targets.bind import register_target
-from .targets.spec import Guidance, Modules, Stack, Target
+from .targets.spec import Guidance, Modules, Output, Stack, Target
 from .tools.batching import split_batch
 from .tools.inspect import inspect_model as inspect
 from .tools.measure import calibrate
@@ -99,6 +99,7 @@ __all__ = [
     "Mask",
     "Misfit",
     "Modules",
+    "Output",
     "OutputSlope",
     "Plan",
     "Policy",

@@ -23,6 +23,7 @@ from .decide import Part
 from .find import find_modules, matches, nothing_to_hook
 from .guidance import GuidanceTarget
 from .modules import ModulesTarget
+from .output import OutputTarget
 from .spec import Guidance, Modules, Target
 from .stack.target import StackTarget
 
@@ -158,6 +159,7 @@ BINDERS: dict[str, Callable[[Binding, Any], BoundTarget]] = {
     "stack": _stack,
     "modules": _modules,
     "guidance": _guidance,
+    "output": OutputTarget,
 }
 
 

@@ -33,6 +33,7 @@ from fastcache import (
     Mask,
     Misfit,
     Modules,
+    Output,
     OutputSlope,
     Policy,
     Predictor,
@@ -125,6 +126,7 @@ PREDICTORS = {
 band = optional(reals | st.builds(TimestepWeight, reals, ranges))
 TARGETS = {
     Stack: {},
+    Output: {},
     Modules: {
         "patterns": several, "match": st.sampled_from(["search", "full"]),
         "kind": st.sampled_from(["attention", "self", "spatial", "temporal", "cross", "any"]),
