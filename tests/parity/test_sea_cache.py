@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import toys
-from test_signals import WAYS
+from modulated import WAYS
 from torch import Tensor
 
 import fastcache

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import toys
-from test_signals import ADAPTER, WAYS, ModulatedModel
+from modulated import ADAPTER, WAYS, ModulatedModel
 from torch import Tensor, nn
 
 import fastcache

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import toys
-from test_signals import ADAPTER, ModulatedModel
+from modulated import ADAPTER, ModulatedModel
 from torch import distributed as dist
 
 import fastcache

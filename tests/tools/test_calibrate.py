@@ -467,7 +467,7 @@ def modulated_calls() -> list[dict]:
 
 def modulated_calibration(jobs: int = 1) -> Calibration:
     import toys
-    from test_signals import ADAPTER, ModulatedModel
+    from modulated import ADAPTER, ModulatedModel
 
     model = ModulatedModel()
 
@@ -481,7 +481,7 @@ def modulated_calibration(jobs: int = 1) -> Calibration:
 
 def test_input_and_output_changes_are_relative_l1_of_one_step_to_the_next():
     import toys
-    from test_signals import ModulatedModel
+    from modulated import ModulatedModel
 
     model, inputs, outputs = ModulatedModel(), [], []
     model.blocks[0].norm.register_forward_hook(lambda _, args, out: inputs.append(out.double()))
@@ -536,7 +536,7 @@ def test_few_changes_give_a_line_or_a_number(pairs):
 
 
 def test_the_polynomial_comes_back_from_a_file_and_goes_into_a_run(tmp_path):
-    from test_signals import ADAPTER, ModulatedModel
+    from modulated import ADAPTER, ModulatedModel
 
     calibration = modulated_calibration()
     loaded = Calibration.load(calibration.save(tmp_path / "c.json"))
