@@ -10,11 +10,15 @@ from .calibration.calibration import Calibration
 from .calibration.errors import CalibrationError
 from .configs import (
     FLUX_MAG_RATIOS,
+    EasyCacheConfig,
     FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
+    SenCacheConfig,
     TaylorSeerCacheConfig,
+    TeaCacheConfig,
 )
 from .configs.presets import preset, presets
 from .graphs.compiled import compile
@@ -29,11 +33,14 @@ from .policies import (
     Decision,
     FirstBlock,
     Growing,
+    InputChange,
     Interval,
     Magnitude,
     Mask,
     Misfit,
+    OutputSlope,
     Policy,
+    Sensitivity,
     Step,
     TimestepRange,
     steps_mask,
@@ -56,7 +63,7 @@ from .runtime.notices import FastcacheWarning
 from .runtime.stats import Record, Stats
 from .targets.base import BoundTarget
 from .targets.bind import register_target
-from .targets.spec import Guidance, Modules, Stack, Target
+from .targets.spec import Guidance, Modules, Output, Stack, Target
 from .tools.batching import split_batch
 from .tools.inspect import inspect_model as inspect
 from .tools.measure import calibrate
@@ -75,6 +82,7 @@ __all__ = [
     "CalibrationError",
     "Chebyshev",
     "Decision",
+    "EasyCacheConfig",
     "Extrapolate",
     "FastcacheWarning",
     "FasterCacheConfig",
@@ -84,12 +92,15 @@ __all__ = [
     "Guidance",
     "Guided",
     "Hermite",
+    "InputChange",
     "Interval",
     "MagCacheConfig",
     "Magnitude",
     "Mask",
     "Misfit",
     "Modules",
+    "Output",
+    "OutputSlope",
     "Plan",
     "Policy",
     "Predictor",
@@ -98,6 +109,9 @@ __all__ = [
     "Record",
     "Reuse",
     "Rule",
+    "SeaCacheConfig",
+    "SenCacheConfig",
+    "Sensitivity",
     "Stack",
     "Stats",
     "Step",
@@ -105,6 +119,7 @@ __all__ = [
     "Taylor",
     "TaylorSeerCacheConfig",
     "TaylorTable",
+    "TeaCacheConfig",
     "TimestepRange",
     "Zeros",
     "backend",

@@ -293,7 +293,7 @@ def enable(
 
     Args:
         target: the pipeline or the nn.Module; blocks are found by usual names of their list, or by `adapter`.
-        config: one of the five configs, fastcache's or diffusers' own, which is copied, a Recipe, a preset's
+        config: a config, fastcache's or diffusers' own, which is copied, a Recipe, a preset's
             name (see `fastcache.presets`), or the path of a recipe file, a str or Path that ends in .json.
         adapter: a BlockAdapter, how to find and drive the blocks of a model fastcache does not know.
         backend: kernels to use, "auto" or a name in `fastcache.backends()` that works here.

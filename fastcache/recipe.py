@@ -12,10 +12,11 @@ from typing import Any
 
 from .checks import whole
 from .files import FileError
+from .misfits import refuse_misfits
 from .parts import FILE, NEEDED, rows_of, rules_in
 from .plan import Plan
 from .policies import COMPUTE, REUSE, Action, Policy, Step
-from .predictors import Extrapolate, Predictor, Reuse, TaylorTable, Zeros
+from .predictors import Predictor, Reuse
 from .targets.spec import Stack, Target
 
 # What a forecast needs that plain reuse does not, measured on the shipped model (docs/architecture.md).
@@ -23,58 +24,9 @@ FORECAST_GUARDS = {"warmup": 4, "max_skips": 0, "last": True}
 REUSE_GUARDS = {"warmup": 0, "max_skips": 0, "last": False}
 
 
-# Combinations that make no sense, and why: (kind of when, of what, of where) with None for any.
-REFUSED: tuple[tuple[type | None, type | None, type | None, str], ...] = (
-    (
-        None,
-        Zeros,
-        Stack,
-        "Zeros in place of the whole stack would drop the image; use Reuse() or Taylor()",
-    ),
-    (
-        None,
-        Extrapolate,
-        Stack,
-        "Extrapolate is FasterCache's rule for attention; for a stack use Taylor(order=1)",
-    ),
-    (
-        None,
-        TaylorTable,
-        Stack,
-        "TaylorTable is diffusers' form for modules; for a stack use Taylor(order=...)",
-    ),
-)
-
-
 def guards_of(what: Predictor) -> dict[str, Any]:
     """The guards that a policy takes where it leaves them open, by what predicts."""
     return FORECAST_GUARDS if what.forecasts else REUSE_GUARDS
-
-
-def refuse_misfits(when: Policy, what: Predictor, where: Target) -> None:
-    """Raise a ValueError with the reason where the three do not go together."""
-    for policy, predictor, target, reason in REFUSED:
-        if all(
-            kind is None or isinstance(value, kind)
-            for kind, value in ((policy, when), (predictor, what), (target, where))
-        ):
-            raise ValueError(f"Recipe: when, what and where do not go together: {reason}")
-    if when.decides_inside and where.scope != "stack":
-        raise ValueError(
-            f"Recipe: when, what and where do not go together: {type(when).__name__} decides "
-            f"{'after the first block has run' if when.runs_first_block else 'by what the first block is given'}; "
-            "its target is Stack()"
-        )
-    if when.decides_inside and not when.runs_first_block and what.guide == "residual":
-        raise ValueError(
-            f"Recipe: when and what do not go together: {type(when).__name__} decides before the first block runs, "
-            "and guide='residual' needs it on every step; use guide='modulated' or 'input'"
-        )
-    if when.measures == "misfit" and what.guide != "residual":
-        raise ValueError(
-            "Recipe: when and what do not go together: Misfit measures how well a guide is explained; its "
-            "predictor is Guided(guide='residual')"
-        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +54,7 @@ class Recipe:
     Args:
         when: a policy, such as `FirstBlock`, `Magnitude`, `Interval`, `TimestepRange` or `Mask`.
         what: a predictor, such as `Taylor`; None: `Reuse()`.
-        where: a target, `Stack`, `Modules` or `Guidance`; None: `Stack()`.
+        where: a target, `Stack`, `Output`, `Modules` or `Guidance`; None: `Stack()`.
     Raises:
         TypeError: an argument is of another kind; the message names it.
         ValueError: the three do not go together; the message says why.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def relative_change(sums: Tensor, group: Any = None) -> float:
+def relative_change(sums: Tensor, group: Any = None, mean: bool = False) -> float:
     """First over second of the two sums of `ops.residual_l1`, summed over the ranks of `group` first.
 
-    Of sums per sample, [B, 2], the largest ratio. One device read. NaN or infinity comes back as it is:
-    policies compute then.
+    Of sums per sample, [B, 2], the largest ratio, or their mean. One device read. NaN or infinity comes back as
+    it is: policies compute then.
     """
     if group is not None:
         sums = agreed(sums, group)
@@ -20,7 +21,36 @@ def relative_change(sums: Tensor, group: Any = None) -> float:
         change, size = sums.tolist()
         return change / size if size else _of_nothing(change)
     ratios = [change / size if size else _of_nothing(change) for change, size in sums.tolist()]
-    return next((r for r in ratios if r != r), max(ratios))
+    return sum(ratios) / len(ratios) if mean else largest(ratios)
+
+
+def expected_change(sums: Tensor, group: Any = None) -> float:
+    """Of sums |x - x'|, |v' - v''|, |x' - x''| and |v'|, first times second over third times fourth.
+
+    Summed over the ranks of `group` first; of sums per sample, [B, 4], the largest. One device read.
+    """
+    if group is not None:
+        sums = agreed(sums, group)
+    return largest([_expected(*row) for row in sums.reshape(-1, 4).tolist()])
+
+
+def _expected(moved: float, changed: float, before: float, size: float) -> float:
+    if moved == changed == before == 0:
+        return 0.0 if size == size else size  # it stands still
+    return moved * changed / (before * size) if before * size else _of_nothing(moved * changed)
+
+
+def norm(squares: Tensor, group: Any = None) -> float:
+    """The root of a sum of squares, summed over the ranks of `group` first; of several the largest. One device
+    read."""
+    if group is not None:
+        squares = agreed(squares, group)
+    return largest([math.sqrt(s) if s >= 0 else math.nan for s in squares.flatten().tolist()])
+
+
+def largest(values: list[float]) -> float:
+    """The largest number; NaN where any of them is that."""
+    return next((v for v in values if v != v), max(values))
 
 
 def _of_nothing(change: float) -> float:

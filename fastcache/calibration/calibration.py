@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..configs import MagCacheConfig
+from ..configs import MagCacheConfig, TeaCacheConfig
 from ..files import MAX_TEXT, header, is_text
+from ..runtime.notices import warn
 from . import thresholds
 from .errors import CalibrationError
-from .fields import FILE, FORMAT, MAX_STEPS, VERSION, matrix_rows, named_rows, ratio_list
+from .fields import FILE, FORMAT, MAX_STEPS, VERSION, matrix_rows, named_rows, pair_rows, ratio_list
+from .fit import POOR, InputFit, fitted
 from .plot import plot_calibration
 
 
@@ -30,6 +32,8 @@ class Calibration:
         contexts: the same by context, such as "cond" and "uncond".
         first_block: by context, row i holds the relative L1 change of the first block's residual at
             step i against steps i-1, i-2, ..., unitless; empty where it was not measured.
+        input_changes: by context, pairs of relative L1 changes from one step to the next, of the first block's
+            modulated input and of the model's output, unitless, of all runs; empty where it was not measured.
         model, scheduler: names of classes, "" where not known.
         steps: denoiser calls per context and run, a count; 0: one per ratio.
         runs: generations that were averaged, a count.
@@ -44,6 +48,7 @@ class Calibration:
     mag_ratios: tuple[float, ...]
     contexts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     first_block: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    input_changes: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     model: str = ""
     scheduler: str = ""
     steps: int = 0
@@ -58,10 +63,12 @@ class Calibration:
         ratios = ratio_list("mag_ratios", self.mag_ratios)
         contexts = named_rows("contexts", self.contexts)
         first_block = named_rows("first_block", self.first_block)
+        inputs = named_rows("input_changes", self.input_changes)
         checked = {
             "mag_ratios": ratios,
             "contexts": {name: ratio_list("contexts", rows) for name, rows in contexts},
             "first_block": {name: matrix_rows(rows) for name, rows in first_block},
+            "input_changes": {name: pair_rows(rows) for name, rows in inputs},
             "steps": self.steps or len(ratios),
         }
         for name, value in checked.items():
@@ -132,6 +139,46 @@ class Calibration:
         return MagCacheConfig(
             **{"num_inference_steps": self.steps, "mag_ratios": self.mag_ratios, **overrides}
         )
+
+    def input_fit(self, context: str | None = None) -> InputFit:
+        """TeaCache's polynomial for this model, of degree 4.
+
+        Args:
+            context: a name in `input_changes`; None takes all contexts together.
+        Returns:
+            `coefficients`, highest power first, and `r2`, the share of the variance that they explain.
+        Raises:
+            CalibrationError: nothing was measured, or nothing of this context.
+        """
+        changes = self.input_changes
+        if not changes:
+            raise CalibrationError(
+                "calibration: input_changes is empty; fastcache.calibrate(run, target) records them of models whose "
+                "first block's modulation is known: name it with fastcache.Block(modulation=...)"
+            )
+        if context is not None and context not in changes:
+            raise CalibrationError(f"calibration: context must be one of {list(changes)}")
+        names = changes if context is None else [context]
+        return fitted([pair for name in names for pair in changes[name]])
+
+    def tea_cache(self, **overrides: Any) -> TeaCacheConfig:
+        """A TeaCacheConfig with the polynomial of this model, and a warning where that explains little.
+
+        Args:
+            overrides: its other fields.
+        Returns:
+            The config.
+        Raises:
+            TypeError, ValueError: a field is wrong, or nothing was measured; the message names it.
+        """
+        fit = self.input_fit()
+        if not fit.r2 >= POOR:
+            warn(
+                f"fastcache: calibration: the {fit}: the input says little of how the output changes here; compare "
+                "with coefficients=(1, 0), or take another method"
+            )
+        given = {"num_inference_steps": self.steps, "coefficients": fit.coefficients}
+        return TeaCacheConfig(**{**given, **overrides})
 
     def computed_steps(
         self, threshold: float, context: str | None = None, **guards: Any

@@ -32,12 +32,14 @@ def collect(
     watched: Mapping[tuple[str, str], list[list[float]]] | None = None,
     contexts: Sequence[str] | None = None,
     steps: int | None = None,
+    inputs: Mapping[tuple[str, str], list[tuple[float, float]]] | None = None,
     **names: Any,
 ) -> Calibration:
     """A calibration out of runs of `MagCacheConfig(calibrate=True)`.
 
     watched: first-block changes by (model, context). contexts: those to keep. steps: how many there must
-    be, None for any. names: fields of `Calibration` that name the run.
+    be, None for any. inputs: changes of the modulated input and of the output, by (model, context). names: fields
+    of `Calibration` that name the run.
     """
     runs: dict[tuple[str, str], list[list[float]]] = {}
     for key, found, count in finished:
@@ -70,6 +72,7 @@ def collect(
         _mean(_whole(list(ratios.values())), "mag_ratios"),
         ratios,
         {name: tuple(map(tuple, rows)) for name, rows in changes.items()},
+        {label(key): tuple(rows) for key, rows in (inputs or {}).items() if label(key) in ratios},
         steps=length,
         runs=max(map(len, runs.values())),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

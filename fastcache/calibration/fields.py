@@ -24,6 +24,7 @@ FILE = FileKind(
 
 
 MAX_STEPS = 10_000
+MAX_PAIRS = 10 * MAX_STEPS  # of all runs together
 
 
 def _number(value: object) -> bool:
@@ -52,6 +53,17 @@ def matrix_rows(rows: object) -> tuple[tuple[float, ...], ...]:
         if not all(_number(c) and c >= 0 for c in row):
             raise CalibrationError("calibration: first_block must hold finite numbers >= 0 only")
     return tuple(tuple(map(float, row)) for row in rows)
+
+
+def pair_rows(rows: object) -> tuple[tuple[float, float], ...]:
+    if not isinstance(rows, list | tuple) or not 1 <= len(rows) <= MAX_PAIRS:
+        raise CalibrationError("calibration: input_changes must hold lists of pairs")
+    for pair in rows:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise CalibrationError("calibration: input_changes must hold lists of pairs")
+        if not all(_number(c) and c >= 0 for c in pair):
+            raise CalibrationError("calibration: input_changes must hold finite numbers >= 0 only")
+    return tuple((float(x), float(y)) for x, y in rows)
 
 
 def named_rows(name: str, table: object) -> Iterator[tuple[str, Any]]:

@@ -114,6 +114,8 @@ def _picks(calibration: Calibration, blocks: int, speedup: float) -> list[tuple[
         print(f"  {text}  computes {calibration.mag_share(threshold, **fields):.0%} of steps")
     except ValueError as error:
         print(f"  MagCache: {error}")
+    if calibration.input_changes:
+        print(f"  TeaCache: calibration.tea_cache(threshold=...), {calibration.input_fit()}")
     return picks
 
 

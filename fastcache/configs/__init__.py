@@ -1,12 +1,16 @@
-"""The documented configs, with diffusers' fields, types and defaults."""
+"""Configs: methods by the names and with the fields that their users know."""
 
 from .base import Config
+from .easy_cache import EasyCacheConfig
 from .faster_cache import FasterCacheConfig
 from .first_block import FirstBlockCacheConfig
 from .mag_cache import FLUX_MAG_RATIOS, MagCacheConfig
 from .pyramid_attention import PyramidAttentionBroadcastConfig
 from .resolve import CONFIGS
+from .sea_cache import SeaCacheConfig
+from .sen_cache import SenCacheConfig
 from .taylorseer import LITE_ACTIVE, LITE_INACTIVE, TaylorSeerCacheConfig
+from .tea_cache import TeaCacheConfig
 
 __all__ = [
     "CONFIGS",
@@ -14,9 +18,13 @@ __all__ = [
     "LITE_ACTIVE",
     "LITE_INACTIVE",
     "Config",
+    "EasyCacheConfig",
     "FasterCacheConfig",
     "FirstBlockCacheConfig",
     "MagCacheConfig",
     "PyramidAttentionBroadcastConfig",
+    "SeaCacheConfig",
+    "SenCacheConfig",
     "TaylorSeerCacheConfig",
+    "TeaCacheConfig",
 ]

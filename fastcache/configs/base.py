@@ -1,4 +1,4 @@
-"""The five documented configs, with the fields, types and defaults of diffusers 0.42.1.
+"""What configs share.
 
 A config is sugar: `recipe()` says what it means as rules of when × what × where. Fields are checked when
 the object is built and again by `recipe()`, since they can be assigned in between.
@@ -17,7 +17,7 @@ BARE: dict[str, Any] = {"warmup": 0, "max_skips": 0, "last": False}
 
 
 class Config:
-    """Shared behaviour of the five configs.
+    """Shared behaviour of the configs.
 
     `wants_timestep`: whether the method needs the running timestep, from `timestep_callback` or from a
     pipeline that has `current_timestep`.

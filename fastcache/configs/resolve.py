@@ -8,11 +8,15 @@ from typing import Any
 
 from ..recipe import Recipe
 from .base import Config
+from .easy_cache import EasyCacheConfig
 from .faster_cache import FasterCacheConfig
 from .first_block import FirstBlockCacheConfig
 from .mag_cache import MagCacheConfig
 from .pyramid_attention import PyramidAttentionBroadcastConfig
+from .sea_cache import SeaCacheConfig
+from .sen_cache import SenCacheConfig
 from .taylorseer import TaylorSeerCacheConfig
+from .tea_cache import TeaCacheConfig
 
 CONFIGS: dict[str, type[Config]] = {
     c.__name__: c
@@ -22,6 +26,10 @@ CONFIGS: dict[str, type[Config]] = {
         TaylorSeerCacheConfig,
         PyramidAttentionBroadcastConfig,
         FasterCacheConfig,
+        TeaCacheConfig,
+        EasyCacheConfig,
+        SeaCacheConfig,
+        SenCacheConfig,
     )
 }
 
@@ -51,8 +59,10 @@ def resolve(config: object) -> tuple[Recipe, Config | None]:
 def callback_of(own: Config | None, target: Any) -> Callable[[], Any] | None:
     """What tells the running timestep: the config's callback, or the pipeline itself where the config wants one."""
     callback = own.timestep_callback if own is not None else None
-    if callback is None and own is not None and hasattr(own, "current_timestep_callback"):
+    if callback is None and own is not None and own.wants_timestep:
         if not hasattr(type(target), "current_timestep"):
+            if not hasattr(own, "current_timestep_callback"):
+                return None  # the model's own timestep tells
             raise ValueError(
                 f"{type(own).__name__}: current_timestep_callback is None; pass a function that returns the "
                 "running timestep, such as lambda: pipe.current_timestep"

@@ -30,6 +30,12 @@ HOOKS: dict[str, tuple[str, ...]] = {
     "apply_first_block_cache": ("fbc_leader_block_hook", "fbc_block_hook"),
     "apply_taylorseer_cache": ("taylorseer_cache",),
     "apply_mag_cache": ("mag_cache_leader_block_hook", "mag_cache_block_hook"),
+    "apply_sea_cache": (
+        "sea_cache_root",
+        "sea_cache_leader_block",
+        "sea_cache_block",
+        "sea_cache_post_norm",
+    ),
 }
 ORIGINAL = "_fastcache_original"
 

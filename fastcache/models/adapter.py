@@ -25,20 +25,21 @@ class Block:
             the first argument.
         encoder: name of the argument with the text stream [B, tokens, width]; None: there is none.
         returns: order of "hidden" and "encoder" in the returned tuple; None finds it at the first call.
-        modulation: the first normalisation with the timestep in it, as (attribute of the block, its
-            keyword for the conditioning, argument of the block with the conditioning); None: not known.
-            Where the block adds the conditioning to a table of its own, the table's name takes the
-            keyword's place.
+        modulation: the first normalisation with the timestep in it, as (dotted name in the block, its
+            keyword for the conditioning, argument of the block with the conditioning); None: not known. Further
+            pairs of keyword and argument may follow. Where it takes no conditioning, the keyword's place is
+            taken by the name of a table of the block that the conditioning is added to, or of a module that makes
+            shift and scale of it; or by the argument's again, where that holds shift and scale.
     Raises:
         TypeError: a field is of another type; the message names it.
-        ValueError: `returns` has other entries, or `modulation` another length.
+        ValueError: `returns` has other entries, or `modulation` an even or too small number of them.
     Source: the signatures of diffusers 0.42.1's block classes.
     """
 
     hidden: str | None = None
     encoder: str | None = "encoder_hidden_states"
     returns: tuple[Stream, ...] | None = None
-    modulation: tuple[str, str, str] | None = None
+    modulation: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden", "encoder"):
@@ -54,9 +55,10 @@ class Block:
                 )
         if self.modulation is not None:
             names = names_of("Block", "modulation", self.modulation)
-            if len(names) != 3:
+            if len(names) < 3 or len(names) % 2 == 0:
                 raise ValueError(
-                    f"Block: modulation is {names!r}, must be (attribute, keyword, argument)"
+                    f"Block: modulation is {names!r}, must be (attribute, keyword, argument), or with more pairs "
+                    "of keyword and argument"
                 )
             object.__setattr__(self, "modulation", names)
 

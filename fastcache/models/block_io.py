@@ -16,13 +16,17 @@ Positions = tuple[int, int | None]  # of the image and the text stream in a retu
 
 
 def shifted(x: Any, table: Any, given: Any) -> Any:
-    """x [B, S, D], scaled and shifted by two rows of a modulation.
+    """x [B, ..., D], scaled and shifted by two rows of a modulation.
 
-    table: [1, n, D], rows shift, scale, ... given: [B, n, D], or [B, S, n, D] with one row per token; added
-    to the table.
+    given: rows shift, scale, ... of [B, n, D], or [B, S, n, D] with rows per token, or either with the rows in one.
+    table: [n, D] or [1, n, D], added to it; 0 for none.
     """
-    shift, scale = (table + given.float()).unbind(-2)[:2]
-    if given.dim() == 3:  # one modulation for all tokens of a sample
+    width = x.shape[-1]
+    rows = given.float()
+    if rows.shape[-1] != width:
+        rows = rows.unflatten(-1, (-1, width))
+    shift, scale = (table + rows).unbind(-2)[:2]
+    while shift.dim() < x.dim():  # one modulation for all tokens of a sample
         shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
     return x * (1 + scale) + shift
 
@@ -65,6 +69,13 @@ def entries(output: Any) -> Sequence[Any] | None:
     return [getattr(output, name) for name in field_names(output)] or None
 
 
+def reached(block: Any, path: str) -> Any:
+    """What a dotted name means in a block; None where there is no such thing."""
+    for name in path.split("."):
+        block = getattr(block, name, None)
+    return block
+
+
 class BlockIO:
     """Reads the streams of one block's call and return.
 
@@ -87,11 +98,22 @@ class BlockIO:
         self.encoder_at = names.index(self.encoder) if self.encoder in names else None
         self.returns = known.returns
         self.declared = declared(known.returns or ())
+        self.names = names
         self.modulation = known.modulation or next(
             (MODULATIONS[b.__name__] for b in type(block).__mro__ if b.__name__ in MODULATIONS),
             None,
         )
-        self.names = names
+        self.calls = False  # the normalisation takes the conditioning itself
+        if self.modulation is not None:
+            norm, keyword = reached(block, self.modulation[0]), self.modulation[1]
+            self.calls = (
+                keyword in parameter_names(type(norm).forward) if norm is not None else False
+            )
+            told = (
+                self.calls or reached(block, keyword) is not None or keyword == self.modulation[2]
+            )
+            if known.modulation is None and not (norm is not None and told):
+                self.modulation = None  # of a class that is built in several ways
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """(hidden, encoder) of a call; encoder is None where the block takes none."""
@@ -111,15 +133,24 @@ class BlockIO:
 
     def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's normalised, timestep-modulated input, for this call."""
-        attribute, keyword, argument = self.modulation or ("", "", "")
-        given = kwargs[argument] if argument in kwargs else args[self.names.index(argument)]
-        hidden, norm = self.read(args, kwargs)[0], getattr(block, attribute)
-        table = getattr(block, keyword, None)
-        if table is not None:
+        attribute, *pairs = self.modulation or ()
+        given = {
+            name: kwargs[argument] if argument in kwargs else args[self.names.index(argument)]
+            for name, argument in zip(pairs[::2], pairs[1::2], strict=True)
+        }
+        hidden, norm = self.read(args, kwargs)[0], reached(block, attribute)
+        if self.calls:
+            value = norm(hidden, **given)
+            return value[0] if isinstance(value, tuple) else value
+        ((keyword, rows),) = given.items()
+        table: Any = reached(block, keyword)
+        if table is None:
+            table = 0
+        elif callable(table):
+            table, rows = 0, table(rows)
+        else:
             table = present(block, keyword, table, hidden)
-            return shifted(norm(hidden.float()), table, given).type_as(hidden)
-        value = norm(hidden, **{keyword: given})
-        return value[0] if isinstance(value, tuple) else value
+        return shifted(norm(hidden.float()), table, rows).type_as(hidden)
 
     def positions(
         self, output: Any, hidden: Any, encoder: Any, learnt: Positions | None

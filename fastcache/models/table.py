@@ -99,19 +99,68 @@ MODELS: dict[str, BlockAdapter] = {
 }
 
 
-# The first normalisation with the timestep in it: (attribute, keyword or table, argument).
-MODULATIONS: dict[str, tuple[str, str, str]] = {
+# The first normalisation with the timestep in it: see `Block`. A row holds for blocks of the class that have what
+# it names.
+_EMB = ("norm1", "emb", "temb")
+_TABLE = ("norm1", "scale_shift_table", "temb")
+_TEXT = ("norm1", "encoder_hidden_states", "encoder_hidden_states", "temb", "temb")
+MODULATIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             "FluxTransformerBlock",
+            "AuraFlowJointTransformerBlock",
             "BriaTransformerBlock",
+            "BriaFiboTransformerBlock",
+            "HunyuanDiTBlock",
             "HunyuanVideoTransformerBlock",
+            "HunyuanVideo15TransformerBlock",
             "HunyuanImageTransformerBlock",
             "JointTransformerBlock",
+            "LongCatImageTransformerBlock",
+            "Lumina2TransformerBlock",
+            "LuminaNextDiTBlock",
+            "MochiTransformerBlock",
+            "MotifVideoTransformerBlock",
+            "OvisImageTransformerBlock",
         ),
-        ("norm1", "emb", "temb"),
+        _EMB,
     ),
-    "WanTransformerBlock": ("norm1", "scale_shift_table", "temb"),
+    **dict.fromkeys(
+        (
+            "WanTransformerBlock",
+            "AllegroTransformerBlock",
+            "AnyFlowTransformerBlock",
+            "HeliosTransformerBlock",
+            "LTXVideoTransformerBlock",
+            "SkyReelsV2TransformerBlock",
+        ),
+        _TABLE,
+    ),
+    **dict.fromkeys(
+        ("BasicTransformerBlock", "SanaTransformerBlock", "SanaVideoTransformerBlock"),
+        ("norm1", "scale_shift_table", "timestep"),
+    ),
+    **dict.fromkeys(
+        (
+            "CogVideoXBlock",
+            "CogView4TransformerBlock",
+            "ConsisIDBlock",
+            "EasyAnimateTransformerBlock",
+            "GlmImageTransformerBlock",
+        ),
+        _TEXT,
+    ),
+    "CogView3PlusTransformerBlock": ("norm1", "context", "encoder_hidden_states", "emb", "emb"),
+    "AceStepTransformerBlock": ("self_attn_norm", "scale_shift_table", "temb"),
+    "ChromaTransformerBlock": ("norm1.norm", "temb", "temb"),
+    "Flux2TransformerBlock": ("norm1", "temb_mod_img", "temb_mod_img"),
+    "HiDreamBlock": ("block.norm1_i", "block.adaLN_modulation", "temb"),
+    "Kandinsky5TransformerDecoderBlock": (
+        "self_attention_norm",
+        "visual_modulation",
+        "time_embed",
+    ),
+    "QwenImageTransformerBlock": ("img_norm1", "img_mod", "temb"),
 }
 
 

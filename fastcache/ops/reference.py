@@ -59,6 +59,24 @@ def residual_l1(
     return result if sums is None else sums.copy_(result)
 
 
+def modulated_l1(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    prev: Tensor,
+    out: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """float32 [2]: sum |m - prev| and sum |prev|, m = LN(x) * (1 + scale) + shift. `out` receives m."""
+    normed = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    m = (normed * (1 + scale.float()) + shift.float()).to(prev.dtype)
+    old = prev.float()
+    sums = [v.abs().sum(dtype=torch.float64) for v in (m.float() - old, old)]
+    if out is not None:
+        out.copy_(m)
+    return torch.stack(sums).float()
+
+
 def residual_magnitude(
     y: Tensor,
     x: Tensor,

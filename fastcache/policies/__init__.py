@@ -2,10 +2,13 @@
 
 from .base import COMPUTE, REUSE, Action, Decision, Policy, Run, Step
 from .first_block import FirstBlock
+from .input_change import InputChange
 from .magnitude import Calibrate, Magnitude
 from .masks import steps_mask
 from .misfit import Misfit
+from .output_slope import OutputSlope
 from .schedule import Broadcast, Growing, Interval, Mask, TimestepRange
+from .sensitivity import Sensitivity
 
 __all__ = [
     "COMPUTE",
@@ -16,12 +19,15 @@ __all__ = [
     "Decision",
     "FirstBlock",
     "Growing",
+    "InputChange",
     "Interval",
     "Magnitude",
     "Mask",
     "Misfit",
+    "OutputSlope",
     "Policy",
     "Run",
+    "Sensitivity",
     "Step",
     "TimestepRange",
     "steps_mask",

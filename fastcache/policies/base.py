@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
@@ -165,6 +166,18 @@ class Policy:
     def never_reuses(self) -> bool:
         """Whether the settings ask for every step to be computed."""
         return False
+
+    def on_model(self: Self, classes: Sequence[str]) -> Policy:
+        """The policy for one model, what it leaves to the model filled in.
+
+        Args:
+            classes: names of the model's class and of those that it derives from, nearest first.
+        Returns:
+            Itself, unless something is left to the model.
+        Raises:
+            ValueError: nothing is known for the model; the message names the field.
+        """
+        return self
 
     def sums(self, residuals: Any) -> tuple[int, ...]:
         """Shape of what the device measures for one decision, float32.

@@ -62,7 +62,10 @@ class BranchDetector:
         facts = [_fact(leaf) for leaf in (_shape(latents), *_leaves(conditions))]
         known, self.unclear = self._known, False
         self._learn()
-        number, sure = self._find(facts, self._used if again else [])
+        exact = next((i for i, k in enumerate(known) if _same(k, facts)), None)
+        number, sure = exact, True
+        if exact is None:
+            number, sure = self._find(facts, self._used if again else [])
         if again is None:
             again = bool(self._used) and _same(step, self._step)
             if not again and number is None and self._used:
@@ -79,9 +82,11 @@ class BranchDetector:
             # this is, unless it is one more; nor is it the run that goes on where conditions of the last come back
             more = len(known) > 1 and not (again and number >= len(known))
             self.unclear = more or (not again and self._returns(facts))
-        if number < len(known) and not self.unclear:
+        if exact is None and number < len(known) and not self.unclear:
             pairs = enumerate(zip(known[number], facts, strict=False))
             self._changed = number, {i for i, (old, new) in pairs if not _equal(old, new)}
+        elif exact is not None:
+            self._changed = exact, set()
         self.unclear = self.unclear or not sure
         self._replaced = known[number] if number < len(known) else None
         known[number : number + 1] = [facts]
@@ -114,9 +119,6 @@ class BranchDetector:
         """
         known = [(i, k) for i, k in enumerate(self._known) if len(k) == len(facts)]
         alike = [(i, [_equal(a, b) for a, b in zip(k, facts, strict=True)]) for i, k in known]
-        for i, marks in alike:
-            if all(marks):
-                return i, True
         for i, marks in alike:
             others = [m for j, m in alike if j != i]
             if i not in used and others and all(self._rather(marks, m) for m in others):
@@ -182,7 +184,8 @@ def _same(before: list[Fact], now: list[Fact]) -> bool:
 
 
 def _equal(before: Fact, now: Fact) -> bool:
-    a, b = before.value, now.value
+    a = before.held() if before.weak else before.held
+    b = now.held() if now.weak else now.held
     if a is b:
         return before.version == now.version and not (a is None and before.weak)
     if isinstance(a, Tensor) and isinstance(b, Tensor):

@@ -49,7 +49,7 @@ class Decider:
             if inside:
                 decisions[i], actions[i] = PENDING_DECISION, PENDING
                 continue
-            signal = None if look is None else look(state, args, kwargs)
+            signal = None if look is None else look(state, step, args, kwargs)
             decision = decisions[i] = decider.decide(state, step, signal)
             actions[i] = decision.action
             if look is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,13 @@ from .runs import ALL, Runs, abandon
 from .settings import Settings
 from .stats import known
 from .verdict import verdict
+
+
+def on_model(recipe: Recipe, model: nn.Module) -> Recipe:
+    """A recipe with what its policies leave to the model filled in, by the names of its classes."""
+    classes = [kind.__name__ for kind in type(model).__mro__]
+    rules = [replace(rule, when=rule.when.on_model(classes)) for rule in recipe.rules]
+    return Recipe.of(rules, recipe.name)
 
 
 class Denoiser:
@@ -53,6 +61,7 @@ class Denoiser:
         adapter: BlockAdapter,
     ) -> None:
         self.owner, self.settings, self.name, self.model = owner, settings, name, model
+        recipe = on_model(recipe, model)
         self.adapter, self.lock = adapter, settings.lock
         bound = bind_rules(
             model, recipe.rules, adapter, settings.process_group, settings.cache_dtype

@@ -34,7 +34,9 @@ class Executor:
         self.original, self.pool = original, pool
         self.control, self.targets = bound.control, bound.targets
         # what stands around the forward, the innermost first
-        self.wrappers = [target for target in reversed(bound.targets) if target.wraps]
+        self.wrappers: list[Any] = [target for target in reversed(bound.targets) if target.wraps]
+        deciders = [target.decider for target in bound.targets]
+        self.wrappers += [d for d in deciders if d.meter is not None and d.meter.at_output]
         # what has to be seen to predict in a reused step, if anything has
         self.counted = next((target for target in bound.targets if target.counted), None)
         self.budget, self.group = settings.budget, settings.process_group

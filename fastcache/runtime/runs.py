@@ -257,11 +257,12 @@ class Runs:
 
     def note(self, state: State, moment: Moment) -> None:
         """Keep when the call of a state is, for those that follow."""
-        state.trip.called(state, moment)
+        if moment.place is not None:
+            state.place, state.passed = moment.place, state.trip.passed
         if moment.mark is not None:
             state.mark, state.evaluation = moment.mark, moment.evaluation
-        if (clock := moment.clock) is not None:
-            state.timestep = clock
+        if moment.clock is not None:
+            state.timestep = moment.clock
 
     def _begins(self, state: State, call: Context, generation: Any) -> None:
         """A run begins: how long it is, and whether another expert has had the steps before."""
@@ -295,8 +296,7 @@ class Runs:
         """Forget the runs of one request, or all; their storage serves the next ones."""
         for key in [k for k in self.pool.states if request is ALL or k[0] == request]:
             self.pool.forget(key)
-        if self.several:
-            self.several -= {k for k in self.several if request is ALL or k[0] == request}
+        self.several -= {k for k in self.several if request is ALL or k[0] == request}
         self.trips.pop(request, None)  # what it knows of branches is of runs that are gone
         if request is ALL:
             self.trips.clear()

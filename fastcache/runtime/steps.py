@@ -23,18 +23,25 @@ class Moment(NamedTuple):
     """When a call is, as far as can be told without a needless wait.
 
     time: the timestep, that of the noisiest part where parts have their own. mark: equal in two calls of the
-    same step; None where nothing tells. evaluation: of the solver, where it takes several per step.
+    same step; None where nothing tells. evaluation: of the solver, where it takes several per step. clock: what
+    falls or rises during a run: of parts with timesteps of their own the mean, since some may stand still. place:
+    where the step lies among the others of its run.
     """
 
     time: float | None = None
     mark: Any = None
     evaluation: int | None = None
+    clock: float | None = None
+    place: float | None = None
 
-    @property
-    def clock(self) -> float | None:
-        """What tells that time goes on, or back: the mean where parts have timesteps of their own, of which the
-        noisiest may wait for the others."""
-        return self.mark[2] if type(self.mark) is tuple else self.time
+
+def moment_of(time: float | None, mark: Any, evaluation: int | None = None) -> Moment:
+    """A moment by what tells it."""
+    if type(mark) is tuple:
+        return Moment(time, mark, evaluation, mark[2], mark[2])
+    if time is None:
+        return Moment(None, mark, evaluation, None, mark if isinstance(mark, int | float) else None)
+    return Moment(time, mark, evaluation, time, time)
 
 
 NEVER = Moment()
@@ -101,7 +108,10 @@ class StepTracker:
         tick = None if generation is None else generation.tick()
         time, mark = None, told
         if isinstance(value, Tensor):
-            if value.device.type == "cpu" or (tick is None and told is None):
+            if value.device.type == "cpu":
+                if value.numel():
+                    time, mark = sync.extreme(value, self.ascending)
+            elif tick is None and told is None:
                 time, mark = self.look(value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             time = mark = float(value)
@@ -109,18 +119,15 @@ class StepTracker:
             time, mark = None, told
         told = time if told is None else told
         if generation is None or tick is None or (mark is not None and generation.evaluations == 1):
-            return Moment(told, mark)
-        return Moment(told, generation.step_of(tick) if mark is None else mark, tick)
+            return moment_of(told, mark)
+        return moment_of(told, generation.step_of(tick) if mark is None else mark, tick)
 
     def look(self, value: Tensor) -> tuple[float | None, Any]:
-        """The timestep in a tensor, and what calls of the same step have in common; nothing of an empty one.
-
-        A tensor on a device is waited for, once for all steps where it is a view of all timesteps.
+        """The timestep in a tensor on a device, and what calls of the same step have in common; nothing of an empty
+        one. It is waited for, once for all steps where it is a view of all timesteps.
         """
         if not value.numel():
             return None, None
-        if value.device.type == "cpu":
-            return sync.extreme(value, self.ascending)
         base = value._base
         if (
             base is None

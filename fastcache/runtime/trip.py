@@ -74,7 +74,7 @@ class Trip:
 
     def skipped(self, state: State, moment: Moment) -> bool:
         """Whether the run that goes on has had steps between the last call of a state and this one, or began here."""
-        place = _place(moment)
+        place = moment.place
         return place == next(iter(self.places), None) or self._between(state.place, place) > 0
 
     def again(self, moment: Moment) -> bool | None:
@@ -88,7 +88,7 @@ class Trip:
 
         Told by branches that were called at the same steps before; 0 where there is none.
         """
-        place = _place(moment)
+        place = moment.place
         if place is None:
             return 0
         before, places = state.place, self.places
@@ -112,15 +112,3 @@ class Trip:
             return 0
         low, high = min(before, place), max(before, place)
         return sum(low < other < high for other in self.places)
-
-    def called(self, state: State, moment: Moment) -> None:
-        """Note where a state was called last."""
-        place = _place(moment)
-        if place is not None:
-            state.place, state.passed = place, self.passed
-
-
-def _place(moment: Moment) -> float | None:
-    """Where a step lies among the others of its run."""
-    place = moment.mark if (clock := moment.clock) is None else clock
-    return place if isinstance(place, int | float) else None

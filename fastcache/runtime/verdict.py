@@ -13,7 +13,14 @@ from .stats import Record
 JUDGED = 4  # shorter runs are not judged
 
 
-GUARDS = ("first step", "warm-up", "retention", "last step", "no residual yet")
+GUARDS = (
+    "first step",
+    "warm-up",
+    "retention",
+    "last step",
+    "no residual yet",
+    "nothing to compare with",
+)
 
 
 def verdict(records: Sequence[Record], recipe: Recipe) -> tuple[str, str]:

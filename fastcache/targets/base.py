@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import nn
 
 from ..models.adapter import BlockAdapter
+from ..policies import COMPUTE
 from ..storage.group import SlotGroup
 from ..storage.state import State
 from .decide import Part, RuleDecider
@@ -116,6 +117,8 @@ class BoundTarget:
         Returns:
             Whether there is something valid.
         """
+        if self.control.batch == "full" and state.steps_until_full_batch:
+            return False  # steps of the conditional half alone have left the other half behind
         units, timeline = state.units[self.rule], state.timelines[self.rule]
         usable = [unit.ready(timeline) for unit in units.values()]  # all of them are asked
         return bool(usable) and all(usable)
@@ -168,10 +171,16 @@ class BoundTarget:
     def commit(self, state: State, action: str) -> None:
         """Note that a step went well: a computed one, and where it `halves` a batch a reused one too.
 
+        Here, how many computed steps the unconditional half of the histories lags behind.
+
         Args:
             state: of the running request and context.
             action: "compute" or "reuse".
         """
+        if action == COMPUTE:
+            left = max(state.steps_until_full_batch - 1, 0)
+            half = self.control.batch == "half"
+            state.steps_until_full_batch = state.timelines[self.rule].depth if half else left
 
     # --- compiled steps ---------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from .decide import Part
 from .find import find_modules, matches, nothing_to_hook
 from .guidance import GuidanceTarget
 from .modules import ModulesTarget
+from .output import OutputTarget
 from .spec import Guidance, Modules, Target
 from .stack.target import StackTarget
 
@@ -78,7 +79,7 @@ def bind_rules(
     """
     bound, taken = BoundModel(), set[int]()
     for number, rule in enumerate(rules):
-        part = Part(len(bound.targets), rule.when, rule.what, bound.control, group)
+        part = Part(len(bound.targets), rule.when, rule.what, bound.control, group, model)
         kept = kept_dtype(rule, dtype)
         make = functools.partial(make_store, part.what, dtype=kept)
         halved = any(target.decider.halves for target in bound.targets)
@@ -158,6 +159,7 @@ BINDERS: dict[str, Callable[[Binding, Any], BoundTarget]] = {
     "stack": _stack,
     "modules": _modules,
     "guidance": _guidance,
+    "output": OutputTarget,
 }
 
 

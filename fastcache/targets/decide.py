@@ -33,6 +33,7 @@ class Part(NamedTuple):
     what: Predictor
     control: StepControl
     group: Any = None  # ranks that share a sample
+    model: Any = None  # whose part it is
 
 
 class DecisionSlots(SlotGroup):
@@ -99,11 +100,11 @@ class RuleDecider:
         halves: bool = False,
         own: Callable[[], SlotGroup] | None = None,
     ) -> None:
-        self.index, self.when, self.what, self.control, self.group = part
+        self.index, self.when, self.what, self.control, self.group, model = part
         self.ready, self.guide, self.halves, self.own = ready, guide, halves, own
         self.weighted = weighted and bool(part.what.depth)
         self.uploads = part.what.depth > 1 or part.what.table
-        self.meter = meter_for(part.when, part.index, guide)
+        self.meter = meter_for(part.when, part.index, guide, model)
         self.inside = part.when.decides_inside
         self.looked_at: Tensor | None = None  # by a rule that decides before the forward
         self.max_misfit: float | None = None if guide is None else guide.predictor.max_misfit
@@ -121,7 +122,7 @@ class RuleDecider:
     def decide(self, state: State, step: Step, signal: float | None = None) -> Decision:
         """The decision for a step; a wish to reuse is granted where there is something valid to reuse."""
         run = state.runs[self.index]
-        if step.again and self.meter is None and run.decision is not None:
+        if step.again and not self.when.runs_first_block and run.decision is not None:
             return run.decision  # a solver's further evaluation of a step
         before = run.computed_at + run.in_a_row
         decision = self._decide(run, step, signal)
@@ -136,7 +137,8 @@ class RuleDecider:
         else:
             return decision
         self.when.computed(run, step)
-        return decision._replace(action=COMPUTE, reason=reason)
+        run.decision = decision._replace(action=COMPUTE, reason=reason)
+        return run.decision
 
     def _misfits(self, state: State, run: Run, most: float) -> bool:
         """Whether the step before was reused and its guide explained too badly; reads one number then."""
@@ -152,18 +154,33 @@ class RuleDecider:
 
     # --- with what a signal shows ---------------------------------------------------------------------------
 
-    def look(self, state: State, args: tuple, kwargs: dict) -> float | None:
+    def look(self, state: State, step: Step, args: tuple, kwargs: dict) -> float | None:
         """The number that a call shows before its forward begins; None without one."""
         meter = self.meter
         assert meter is not None
-        self.looked_at = meter.of_call(args, kwargs)
-        return self._read(state, meter.measure(state, self.looked_at, None))
+        if step.again:  # decided, and what it is held against belongs to the first evaluation
+            return None
+        value = self.looked_at = meter.of_call(step, args, kwargs)
+        if value is None:
+            meter.missed(state)
+            return self._read(state, None)
+        return self._read(state, meter.measure(state, value, None))
 
     def note_looked_at(self, state: State, action: str) -> None:
         """Have later steps measured against what was looked at, the decision having fallen."""
         meter, value, self.looked_at = self.meter, self.looked_at, None
+        if state.evicted or state.out_of_memory:
+            return  # a run without storage takes none from the others
         if meter is not None and value is not None and (action == COMPUTE or meter.every_step):
             meter.keep(state, value, None)
+
+    def around(self, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, of which the meter takes note where it looks there."""
+        output = run(*args, **kwargs)
+        if self.control.actions[self.index] == COMPUTE:
+            assert self.meter is not None
+            self.meter.of_output(self.control.state, output)
+        return output
 
     def measure(self, y: Tensor, x: Tensor | None) -> None:
         """Measure y, or y - x, inside the forward, and decide by it unless compiled code waits for the number."""

@@ -19,13 +19,18 @@ def container(kind: Any, names: tuple[str, ...], values: list[Any]) -> Any:
     return kind(**found) if hasattr(kind, "__dataclass_fields__") else kind(found)
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The tensor of a model's output: itself, element 0, or its first field."""
-    value = output
+def first_value(output: Any) -> Any:
+    """What a model's output is about: itself, element 0, or its first field."""
     if isinstance(output, tuple | list):
-        value = output[0]
-    elif not isinstance(output, Tensor):
-        value = output["sample"] if "sample" in output else next(iter(output.values()))
+        return output[0]
+    if isinstance(output, Tensor):
+        return output
+    return output["sample"] if "sample" in output else next(iter(output.values()))
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The tensor of a model's output."""
+    value = first_value(output)
     if not isinstance(value, Tensor):
         raise ValueError(
             f"target: FasterCache's guidance half needs one batched output tensor, the model returns a "

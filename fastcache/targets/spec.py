@@ -68,6 +68,12 @@ _WHOLE = (
 )
 
 
+_NOTHING_LEFT = (
+    "an Output skips the whole model, so no second Output, no Stack and no Modules can be combined with it; a "
+    "Guidance target can"
+)
+
+
 @dataclass(frozen=True)
 class Stack(Target):
     """The residual of all transformer blocks, or of those after the first where the rule looks at it.
@@ -77,6 +83,21 @@ class Stack(Target):
 
     scope = "stack"
     excludes: ClassVar[dict[str, str]] = {"stack": _WHOLE, "modules": _WHOLE}
+
+
+@dataclass(frozen=True)
+class Output(Target):
+    """What the whole model returns; a reused step runs nothing of the model, its embedders included.
+
+    Tensors of the input latents' shape are kept as their difference from these, others as they are.
+
+    Source: EasyCache (arXiv 2507.02860).
+    """
+
+    scope = "output"
+    excludes: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("output", "stack", "modules"), _NOTHING_LEFT
+    )
 
 
 @dataclass(frozen=True)

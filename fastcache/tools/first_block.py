@@ -60,7 +60,7 @@ class FirstBlockWatcher:
 
     def entering(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, _ = self.io.read(args, kwargs)
-        self.before = _sample(hidden).clone()
+        self.before = sampled(hidden).clone()
 
     def left(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -73,7 +73,7 @@ class FirstBlockWatcher:
         index, key = state.armed_step or 0, state.key
         if index == 0 or key not in self.samples:
             self.samples[key], self.sums[key] = [], []
-        after, before = _sample(output if at is None else output[at]), self.before
+        after, before = sampled(output if at is None else output[at]), self.before
         if after.shape != before.shape:
             return
         kept = self.samples[key]
@@ -90,7 +90,7 @@ class FirstBlockWatcher:
         for (_, context), steps in self.sums.items():
             numbers = iter(sync.numbers([s for row in steps for s in row]))
             found[context] = [
-                [_relative(next(numbers), next(numbers)) for _ in row] for row in steps
+                [relative(next(numbers), next(numbers)) for _ in row] for row in steps
             ]
         return found
 
@@ -105,13 +105,13 @@ class _Both:
         self.post.remove()
 
 
-def _sample(value: Tensor) -> Tensor:
+def sampled(value: Tensor) -> Tensor:
     """At most SAMPLE values of a hidden state, evenly spaced, [n]."""
     flat = value.detach().reshape(-1)
     return flat[:: -(-flat.numel() // SAMPLE)].contiguous()
 
 
-def _relative(change: float, size: float) -> float:
+def relative(change: float, size: float) -> float:
     """change / size to six digits; 1e30, which is above any threshold, where that is not finite."""
     value = change / size if size else math.inf
     return float(f"{value:.6g}") if math.isfinite(value) else 1e30

@@ -78,7 +78,7 @@ class Inspection:
             lines += [("rule", rule), ("  hooks", _shortened(hooked))]
         lines.append(("close by", _shortened(self.close_by) or "nothing"))
         plan = self.plan or (
-            f"{self.steps} steps, each decided while running, from what the first block returns"
+            f"{self.steps} steps, each decided while running, from what is seen there"
         )
         lines.append(("plan", plan.replace("\n", "\n" + " " * 12)))
         lines.append(("graphs", f"{self.graphs} expected under compile: {self.graphs_note}"))
@@ -119,7 +119,7 @@ def inspect_model(
         TypeError, ValueError: as of `fastcache.enable`, such as where nothing can be hooked.
     """
     recipe, own = settings_of(config)
-    if own is not None and own.wants_timestep and own.timestep_callback is None:
+    if own is not None and hasattr(own, "current_timestep_callback") and not own.timestep_callback:
         own = replace(own, current_timestep_callback=lambda: 0.0)  # type: ignore[type-var]
     with enable(target, recipe if own is None else own, adapter=adapter) as cache:
         denoiser = cache.denoisers[0]

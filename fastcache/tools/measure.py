@@ -18,6 +18,7 @@ from ..configs import MagCacheConfig
 from ..models.adapter import BlockAdapter
 from ..runtime.compiling import eagerly
 from .first_block import watch_first_blocks
+from .input_change import watch_inputs
 
 
 def calibrate(
@@ -50,7 +51,8 @@ def calibrate(
         backend: as of `fastcache.enable`.
         progress: whether to show a progress line.
     Returns:
-        Ratios for MagCache and first-block changes, by context.
+        Ratios for MagCache, first-block changes, and where the first block's modulation is known what TeaCache's
+        polynomial is fitted to, by context.
     Raises:
         TypeError: `run` is not callable, or another argument of another type.
         CalibrationError: nothing usable was measured; the message says why.
@@ -67,8 +69,12 @@ def calibrate(
         whole("calibrate", "num_inference_steps", expected, 1, MAX_STEPS)
     cache = enable(target, MagCacheConfig(calibrate=True), adapter=adapter, backend=backend)
     total = None if expected is None else expected * len(jobs)
-    with cache, watch_first_blocks(cache) as watched, torch.no_grad(), eagerly(True):
-        with cache.progress(total, desc="calibrate") if progress else nullcontext():
+    with cache, watch_first_blocks(cache) as watched, watch_inputs(cache) as inputs:
+        with (
+            torch.no_grad(),
+            eagerly(True),
+            cache.progress(total, desc="calibrate") if progress else nullcontext(),
+        ):
             for job in jobs:
                 generate_with(job, cache)
                 cache.reset()
@@ -79,7 +85,7 @@ def calibrate(
     if names["scheduler"] == "NoneType":
         names["scheduler"] = ""
     runs = measured(cache.settings.calibrated, cache.denoisers)
-    return collect(runs, watched, contexts, expected, source=source, **names)
+    return collect(runs, watched, contexts, expected, inputs=inputs, source=source, **names)
 
 
 def generate_with(job: Callable[..., Any], cache: Cache) -> None:

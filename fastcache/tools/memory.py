@@ -16,6 +16,7 @@ from ..recipe import Rule
 from ..runtime.denoiser import Denoiser
 from ..targets.guidance import GuidanceTarget
 from ..targets.modules import ModulesTarget
+from ..targets.output import OutputTarget
 from ..targets.stack.target import StackTarget
 
 
@@ -71,9 +72,20 @@ def _modules_bytes(denoiser: Denoiser, rule: Rule, target: ModulesTarget, shapes
 
 def _guidance_bytes(denoiser: Denoiser, rule: Rule, target: GuidanceTarget, shapes: Shapes) -> int:
     """Two bands of half the batch, kept in float32."""
+    return 2 * 4 * shapes.batch // 2 * shapes.tokens * _channels(denoiser, shapes)
+
+
+def _output_bytes(denoiser: Denoiser, rule: Rule, target: OutputTarget, shapes: Shapes) -> int:
+    """As many outputs as the predictor keeps."""
+    elements = shapes.batch * shapes.tokens * _channels(denoiser, shapes)
+    return rule.what.depth * elements * shapes.itemsize
+
+
+def _channels(denoiser: Denoiser, shapes: Shapes) -> int:
+    """Features of a token of the model's output."""
     output = next((m for n, m in denoiser.model.named_children() if n == "proj_out"), None)
-    channels = getattr(output, "out_features", 0) or shapes.width or 1
-    return 2 * 4 * shapes.batch // 2 * shapes.tokens * channels
+    channels: int = getattr(output, "out_features", 0) or shapes.width or 1
+    return channels
 
 
 def _stack_bytes(denoiser: Denoiser, rule: Rule, target: StackTarget, shapes: Shapes) -> int:
@@ -98,6 +110,7 @@ HELD: dict[str, Callable[[Denoiser, Rule, Any, Shapes], int]] = {
     "stack": _stack_bytes,
     "modules": _modules_bytes,
     "guidance": _guidance_bytes,
+    "output": _output_bytes,
 }
 
 

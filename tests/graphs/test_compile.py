@@ -63,6 +63,9 @@ RECIPES = {
         lambda n: fastcache.Recipe(fastcache.FirstBlock(0.5, max_skips=3), fastcache.Guided(1)),
         3,
     ),
+    "teacache": (lambda n: fastcache.TeaCacheConfig(0.3, (1, 0)), 3),
+    "easycache": (lambda n: fastcache.EasyCacheConfig(0.3, token_stride=1), 2),
+    "sencache": (lambda n: fastcache.SenCacheConfig(1.0, 0.01, 5.0 if n == "Flux" else 0.005), 2),
     "interval_taylor2": (
         lambda n: fastcache.Recipe(fastcache.Interval(3), fastcache.Taylor(2)),
         2,

@@ -29,6 +29,10 @@ METHODS = {
     "TaylorSeerCacheConfig": "taylor_seer",
     "PyramidAttentionBroadcastConfig": "pyramid",
     "FasterCacheConfig": "faster_guided",
+    "TeaCacheConfig": "tea",
+    "EasyCacheConfig": "easy",
+    "SeaCacheConfig": "sea",
+    "SenCacheConfig": "sen",
 }
 
 
@@ -36,12 +40,24 @@ class CrossAttention(toys.Attention):
     is_cross_attention = True
 
 
+class Norm(nn.Module):
+    """What TeaCache looks at."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:]) * (1 + emb)
+
+
+for model in ("Film", "Small"):
+    row = fastcache.Block(modulation=("norm", "emb", "hidden_states"))
+    fastcache.register_adapter(model, fastcache.BlockAdapter(block=row))
+
+
 class Kinds(toys.Block):
     """Spatial, cross and temporal attention in one block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.attn2, self.temporal_attn = CrossAttention(), toys.Attention()
+        self.attn2, self.temporal_attn, self.norm = CrossAttention(), toys.Attention(), Norm()
 
     def forward(self, hidden_states, encoder_hidden_states=None):  # type: ignore[override]
         hidden = hidden_states + self.change(hidden_states)
@@ -77,6 +93,10 @@ BASE: dict[str, dict[str, Any]] = {
         "tensor_format": "BCHW",
         "unconditional_batch_skip_range": 3,
     },
+    "TeaCacheConfig": {"threshold": 0.6, "coefficients": (1, 0), "num_inference_steps": STEPS},
+    "EasyCacheConfig": {"threshold": 0.4, "warmup": 2, "token_stride": 4},
+    "SeaCacheConfig": {"threshold": 0.35},
+    "SenCacheConfig": {"threshold": 6.0, "alpha_x": 0.5, "alpha_t": 0.001},
 }
 # field -> another value that must be seen in what happens
 OTHER: dict[str, dict[str, Any]] = {
@@ -132,6 +152,30 @@ OTHER: dict[str, dict[str, Any]] = {
         "current_timestep_callback": lambda: 990.0,
         "_unconditional_conditional_input_kwargs_identifiers": ["hidden_states", "timestep"],
     },
+    "TeaCacheConfig": {
+        "threshold": 0.3,
+        "coefficients": (2.0, 0.0),
+        "num_inference_steps": 7,
+        "retention_steps": 5,
+        "last": False,
+    },
+    "EasyCacheConfig": {
+        "threshold": 0.1,
+        "warmup": 5,
+        "token_stride": 1,
+        "start": 0.6,
+        "stop": 0.5,
+    },
+    "SeaCacheConfig": {
+        "threshold": 0.8,
+        "residual_order": 0,
+        "retention_steps": 4,
+        "cache_end_steps": 3,
+        "max_consecutive_cached": 1,
+        "power_exp": 0.2,
+        "raw_vision_callback": lambda model, args, kwargs: None,
+    },
+    "SenCacheConfig": {"threshold": 2.0, "alpha_x": 2.0, "alpha_t": 0.02},
 }
 
 
@@ -142,12 +186,19 @@ def made(name: str, clock: toys.Clock, **changes: Any) -> Any:
     return CONFIGS[name](**settings)
 
 
+def length(name: str) -> int | None:
+    """Steps that the context tells: those configs that have a field for it are left to themselves."""
+    return None if "num_inference_steps" in {f.name for f in fields(CONFIGS[name])} else STEPS
+
+
 def observed(name: str, **changes: Any) -> tuple[Any, ...]:
     """All that a user can see of a run: outputs, decisions, what is hooked, an error."""
     clock, target = toys.Clock(), Film()
     try:
         with fastcache.enable(target, made(name, clock, **changes)) as cache:
-            outputs = toys.run(cache, target, toys.inputs_for("faster_guided"), clock)
+            context = {"num_inference_steps": length(name), "sigma": 0.5}
+            calls = toys.inputs_for("faster_guided")
+            outputs = toys.run(cache, target, calls, clock, **context)
             actions = [r.actions for r in cache.stats]
             return actions, cache.hooked(), [o.tolist() for o in outputs]
     except (ValueError, RuntimeError) as error:
@@ -184,7 +235,8 @@ def test_changing_a_field_changes_what_happens(name, field, bases):
         assert changed[0] or field.startswith(weights), "the schedule changes"
     if "identifiers" in field:
         assert changed[1], "other modules are hooked"
-    if "alpha" in field or "weight" in field or field in ("max_order", "taylor_factors_dtype"):
+    values = ("alpha_low", "alpha_high", "weight", "max_order", "taylor_factors", "residual_order")
+    if any(word in field for word in values):
         assert changed == [False, False, True], "the same schedule, other values"
 
 
@@ -261,6 +313,37 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "current_timestep_callback": CALLBACK,
         "_unconditional_conditional_input_kwargs_identifiers": [*NAMES, None],
     },
+    "TeaCacheConfig": {
+        "threshold": THRESHOLD,
+        "coefficients": [
+            (), [], "flax", "", b"12", 1.0, {1: 1.0}, {1.0}, (1.0, math.nan), (math.inf,), ("1",), (None,),
+            (True,), [[1.0]], object(), iter([1.0]),
+        ],
+        "num_inference_steps": WHOLE,
+        "retention_steps": [w for w in WHOLE if w is not WHOLE[0]] + [None],
+        "last": BOOL,
+    },
+    "EasyCacheConfig": {
+        "threshold": THRESHOLD,
+        "warmup": [w for w in WHOLE if w is not WHOLE[0]] + [None],
+        "token_stride": [*WHOLE, None],
+        "start": [-0.1, 1.0, 1.5, *NUMBER],
+        "stop": [-0.1, 0.0, 1.01, *NUMBER],
+    },
+    "SeaCacheConfig": {
+        "threshold": [math.inf, *THRESHOLD],
+        "residual_order": [2, *(w for w in WHOLE if w is not WHOLE[0]), None],
+        "retention_steps": [w for w in WHOLE if w is not WHOLE[0]] + [None],
+        "cache_end_steps": [w for w in WHOLE if w is not WHOLE[0]] + [None],
+        "max_consecutive_cached": [w for w in WHOLE if w is not WHOLE[0]] + [None],
+        "power_exp": [0, -1.0, *NUMBER],
+        "raw_vision_callback": CALLBACK,
+    },
+    "SenCacheConfig": {
+        "threshold": THRESHOLD,
+        "alpha_x": [-0.1, *NUMBER],
+        "alpha_t": [-0.1, *NUMBER],
+    },
 }  # fmt: skip
 
 
@@ -306,6 +389,13 @@ GOOD = [
     ("PyramidAttentionBroadcastConfig", "spatial_attention_timestep_skip_range", [[1, 2.5], (-5, 5)]),
     ("FasterCacheConfig", "alpha_low_frequency", [0, -1.0, 2, np.float32(1.1)]),
     ("FasterCacheConfig", "unconditional_batch_skip_range", [1, 10**9]),
+    ("TeaCacheConfig", "threshold", [0, math.inf, np.float32(0.1)]),
+    ("TeaCacheConfig", "coefficients", [(1, 0), [0.5], "flux", "wan2.1-t2v-14b", (np.float64(1), 0)]),
+    ("TeaCacheConfig", "retention_steps", [0, 5, np.int64(2)]),
+    ("EasyCacheConfig", "stop", [0.5, 1, np.float32(0.75)]),
+    ("EasyCacheConfig", "token_stride", [1, 7, 10**6]),
+    ("SeaCacheConfig", "threshold", [0, 5.0]),
+    ("SenCacheConfig", "threshold", [0, math.inf]),
 ]  # fmt: skip
 
 
@@ -407,6 +497,25 @@ POLICIES = [
     (fastcache.FirstBlock, "per_sample", [1, None]),
     (fastcache.Misfit, "threshold", [-1, math.nan, "0.1", None]),
     (fastcache.Broadcast, "timesteps", [(), "ab", 5, (math.nan,)]),
+    (fastcache.InputChange, "threshold", [-1, math.nan, "0.1", None]),
+    (fastcache.InputChange, "coefficients", [(), "flux", 1.0, (math.nan,), ("1",)]),
+    (fastcache.InputChange, "at", ["first_block", None, ["block_input"]]),
+    (partial(fastcache.InputChange, at="model_input"), "power", [0, -1, math.nan, "3"]),
+    (fastcache.InputChange, "power", [3.0]),
+    (partial(fastcache.InputChange, at="model_input", power=3.0), "latents", [5, "now"]),
+    (fastcache.InputChange, "latents", [lambda *a: None]),
+    (fastcache.InputChange, "num_inference_steps", [0, 1.5, "9"]),
+    (fastcache.InputChange, "end_steps", [-1, 1.5, None]),
+    (fastcache.InputChange, "per_sample", [1, None]),
+    (fastcache.OutputSlope, "threshold", [-1, math.nan, "0.1", None]),
+    (fastcache.OutputSlope, "token_stride", [0, 1.5, None]),
+    (fastcache.OutputSlope, "start", [-0.1, 1.0, None]),
+    (fastcache.OutputSlope, "stop", [0, 1.1, None]),
+    (fastcache.OutputSlope, "per_sample", [1, None]),
+    (fastcache.Sensitivity, "threshold", [-1, math.nan, "0.1", None]),
+    (fastcache.Sensitivity, "alpha_x", [-1, math.nan, None]),
+    (fastcache.Sensitivity, "alpha_t", [-1, math.inf, None]),
+    (fastcache.Sensitivity, "per_sample", [1, None]),
     (partial(fastcache.Broadcast, (500,)), "steps", [0, 1.5, None]),
     (MAGNITUDE, "threshold", [-1, math.nan, "0.1", None]),
     (MAGNITUDE, "max_skip_steps", [-1, 1.5, None]),
@@ -422,7 +531,14 @@ POLICIES = [
     (Signal, "at", ["last_block", None, ["first_block"]]),
     (partial(Signal, "first_block"), "against", ["next", None]),
     (partial(Signal, "first_block"), "measure", ["sum", None]),
-    (fastcache.Block, "modulation", ["norm1", ("norm1", "emb"), ("norm1", "emb", 5)]),
+    (partial(Signal, "model_input"), "power", [0, -1, "3"]),
+    (partial(Signal, "model_input"), "stride", [0, 1.5, None]),
+    (partial(Signal, "model_input"), "latents", [5, "now"]),
+    (
+        fastcache.Block,
+        "modulation",
+        ["norm1", ("norm1", "emb"), ("norm1", "emb", 5), ("a", "b", "c", "d")],
+    ),
     (fastcache.Taylor, "order", [-1, 5, 1.5, "1", None]),
     (fastcache.Taylor, "spacing", ["even", None, 1]),
     (fastcache.Taylor, "skip_first", [1, "yes"]),
@@ -489,7 +605,7 @@ class SmallBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attn1, self.attn2 = SmallAttention(False), SmallAttention(True)
-        self.temporal_attn = SmallAttention(False)
+        self.temporal_attn, self.norm = SmallAttention(False), Norm()
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
         hidden_states = hidden_states + self.attn1(hidden_states)
@@ -508,13 +624,24 @@ def pools(name: str) -> dict[str, list[Any]]:
         elif "identifiers" in field:
             good[field] = [("attn",), [r".*attn\d"], ["transformer_blocks"], (".*",), ["proj_out"],
                            [r"transformer_blocks\.\d"], [".*attn1", ".*ff"], ("nothing",), []]  # fmt: skip
+        elif field == "coefficients":
+            good[field] = [(1, 0), [0.3], "flux", (2.0, 0.5, 0.0)]
+        elif field in ("start", "stop"):
+            good[field] = [0.2, 0.5] if field == "start" else [0.6, 0.9, 1.0]
+        elif field == "residual_order":
+            good[field] = [0, 1]
+        elif field == "raw_vision_callback":
+            good[field] = [
+                None,
+                lambda model, args, kwargs: list(kwargs.get("hidden_states", args[0])),
+            ]
         elif field in ("threshold", "retention_ratio"):
             good[field] = [0, 0.0, 0.1, 0.5, 1.0]
         elif field == "mag_ratios":
             good[field] = [[1.0], [1.0, 1.1, 0.9] * 3, torch.ones(6), np.linspace(0.9, 1.1, 5)]
         elif field == "taylor_factors_dtype":
             good[field] = [None, torch.float32, torch.bfloat16, torch.float16, torch.float64]
-        elif field in ("calibrate", "use_lite_mode", "is_guidance_distilled"):
+        elif field in ("calibrate", "use_lite_mode", "is_guidance_distilled", "last"):
             good[field] = [True, False]
         elif field == "tensor_format":
             good[field] = ["BCHW", "BCFHW", "BFCHW"]
@@ -528,7 +655,12 @@ def pools(name: str) -> dict[str, list[Any]]:
 
 
 MID_RUN = ("tensor_format", "grid")  # known to fit only when the model has returned something
-TOTAL, CHUNKS = 5000, 4
+CHUNKS = 4
+EACH = 150  # configs of a kind and chunk
+NEEDED = {
+    "TeaCacheConfig": ("coefficients",),
+    "SenCacheConfig": ("threshold", "alpha_x", "alpha_t"),
+}
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
@@ -542,8 +674,9 @@ def test_random_configs_work_or_are_refused_by_name(name, chunk):
     before = toys.snapshot(target)
     latents = torch.randn(2, 4, 3, 4, generator=torch.Generator().manual_seed(1))
     steps = [(latents + 0.1 * i, 1000.0 - 180 * i) for i in range(6)]
-    for number in range(TOTAL // (CHUNKS * len(CONFIGS))):
+    for number in range(EACH):
         chosen = [n for n in names if rng.random() < 0.5] or names[:1]
+        chosen += [n for n in NEEDED.get(name, ()) if n not in chosen]
         bad = rng.choice(chosen) if rng.random() < 0.35 else None
         given = {n: rng.choice(BAD[name][n] if n == bad else good[n]) for n in chosen}
         if "current_timestep_callback" in names and rng.random() < 0.9:
@@ -572,10 +705,9 @@ def test_random_configs_work_or_are_refused_by_name(name, chunk):
         if number % 10 == 0 or stage == "enabled":
             assert toys.snapshot(target) == before, f"{number}: {given}"
     assert toys.snapshot(target) == before
-    assert worked > 20 and refused > 20, (worked, refused)
+    assert worked > 10 and refused > 10, (worked, refused)
 
 
 def test_the_fuzzer_makes_the_promised_number():
-    assert TOTAL // (CHUNKS * len(CONFIGS)) * CHUNKS * len(CONFIGS) == 5000
-    assert len(list(itertools.product(CONFIGS, range(CHUNKS)))) == 20
+    assert EACH * len(list(itertools.product(CONFIGS, range(CHUNKS)))) >= 5000
     assert set(METHODS) == set(CONFIGS)

@@ -27,16 +27,20 @@ from fastcache import (
     Guidance,
     Guided,
     Hermite,
+    InputChange,
     Interval,
     Magnitude,
     Mask,
     Misfit,
     Modules,
+    Output,
+    OutputSlope,
     Policy,
     Predictor,
     Recipe,
     Reuse,
     Rule,
+    Sensitivity,
     Stack,
     Taylor,
     TaylorTable,
@@ -80,6 +84,19 @@ POLICIES = {
         "precision": st.sampled_from(["float32", "float64"]),
     },
     Calibrate: {},
+    InputChange: {
+        "threshold": positive, "coefficients": optional(st.lists(reals, min_size=1, max_size=5).map(tuple)),
+        "at": st.just("model_input"), "power": optional(st.floats(0.1, 9)), "latents": st.none(),
+        "num_inference_steps": optional(counts), "end_steps": st.integers(0, 9), "per_sample": st.booleans(),
+    },
+    OutputSlope: {
+        "threshold": positive, "token_stride": counts, "start": st.floats(0, 0.4), "stop": st.floats(0.5, 1),
+        "per_sample": st.booleans(),
+    },
+    Sensitivity: {
+        "threshold": positive, "alpha_x": st.floats(0, 1e6), "alpha_t": st.floats(0, 1e6),
+        "per_sample": st.booleans(),
+    },
     Interval: {"n": counts, "phase": optional(counts), "stop": optional(counts)},
     Growing: {"n": counts, "first": counts},
     TimestepRange: {"n": counts, "timesteps": ranges, "conditional_only": st.booleans()},
@@ -109,6 +126,7 @@ PREDICTORS = {
 band = optional(reals | st.builds(TimestepWeight, reals, ranges))
 TARGETS = {
     Stack: {},
+    Output: {},
     Modules: {
         "patterns": several, "match": st.sampled_from(["search", "full"]),
         "kind": st.sampled_from(["attention", "self", "spatial", "temporal", "cross", "any"]),
@@ -172,6 +190,7 @@ def combinations() -> list[Recipe]:
     whens = [
         FirstBlock(0.15), Interval(3), Growing(3, 2), Mask(toys.STEPS * (1, 0)), TimestepRange(2, (100, 900)),
         Magnitude(0.1, mag_ratios=tuple(toys.RATIOS)), Broadcast((700, 300), 3), Misfit(0.5), Calibrate(),
+        InputChange(0.5, (0.9, 0.01), "model_input"), OutputSlope(0.5, 2), Sensitivity(3.0, 0.5, 1e-3),
     ]  # fmt: skip
     whats = [
         Reuse(), Taylor(1), Taylor(2, "exact", True), Hermite(2), Chebyshev(), DMD(), Guided(1, tokens=2),
@@ -282,6 +301,10 @@ def weight_of(module: object) -> float:
     [
         (lambda: Recipe(Interval(2), Extrapolate(weight_of), Modules()), r"rules\[0\].what.weight.*weight_of"),
         (lambda: Recipe(Interval(2), None, Guidance(low=lambda m, t: 1.0)), r"where.low.*<lambda>"),
+        (
+            lambda: fastcache.SeaCacheConfig(raw_vision_callback=weight_of).recipe(),
+            r"rules\[0\].when.latents.*weight_of",
+        ),
         (
             lambda: fastcache.FasterCacheConfig(
                 attention_weight_callback=weight_of, current_timestep_callback=lambda: 0.0

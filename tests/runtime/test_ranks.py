@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import toys
+from modulated import ADAPTER, ModulatedModel
 from torch import distributed as dist
 
 import fastcache
@@ -29,7 +30,8 @@ def rank_main(rank: int, world: int, path: str, job: str, results: Any) -> None:
         world_size=world,
         timeout=datetime.timedelta(seconds=DEADLINE),
     )
-    results.put((rank, {"decide": decide, "refuse": refuse, "die": die}[job](rank, world)))
+    jobs = {"decide": decide, "named": named, "vote": vote, "refuse": refuse, "die": die}
+    results.put((rank, jobs[job](rank, world)))
     results.close()
     results.join_thread()
     os._exit(0)  # a group with a dead member would wait at its own end
@@ -81,6 +83,50 @@ def decide(rank: int, world: int) -> list[Any]:
         shared, own = (first_block(calls, seed, group) for group in (dist.group.WORLD, None))
         found.append((shared, own))
     return found
+
+
+NAMED: dict[str, Any] = {
+    "tea": fastcache.TeaCacheConfig(0.3, (1, 0)),
+    "easy": fastcache.EasyCacheConfig(0.3, token_stride=1),
+    "sen": fastcache.SenCacheConfig(1.0, 0.5, 0.0),
+    "sea": fastcache.SeaCacheConfig(
+        0.5,
+        raw_vision_callback=lambda model, args, kwargs: [kwargs["hidden_states"][:, None, None]],
+    ),
+}
+
+
+def one_named(method: str, calls: list[dict[str, Any]], group: Any, odd: bool = False) -> list:
+    """odd: this rank alone does not know the sigma of one step."""
+    target = ModulatedModel() if method == "tea" else toys.Model()
+    adapter = ADAPTER if method == "tea" else None
+    with fastcache.enable(target, NAMED[method], process_group=group, adapter=adapter) as cache:
+        for i, call in enumerate(calls):
+            sigma = None if odd and i == 7 else 1 - i / len(calls)
+            with cache.context(num_inference_steps=len(calls), sigma=sigma):
+                toys.step(target, call)
+        return [(r.action, r.signal) for r in cache.stats]
+
+
+def mine(calls: list[dict[str, Any]], rank: int) -> list[dict[str, Any]]:
+    return [{k: v[rank : rank + 1] for k, v in call.items()} for call in calls]
+
+
+def named(rank: int, world: int) -> dict[str, list]:
+    """Per method: what is decided together, each rank with a sample of its own."""
+    return {
+        method: [
+            one_named(method, mine(toys.inputs(12, seed, batch=world), rank), dist.group.WORLD)
+            for seed in range(5)
+        ]
+        for method in NAMED
+    }
+
+
+def vote(rank: int, world: int) -> list:
+    """A rank that does not know a fact has all of them compute."""
+    calls = mine(toys.inputs(12, batch=world, speed=0.02), rank)
+    return one_named("sea", calls, dist.group.WORLD, odd=rank == world - 1)
 
 
 def refuse(rank: int, world: int) -> list[str]:
@@ -145,6 +191,32 @@ def test_ranks_with_different_data_decide_alike_and_by_the_global_metric(world, 
         own = [[a for a, _ in found[seed][1]] for found in ranks]
         parted += any(o != own[0] for o in own)
     assert parted > RUNS // 10, "the data never made a rank want something else: nothing was tested"
+
+
+def test_ranks_decide_alike_by_every_signal_and_as_over_the_whole_batch(tmp_path):
+    ranks = together(2, "named", tmp_path)
+    for method in NAMED:
+        reused = computed = 0
+        for seed, shared in enumerate(ranks[0][method]):
+            assert ranks[1][method][seed] == shared, method
+            actions = [action for action, _ in shared]
+            reused, computed = reused + actions.count("reuse"), computed + actions.count("compute")
+            if method == "sea":  # a mean over latents, of which each rank has its own
+                continue
+            whole = one_named(method, toys.inputs(12, seed, batch=2), None)
+            assert actions == [action for action, _ in whole]
+            for (_, ours), (_, theirs) in zip(shared, whole, strict=True):
+                assert ours is theirs is None or ours == pytest.approx(theirs, rel=1e-4)
+        assert reused > 5 and computed > 5
+
+
+def test_a_rank_without_a_fact_has_all_of_them_compute(tmp_path):
+    one, other = together(2, "vote", tmp_path)
+    actions = [action for action, _ in one]
+    assert actions == [action for action, _ in other]
+    alone = [action for action, _ in one_named("sea", toys.inputs(12, batch=2, speed=0.02), None)]
+    assert actions[:7] == alone[:7] and "reuse" in alone[7:9]
+    assert actions[7:9] == ["compute", "compute"]
 
 
 def test_ranks_with_different_plans_all_raise(tmp_path):

@@ -21,7 +21,7 @@ from fastcache.runtime.frames import OWN, innermost, request_of, thread_request,
 from fastcache.runtime.generation import Generation, fresh
 from fastcache.runtime.runs import Runs, abandon
 from fastcache.runtime.settings import Settings
-from fastcache.runtime.steps import Moment
+from fastcache.runtime.steps import Moment, moment_of
 from fastcache.runtime.trip import LONG, Trip
 from fastcache.storage.pool import Slots
 from fastcache.storage.state import State
@@ -241,7 +241,7 @@ def test_an_object_whose_class_cannot_be_exchanged_is_left_alone():
 
 
 def at(time: Any, mark: Any = None, evaluation: int | None = None) -> Moment:
-    return Moment(time, time if mark is None else mark, evaluation)
+    return moment_of(time, time if mark is None else mark, evaluation)
 
 
 def state_of(trip: Trip, name: str) -> State:
@@ -252,7 +252,8 @@ def state_of(trip: Trip, name: str) -> State:
 
 def called(trip: Trip, state: State, moment: Moment) -> int:
     left_out = trip.left_out(state, moment)
-    trip.called(state, moment)
+    if moment.place is not None:
+        state.place, state.passed = moment.place, trip.passed
     state.index += 1 + left_out
     return left_out
 
@@ -294,7 +295,7 @@ def test_branches_that_never_shared_a_step_have_left_nothing_out():
 def test_a_mark_that_is_no_number_counts_nothing():
     trip = Trip(0)
     state = state_of(trip, "cond")
-    assert called(trip, state, Moment(None, "now")) == 0 and not trip.places
+    assert called(trip, state, moment_of(None, "now")) == 0 and not trip.places
     assert called(trip, state, Moment()) == 0
 
 

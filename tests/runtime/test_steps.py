@@ -22,6 +22,7 @@ from fastcache.runtime.steps import (
     UNCLEAR,
     Moment,
     StepTracker,
+    moment_of,
 )
 from fastcache.storage.state import State
 
@@ -50,7 +51,7 @@ def call(**fields: Any) -> Context:
 
 
 def at(time: float | None) -> Moment:
-    return NEVER if time is None else Moment(time, time)
+    return NEVER if time is None else moment_of(time, time)
 
 
 def index(steps: StepTracker, of: State, during: Context, time: float | None) -> tuple[int, str]:
@@ -152,10 +153,10 @@ def test_a_timestep_of_a_device_is_looked_at_unless_a_pipeline_tells_the_step(mo
     there = torch.zeros(1, device="meta")  # as good as an accelerator's: not on the CPU
     pipe = pipeline([900.0, 800.0], _current_timestep=object())
     generation = Generation(None, "r", schedule=Schedule(pipe))
-    assert tracker().moment(None, generation, there) == Moment(None, 0, 0)
-    assert tracker().moment(None, generation, there.clone()) == Moment(None, 0, 0)
+    assert tracker().moment(None, generation, there) == moment_of(None, 0, 0)
+    assert tracker().moment(None, generation, there.clone()) == moment_of(None, 0, 0)
     pipe._current_timestep = object()
-    assert tracker().moment(None, generation, there) == Moment(None, 1, 1)
+    assert tracker().moment(None, generation, there) == moment_of(None, 1, 1)
     assert tracker().moment(500.0, None, there).time == 500.0  # told
     assert not read
     assert tracker().moment(None, None, there).time == 1.0 and read == [there]

@@ -234,7 +234,7 @@ def test_the_modulated_guide_of_wan_is_what_its_attention_reads(per_token: bool)
 
 
 def test_a_model_without_a_known_modulation_is_refused() -> None:
-    model, _ = tiny.build("CogVideoX")
+    model, _ = tiny.build("DiT2D")
     with pytest.raises(ValueError, match="modulated"):
         fastcache.enable(model, Recipe(Interval(3), Guided(1, guide="modulated")))
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import toys
+from modulated import ADAPTER, WAYS, ModulatedModel
 from torch import Tensor, nn
 
 import fastcache
@@ -74,13 +74,6 @@ def calls_of(seed: int = 0, batch: int = 2) -> list[dict[str, Any]]:
     calls = toys.inputs(STEPS, seed, batch=batch)
     calls[5]["hidden_states"][0] *= 1.5  # one sample jumps
     return calls
-
-
-WAYS: dict[str, Callable[[nn.Module], Any]] = {
-    "eager": lambda model: model,
-    "compiled": lambda model: fastcache.compile(model, backend="aot_eager"),
-    "frozen": lambda model: fastcache.compile(model, backend="aot_eager", frozen=True),
-}
 
 
 def run(model: nn.Module, recipe: Recipe, calls: list[dict], way: str = "eager") -> tuple[Any, ...]:
@@ -328,38 +321,6 @@ class ModulatedSteps(Latents):
     """The same against the step before."""
 
     signal = Signal("block_input", "previous")
-
-
-class Norm(nn.Module):
-    """Shifted by the timestep, as adaLN is."""
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return nn.functional.layer_norm(x, x.shape[-1:]) * (1 + emb) - emb
-
-
-class ModulatedBlock(toys.Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = Norm()
-
-    def forward(self, hidden_states, temb=None):  # type: ignore[override]
-        return hidden_states + self.change(self.norm(hidden_states, temb))
-
-
-class ModulatedModel(toys.Model):
-    def __init__(self, walk: str = "iterate", lists: tuple[str, ...] = ("blocks",)) -> None:
-        super().__init__(block=ModulatedBlock, walk=walk, lists=lists)
-
-    def forward(self, hidden_states, timestep=None):
-        hidden, temb = self.embed(hidden_states), torch.sin(timestep / 300).reshape(-1, 1, 1)
-        for block in self._blocks():
-            hidden = block(hidden, temb=temb)
-        return self.proj_out(hidden)
-
-
-ADAPTER = fastcache.BlockAdapter(
-    blocks=("blocks",), block=fastcache.Block(modulation=("norm", "emb", "temb"))
-)
 
 
 def run_modulated(model: nn.Module, recipe: Recipe, calls: list, way: str = "eager") -> tuple:

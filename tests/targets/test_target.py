@@ -26,8 +26,8 @@ MASK = (1, 0, 0, 1, 1, 0, 1, 0, 0, 1)
 class Output(Target):
     """The whole output of a model, less its input latents."""
 
-    scope = "output"
-    excludes = dict.fromkeys(("output", "stack", "modules"), "an Output leaves nothing to skip")
+    scope = "all of it"
+    excludes = dict.fromkeys(("all of it", "stack", "modules"), "an Output leaves nothing to skip")
 
 
 class OutputTarget(BoundTarget):
@@ -61,7 +61,7 @@ class OutputTarget(BoundTarget):
 
 @pytest.fixture(autouse=True)
 def registered() -> None:
-    fastcache.register_target("output", OutputTarget)
+    fastcache.register_target("all of it", OutputTarget)
 
 
 def expected(calls: list[dict[str, Any]], weigh: Callable, mask: tuple[int, ...] = MASK) -> list:

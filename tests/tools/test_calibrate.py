@@ -454,3 +454,111 @@ def test_objects_are_checked_like_files():
             Calibration(ratios)
     with pytest.raises(CalibrationError, match="first_block is empty"):
         Calibration([1.0, 0.9]).first_block_threshold(0.5)
+
+
+# --- TeaCache's polynomial --------------------------------------------------------------------------
+
+
+def modulated_calls() -> list[dict]:
+    import toys
+
+    return toys.inputs(20, speed=0.06)
+
+
+def modulated_calibration(jobs: int = 1) -> Calibration:
+    import toys
+    from modulated import ADAPTER, ModulatedModel
+
+    model = ModulatedModel()
+
+    def run(cache):
+        for i, call in enumerate(modulated_calls()):
+            with cache.context("cond", step_index=i, num_inference_steps=20):
+                toys.step(model, call)
+
+    return fastcache.calibrate([run] * jobs, model, adapter=ADAPTER)
+
+
+def test_input_and_output_changes_are_relative_l1_of_one_step_to_the_next():
+    import toys
+    from modulated import ModulatedModel
+
+    model, inputs, outputs = ModulatedModel(), [], []
+    model.blocks[0].norm.register_forward_hook(lambda _, args, out: inputs.append(out.double()))
+    outputs = [out.double() for out in toys.plain(model, modulated_calls())]
+    expected = [
+        tuple(
+            float((v[i] - v[i - 1]).abs().sum() / v[i - 1].abs().sum()) for v in (inputs, outputs)
+        )
+        for i in range(1, 20)
+    ]
+    found = modulated_calibration().input_changes["cond"]
+    assert [x for x, _ in found] == pytest.approx([x for x, _ in expected], rel=1e-4)
+    assert [y for _, y in found] == pytest.approx([y for _, y in expected], rel=1e-4)
+    assert len(modulated_calibration(jobs=2).input_changes["cond"]) == 2 * 19
+
+
+def test_the_polynomial_is_found_where_there_is_one():
+    import numpy as np
+
+    truth = (30.0, -2.0, 0.5, 0.9, 0.01)
+    x = np.linspace(0.01, 0.5, 40)
+    pairs = tuple(zip(x.tolist(), np.polyval(truth, x).tolist(), strict=True))
+    calibration = Calibration((1.0,), input_changes={"cond": pairs})
+    fit = calibration.input_fit()
+    assert fit.coefficients == pytest.approx(truth, rel=1e-6) and fit.r2 == pytest.approx(1)
+    config = calibration.tea_cache(threshold=0.3)
+    assert type(config) is fastcache.TeaCacheConfig and config.threshold == 0.3
+    assert config.coefficients == fit.coefficients and config.num_inference_steps == 1
+
+
+def test_r2_is_that_of_least_squares_and_a_poor_fit_warns():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(0, 1, 60), rng.uniform(0, 1, 60)
+    pairs = tuple(zip(x.tolist(), y.tolist(), strict=True))
+    calibration = Calibration((1.0,), input_changes={"cond": pairs})
+    line = np.polyfit(x, y, 4)
+    r2 = 1 - ((np.polyval(line, x) - y) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    assert calibration.input_fit().r2 == pytest.approx(r2) and r2 < 0.5
+    with pytest.warns(fastcache.FastcacheWarning, match="R² 0"):
+        calibration.tea_cache()
+
+
+@pytest.mark.parametrize(
+    "pairs", [((0.1, 0.2),), ((0.1, 0.2), (0.1, 0.4)), ((0.1, 0.2), (0.3, 0.2))]
+)
+def test_few_changes_give_a_line_or_a_number(pairs):
+    fit = Calibration((1.0,), input_changes={"a": pairs}).input_fit()
+    assert len(fit.coefficients) == 5 and fit.coefficients[:3] == (0.0, 0.0, 0.0)
+    assert math.isfinite(fit.r2)
+
+
+def test_the_polynomial_comes_back_from_a_file_and_goes_into_a_run(tmp_path):
+    from modulated import ADAPTER, ModulatedModel
+
+    calibration = modulated_calibration()
+    loaded = Calibration.load(calibration.save(tmp_path / "c.json"))
+    assert loaded.input_changes == calibration.input_changes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = loaded.tea_cache(threshold=0.2)
+    with fastcache.enable(ModulatedModel(), config, adapter=ADAPTER) as cache:
+        assert cache.recipe.when.coefficients == loaded.input_fit().coefficients
+
+
+def test_without_a_known_modulation_there_is_none_and_it_says_what_to_do(calibration):
+    assert calibration.input_changes == {}
+    with pytest.raises(CalibrationError, match=r"input_changes is empty.*modulation"):
+        calibration.tea_cache()
+    with pytest.raises(CalibrationError, match="context must be one of"):
+        modulated_calibration().input_fit("uncond")
+
+
+@pytest.mark.parametrize(
+    "rows", [5, [], [[1.0]], [[1.0, -1.0]], [[1.0, math.nan]], [["a", 1.0]], [[True, 1.0]], "ab"]
+)
+def test_wrong_input_changes_are_refused(rows):
+    with pytest.raises(CalibrationError, match="input_changes"):
+        Calibration((1.0,), input_changes={"a": rows})

@@ -25,7 +25,7 @@ LAYERS = (
     ("policies", "predictors", "models"),
     ("storage", "plan"),
     ("targets",),
-    ("parts",),
+    ("misfits", "parts"),
     ("recipe",),
     ("configs", "runtime"),
     ("reporting", "graphs"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ... import sync
 from ...models.block_io import BlockIO
-from ...policies import Policy
+from ...policies import Policy, Step
 from ...storage.group import SlotGroup
 from ...storage.state import State
 from ..guide import Guide
@@ -16,15 +16,19 @@ from ..guide import Guide
 
 class SignalSlots(SlotGroup):
     """reference: the value that a change is measured against. sums: of the change, for a step in two parts.
-    nothing: zeros, of which a value that is no residual is one. kept_reference: a reference is there."""
+    nothing: zeros, of which a value that is no residual is one. output: the model's, of the same step as the
+    reference. kept_reference: a reference is there. slopes: how many outputs in a row were compared with the one
+    before."""
 
-    __slots__ = ("kept_reference", "nothing", "reference", "sums")
-    holds = ("reference", "sums", "nothing")
-    facts: ClassVar[dict[str, Any]] = {"kept_reference": False}
+    __slots__ = ("kept_reference", "nothing", "output", "reference", "slopes", "sums")
+    holds = ("reference", "sums", "nothing", "output")
+    facts: ClassVar[dict[str, Any]] = {"kept_reference": False, "slopes": 0}
     reference: Any
     sums: Any
     nothing: Any
+    output: Any
     kept_reference: bool
+    slopes: int
 
 
 class Meter:
@@ -34,21 +38,30 @@ class Meter:
     others are shown tensors inside it, also by traced code. The number itself stays on the device until `read`.
 
     Class attributes: `needs_history` says that it measures only what the rule's full history explains;
-    `at_input` that it is shown what the first block is called with, before that runs, and not what it returns.
+    `at_input` that it is shown what the first block is called with, before that runs, and not what it returns;
+    `at_output` that it is shown what the model returns too, of a computed step.
     """
 
     needs_history: ClassVar[bool] = False
     at_input: ClassVar[bool] = False
+    at_output: ClassVar[bool] = False
 
-    def __init__(self, when: Policy, rule: int, guide: Guide | None) -> None:
-        self.when, self.rule, self.guide = when, rule, guide
+    def __init__(self, when: Policy, rule: int, guide: Guide | None, model: Any = None) -> None:
+        self.when, self.rule, self.guide, self.model = when, rule, guide, model
+        self.signal = when.signal
         self.per_sample: bool = when.per_sample
         # the reference is that of the step before, whatever became of it
         self.every_step = when.signal is not None and when.signal.against == "previous"
 
-    def of_call(self, args: tuple, kwargs: dict) -> Tensor:
-        """The value of a call that has not begun, for a signal that is there by then."""
+    def of_call(self, step: Step, args: tuple, kwargs: dict) -> Tensor | None:
+        """The value of a call that has not begun, for a signal that is there by then; None where it has none."""
         raise NotImplementedError
+
+    def missed(self, state: State) -> None:
+        """A call had no value: what was kept before is not to be compared with."""
+
+    def of_output(self, state: State, output: Any) -> None:
+        """Take note of what the model returns at a computed step, where `at_output`."""
 
     def of_block(self, io: BlockIO, block: Any, args: tuple, kwargs: dict) -> Tensor:
         """The value of a call of the first block that has not begun, where `at_input`."""

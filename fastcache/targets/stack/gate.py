@@ -112,11 +112,9 @@ class BlockListHook:
         blocks: list = []
         if BLOCK in roles:  # traced code guards what it reads
             blocks = self.blocks.blocks() if torch.compiler.is_compiling() else self.between
+        given = self.stand_ins
         try:
-            return [
-                blocks[i] if role == BLOCK else self.stand_ins[role][i]
-                for i, role in enumerate(roles)
-            ]
+            return [blocks[i] if r == BLOCK else given[r][i] for i, r in enumerate(roles)]
         except IndexError:
             raise Unfit("blocks were added") from None
 
@@ -228,6 +226,8 @@ class BlockListHook:
     def decide_first(self, *args: Any, **kwargs: Any) -> Any:
         """The first block of the stack, where what enters it decides whether it runs."""
         decide_by_input(self.stack, self.blocks, args, kwargs)
+        if self.control.actions[self.stack.rule] != REUSE and not torch.compiler.is_compiling():
+            self.stack.start_way()
         return getattr(self, self._roles_of_all()[0])(*args, **kwargs)
 
     # --- roles of the block that always runs --------------------------------------------------------------

@@ -181,12 +181,10 @@ class StackTarget(BoundTarget):
             new.way, units[number] = unit.way, new
 
     def commit(self, state: State, action: str) -> None:
+        super().commit(state, action)
         if action != COMPUTE:
             return
         self._check(state)
-        left = state.steps_until_full_batch - 1
-        half = self.control.batch == "half"
-        state.steps_until_full_batch = state.timelines[self.rule].depth if half else max(left, 0)
         if self.meter is not None:
             self.meter.went_well(state)
 
