@@ -78,10 +78,12 @@ def allocate_unit(
 
 
 def values_of(template: SegmentTemplate, entered: Entered, left: Left) -> list[Tensor]:
-    """What the streams of a segment's unit are made for: in the shape and the dtype that the model gives."""
-    hidden = left.hidden
+    """What the streams of a segment's unit are made for: in the shape and the dtype that the model gives, and lying
+    in memory as what they are added to."""
+    hidden, base = left.hidden, entered.hidden
     if template.base is True:  # of joined streams, the image alone
-        hidden = hidden[:, -entered.hidden.shape[1] :] if hidden.dim() > 1 else hidden
+        hidden = hidden[:, -base.shape[1] :] if hidden.dim() > 1 else hidden
+        hidden = base if (base.shape, base.dtype) == (hidden.shape, hidden.dtype) else hidden
     texts = [left.encoder] if template.text else []
     return [hidden, *texts, *(left.extra[at] for at in template.extras)]
 
