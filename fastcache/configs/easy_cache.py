@@ -9,7 +9,7 @@ from ..policies import OutputSlope
 from ..policies.output_slope import checked_share
 from ..predictors import Reuse
 from ..recipe import Recipe, Rule
-from ..targets.spec import Stack, Target
+from ..targets.spec import Output
 from .base import BARE, Config
 
 
@@ -45,5 +45,4 @@ class EasyCacheConfig(Config):
         self.validate()
         guards = {**BARE, "warmup": self.warmup}
         when = OutputSlope(self.threshold, self.token_stride, self.start, self.stop, **guards)
-        where: Target = Stack()
-        return Recipe.of((Rule(when, Reuse(), where),), self._name())
+        return Recipe.of((Rule(when, Reuse(), Output()),), self._name())

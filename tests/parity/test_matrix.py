@@ -135,9 +135,7 @@ for _name in ("Cosmos3Omni", "ZImage"):
     REFUSED.setdefault(_name, {})["guidance"] = UNBATCHED
 REFUSED["T5Film"].update(EasyCache=NO_LATENTS, SenCache=NO_LATENTS)
 REFUSED["QwenImageControlNet"] = {
-    **dict.fromkeys(
-        ("FirstBlock", "MagCache", "TeaCache", "EasyCache", "SeaCache", "SenCache"), COLLECTED
-    ),
+    **dict.fromkeys(("FirstBlock", "MagCache", "TeaCache", "SeaCache", "SenCache"), COLLECTED),
     "guidance": TOKENS,
 }
 # Classes of diffusers that are not in the table, and why.

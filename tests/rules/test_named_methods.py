@@ -54,7 +54,7 @@ class Truth:
 class Tea:
     """A += poly(d) per step, d the relative change of m; at a computed step A = 0."""
 
-    kind = "modulated"
+    kind, whole = "modulated", False
 
     def __init__(self, threshold: float, coefficients: tuple, first: int, last: bool) -> None:
         self.threshold, self.coefficients = threshold, coefficients
@@ -80,7 +80,7 @@ class Tea:
 class Easy:
     """E += k |x - x_p| / |v_p|, k = |v - v_p| / |x - x_p| at computed steps, means over every how many-th token."""
 
-    kind = "plain"
+    kind, whole = "plain", True
 
     def __init__(self, threshold: float, warmup: int, stride: int, start: float, stop: float):
         self.threshold, self.warmup, self.stride = threshold, warmup, stride
@@ -107,7 +107,7 @@ class Easy:
 class Sen:
     """alpha_x |x - x_p| + alpha_t |t - t_p|, against the last computed step."""
 
-    kind = "plain"
+    kind, whole = "plain", False
 
     def __init__(self, threshold: float, alpha_x: float, alpha_t: float) -> None:
         self.threshold, self.alpha_x, self.alpha_t, self.seen = threshold, alpha_x, alpha_t, None
@@ -131,9 +131,15 @@ def played(rule: Any, calls: list[dict[str, Any]]) -> tuple[str, list[Tensor]]:
         for i, call in enumerate(calls):
             hidden, more = truth.enter(call)
             computes = rule.computes(i, call, truth)
-            if computes:
-                residual = truth.stack(hidden, more) - hidden
-            outputs.append(truth.model.proj_out(hidden + residual))
+            if rule.whole:  # the output less the latents, and nothing of the model runs
+                x = call["hidden_states"].double()
+                if computes:
+                    residual = truth.model.proj_out(truth.stack(hidden, more)) - x
+                outputs.append(x + residual)
+            else:
+                if computes:
+                    residual = truth.stack(hidden, more) - hidden
+                outputs.append(truth.model.proj_out(hidden + residual))
             if computes:
                 rule.learn(i, call, outputs[-1])
             actions += "C" if computes else "."
@@ -199,7 +205,7 @@ def test_compiled_steps_are_the_eager_ones(case, way):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case, graphs", [("tea", 3), ("easy", 2), ("sen", 2)])
+@pytest.mark.parametrize("case, graphs", [("tea", 3), ("easy", 1), ("sen", 2)])
 def test_the_number_of_programs_and_none_later(case, graphs):
     made: list[int] = []
 
