@@ -56,10 +56,3 @@ def same_shapes(name: str, first: Tensor, *others: Tensor) -> None:
             t.shape == first.shape,
             lambda t=t: f"{name}: {tuple(t.shape)} and {tuple(first.shape)} differ",
         )
-
-
-def sums_for(y: Tensor, width: int, per_sample: bool, given: Tensor | None = None) -> Tensor:
-    """Where float32 sums over y go: what was given, else a new [width], or [B, width] per sample."""
-    if given is None:
-        return y.new_empty((y.shape[0], width) if per_sample else width, dtype=torch.float32)
-    return given

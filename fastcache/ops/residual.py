@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import dispatch
 from .checks import check, check_out, check_samples
-from .registry import define, same_shapes, sums_for
+from .registry import define, same_shapes
+from .results import sums_for
 
 
 def _fake(name: str, width: int = 0, results: int = 0) -> Callable[..., Tensor | None]:

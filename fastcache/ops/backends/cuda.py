@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import reference
 from ..passes import in_passes
 from ..reference import guidance_combine, taylor_update
-from ..registry import sums_for
+from ..results import sums_for
 from . import cpp
 
 __all__ = [

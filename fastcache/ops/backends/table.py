@@ -42,7 +42,7 @@ class Backend:
         """True, or the reason why it cannot run here."""
         return self.works() if self.works is not None else self._imported.available()
 
-    @cached_property
+    @property
     def _imported(self) -> Any:
         return importlib.import_module(self.module)
 
