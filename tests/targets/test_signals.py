@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,13 @@ from fastcache.policies import COMPUTE, REUSE
 from fastcache.signals import Signal
 
 STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def graphs_of_its_own() -> Iterator[None]:
+    """Torch counts what is compiled of one function over a whole process."""
+    yield
+    torch._dynamo.reset()
 
 
 @dataclass(frozen=True)
