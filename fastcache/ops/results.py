@@ -1,0 +1,13 @@
+"""Where ops put their results, where nobody has given them a place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sums_for(y: Tensor, width: int, per_sample: bool, given: Tensor | None = None) -> Tensor:
+    """Where float32 sums over y go: what was given, else a new [width], or [B, width] per sample."""
+    if given is None:
+        return y.new_empty((y.shape[0], width) if per_sample else width, dtype=torch.float32)
+    return given
