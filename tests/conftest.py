@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 # before anything imports the hub's client: a test that reaches for the network should fail at once
@@ -53,6 +54,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(mark)
         if mark or LONG.search(item.name):
             item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def graphs_of_its_own():
+    """Torch counts what is compiled of one function over a whole process: no file counts against another."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

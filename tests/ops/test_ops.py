@@ -523,6 +523,8 @@ def samples() -> dict[str, list[tuple]]:
             (torch.zeros(2), y, x, prev),
             (torch.zeros(2, 2), y, x, prev, True),
         ],
+        "modulated_l1": [(y, x[:, :1], low[:, :1], prev, 1e-6)],
+        "modulated_l1_": [(torch.zeros_like(y), y, x[:, :1], low[:, :1], prev, 1e-6)],
         "residual_magnitude": [(y, x, prev), (y, x, prev, 1e-3, True)],
         "residual_magnitude_": [(torch.zeros_like(y), y, x, prev)],
         "residual_store_": [(torch.zeros_like(y), y, x)],
