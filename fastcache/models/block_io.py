@@ -112,8 +112,11 @@ class BlockIO:
             told = (
                 self.calls or reached(block, keyword) is not None or keyword == self.modulation[2]
             )
-            if known.modulation is None and not (norm is not None and told):
-                self.modulation = None  # of a class that is built in several ways
+            given = all(argument in names for argument in self.modulation[2::2]) or not names
+            if known.modulation is None and not (norm is not None and told and given):
+                self.modulation = (
+                    None  # of a class that is built in several ways, or by another version
+                )
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """(hidden, encoder) of a call; encoder is None where the block takes none."""

@@ -10,6 +10,7 @@ prints the table. Classes without a row are in `LEFT_OUT`.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import json
 import re
@@ -138,6 +139,10 @@ REFUSED["QwenImageControlNet"] = {
     **dict.fromkeys(("FirstBlock", "MagCache", "TeaCache", "SeaCache", "SenCache"), COLLECTED),
     "guidance": TOKENS,
 }
+_flux2 = pytest.importorskip("diffusers.models.transformers.transformer_flux2")
+_block = _flux2.Flux2TransformerBlock
+if "temb_mod_img" not in inspect.signature(_block.forward).parameters:
+    REFUSED.setdefault("Flux2", {})["TeaCache"] = UNMODULATED  # before diffusers 0.37
 # Classes of diffusers that are not in the table, and why.
 LEFT_OUT = {
     "MiniMaxMusic3RVQDepthDecoder": "a language model, called per token and not per timestep",
@@ -286,11 +291,15 @@ def test_every_method_skips_and_reproduces_a_still_trajectory(name):
 
 def test_every_denoiser_of_diffusers_is_in_the_table():
     listed = {entry(name)["class"] for name in NAMES} | LEFT_OUT.keys()
-    everything = {**vars(diffusers.models.transformers), **vars(diffusers.models.controlnets)}
+    rooms = [
+        importlib.import_module(f"diffusers.models.{r}") for r in ("transformers", "controlnets")
+    ]
+    everything = {name: value for room in rooms for name, value in vars(room).items()}
+    cacheable_kind = importlib.import_module("diffusers.models.cache_utils").CacheMixin
     denoisers = set()
     for name, value in everything.items():
         if isinstance(value, type) and issubclass(value, diffusers.ModelMixin):
-            cacheable = issubclass(value, diffusers.models.cache_utils.CacheMixin)
+            cacheable = issubclass(value, cacheable_kind)
             if cacheable or "transformers" in value.__module__:
                 denoisers.add(name)
     assert len(denoisers) > 40
