@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
+import hostile
 import pytest
 import torch
 import toys
@@ -520,14 +521,7 @@ def test_missing_fields_are_named(tmp_path, name):
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"", "JSON"),
-        (b"null", "object"),
-        (b"[1, 2]", "object"),
-        (b"s3cret words", "JSON"),
-        (b'{"format": "s3cret', "JSON"),
-        (b"\x80\x04\x95s3cret.", "JSON"),  # a pickle
-        (b"PK\x03\x04s3cret", "JSON"),  # torch.save
-        (b"\xff\xfe{\x00}\x00", "JSON"),
+        *hostile.NO_OBJECT,
         (b'{"format": "fastcache-recipe", "version": NaN}', "NaN"),
         (b'{"format": "fastcache-recipe", "version": 1, "rules": [' + b"9" * 99, "digits"),
         (b"[" * 4_000_000, "nested"),
