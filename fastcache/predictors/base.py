@@ -68,3 +68,19 @@ class Predictor:
             Unitless weights, newest first, as many as are used.
         """
         raise NotImplementedError
+
+
+class OfOrder(Predictor):
+    """A forecast of an order, from as many values and one more; of order 0 it is plain reuse."""
+
+    order: int
+
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        """Values kept."""
+        return self.order + 1
+
+    @property
+    def forecasts(self) -> bool:  # type: ignore[override]
+        """Whether there is anything to extrapolate."""
+        return self.order > 0

@@ -9,12 +9,12 @@ from functools import lru_cache
 import numpy as np
 
 from ..checks import real, whole
-from .base import MAX_ORDER, Predictor
+from .base import MAX_ORDER, OfOrder, Predictor
 from .taylor import latest_gap_differences
 
 
 @dataclass(frozen=True)
-class Hermite(Predictor):
+class Hermite(OfOrder):
     """Taylor's forecast with x^k replaced by scale^k * H_k(scale * x), H the physicists' Hermite polynomials.
 
     x is the number of steps past the newest value; differences are those of `Taylor(order)`.
@@ -36,16 +36,6 @@ class Hermite(Predictor):
         object.__setattr__(self, "scale", real("Hermite", "scale", self.scale, 0.0))
         if not 0 < self.scale < 1:
             raise ValueError(f"Hermite: scale is {self.scale}, must be > 0 and < 1")
-
-    @property
-    def depth(self) -> int:  # type: ignore[override]
-        """Values kept."""
-        return self.order + 1
-
-    @property
-    def forecasts(self) -> bool:  # type: ignore[override]
-        """Whether there is anything to extrapolate."""
-        return self.order > 0
 
     def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
         back = tuple(steps[0] - s for s in steps)

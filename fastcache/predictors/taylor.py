@@ -8,11 +8,11 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from ..checks import flag, whole
-from .base import MAX_ORDER, Predictor
+from .base import MAX_ORDER, OfOrder
 
 
 @dataclass(frozen=True)
-class Taylor(Predictor):
+class Taylor(OfOrder):
     """Taylor forecast of the given order from backward differences of raw values.
 
     Args:
@@ -37,16 +37,6 @@ class Taylor(Predictor):
             raise ValueError(f"Taylor: spacing is {self.spacing!r}, must be 'latest' or 'exact'")
         flag("Taylor", "skip_first", self.skip_first)
 
-    @property
-    def depth(self) -> int:  # type: ignore[override]
-        """Values kept."""
-        return self.order + 1
-
-    @property
-    def forecasts(self) -> bool:  # type: ignore[override]
-        """Whether there is anything to extrapolate."""
-        return self.order > 0
-
     def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
         if self.skip_first and len(steps) > 1 and steps[-1] == 0:
             steps = steps[:-1]
@@ -55,7 +45,7 @@ class Taylor(Predictor):
 
 
 @dataclass(frozen=True)
-class TaylorTable(Predictor):
+class TaylorTable(OfOrder):
     """Taylor forecast from a difference table kept in `dtype`: diffusers' own form and rounding.
 
     `Taylor` forecasts the same from raw values, without rounding in between; prefer it where equality
@@ -80,16 +70,6 @@ class TaylorTable(Predictor):
             raise TypeError(
                 f"TaylorTable: dtype is {self.dtype!r}, must be a floating torch dtype or None"
             )
-
-    @property
-    def depth(self) -> int:  # type: ignore[override]
-        """Values kept."""
-        return self.order + 1
-
-    @property
-    def forecasts(self) -> bool:  # type: ignore[override]
-        """Whether there is anything to extrapolate."""
-        return self.order > 0
 
     def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
         """Coefficients o^k / k! of the factors, o steps after the last computed one.
