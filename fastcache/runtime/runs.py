@@ -160,7 +160,7 @@ class Runs:
                 trip.forget_branches()
                 before, *given = around.first
                 self.branch(trip, trip.again(before), *given)
-                frame.first = None
+                around.first = None
         again = trip.again(moment)
         number = self.branch(trip, again, args, kwargs)
         for target in self.one_batch if number else ():
@@ -177,9 +177,8 @@ class Runs:
         timestep = steps.argument(args, kwargs)
         given = dict(kwargs)
         latents = given.pop(steps.first, args[0] if args else None)
-        values = [(k, v) for k, v in given.items() if v is not timestep and v is not latents]
-        rest = [v for v in args if v is not latents and v is not timestep]
-        return trip.branches.of(latents, timestep, [*rest, *(v for _, v in values)], again)
+        rest = [v for v in (*args, *given.values()) if v is not latents and v is not timestep]
+        return trip.branches.of(latents, timestep, rest, again)
 
     def step(
         self,
