@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from .adapter import ENCODER, HIDDEN, Block
 from .table import BLOCKS, MODULATIONS
 
@@ -60,6 +62,8 @@ def field_names(output: Any) -> tuple[str, ...]:
 
 def entries(output: Any) -> Sequence[Any] | None:
     """What a block has returned, one after the other; None for a bare tensor."""
+    if isinstance(output, Tensor):
+        return None
     if isinstance(output, tuple | list):
         return output
     if hasattr(output, "shape"):

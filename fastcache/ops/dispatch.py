@@ -180,7 +180,7 @@ def resolve(
     before a kernel reads them.
     """
     first = tensors[0]
-    name = active(first.device.type)
+    name = active("cpu" if first.is_cpu else first.device.type)  # asked for, its type takes long
     if name == REFERENCE:
         if first.is_cuda and _forced.get() == AUTO:
             _report(op, tensors, "no kernels work on this device")

@@ -9,5 +9,7 @@ from torch import Tensor
 def sums_for(y: Tensor, width: int, per_sample: bool, given: Tensor | None = None) -> Tensor:
     """Where float32 sums over y go: what was given, else a new [width], or [B, width] per sample."""
     if given is None:
-        return y.new_empty((y.shape[0], width) if per_sample else width, dtype=torch.float32)
+        # half as long as y.new_empty takes with a dtype
+        shape = (y.shape[0], width) if per_sample else width
+        return torch.empty(shape, dtype=torch.float32, device=y.device)
     return given

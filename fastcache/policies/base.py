@@ -219,13 +219,14 @@ class Policy:
         Returns:
             The reason, or "" where no guard applies.
         """
-        if step.index == 0:
+        index = step.index
+        if index == 0:
             return "first step"
         if step.compute:
             return "asked for"
-        if step.index < (self.warmup or 0):
+        if index < (self.warmup or 0):
             return "warm-up"
-        if self.last and step.total is not None and step.index == step.total - 1:
+        if self.last and step.total is not None and index == step.total - 1:
             return "last step"
         if self.max_skips and run.in_a_row >= self.max_skips:
             return "max_skips"

@@ -125,12 +125,16 @@ class Magnitude(Policy):
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
         account: _Account = run.memory
-        if step.index < account.retained:
+        index = step.index
+        if index < account.retained:
             return Decision(COMPUTE, None, self.threshold, guard or "retention")
-        calibrated = step.index < len(account.ratios)
-        for left_out in range(run.computed_at + 1 + account.steps, step.index):
-            account.add(account.ratios[left_out] if left_out < len(account.ratios) else math.nan)
-        error = account.add(account.ratios[step.index] if calibrated else math.nan)
+        calibrated, next_one = index < len(account.ratios), run.computed_at + 1 + account.steps
+        if index > next_one:  # steps were left out
+            for left_out in range(next_one, index):
+                account.add(
+                    account.ratios[left_out] if left_out < len(account.ratios) else math.nan
+                )
+        error = account.add(account.ratios[index] if calibrated else math.nan)
         within = (
             error <= account.threshold
         )  # False where the ratio is missing: the error is NaN then
@@ -150,6 +154,19 @@ class Magnitude(Policy):
         run.memory.clear()
 
 
+@lru_cache(maxsize=4096)
+def _added(product: float, error: float, ratio: float, form: Struct) -> tuple[float, float]:
+    """Product and error once another ratio is skipped. Every run of a schedule asks for the same ones."""
+    pack, unpack = form.pack, form.unpack
+    try:
+        (product,) = unpack(pack(product * ratio))
+        (away,) = unpack(pack(1.0 - product))
+        (error,) = unpack(pack(error + abs(away)))
+    except OverflowError:
+        return math.inf, math.inf
+    return product, error
+
+
 class _Account:
     """Ratio and error accumulated since the last computed step, rounded as diffusers rounds them."""
 
@@ -166,14 +183,8 @@ class _Account:
 
     def add(self, ratio: float) -> float:
         """The accumulated error once another step is skipped."""
-        pack, unpack = self.form.pack, self.form.unpack
         self.steps += 1
-        try:
-            (self.ratio,) = unpack(pack(self.ratio * ratio))
-            (away,) = unpack(pack(1.0 - self.ratio))
-            (self.error,) = unpack(pack(self.error + abs(away)))
-        except OverflowError:
-            self.ratio = self.error = math.inf
+        self.ratio, self.error = _added(self.ratio, self.error, ratio, self.form)
         return self.error
 
     def __copy__(self) -> _Account:

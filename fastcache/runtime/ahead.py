@@ -125,7 +125,12 @@ class Ahead:
         if compiled:
             frame.lock()
         state = self.pool.states.get((frame.request, frame.name))
-        if state is None or state.uncached_step or state.away or not self._recorded(state):
+        if state is None or state.uncached_step or state.away:
+            self.withdraw()
+            return False
+        if state.index and not compiled:
+            return True  # the last step has left storage; this is asked again where something is traced
+        if not self._recorded(state):
             self.withdraw()
             return False
         if compiled:  # the step is decided here, before the call
@@ -195,7 +200,8 @@ class Ahead:
             self.runs.refuse(frame)
             told = step.timestep
             fits = state.signature == call_signature(args, kwargs)
-            if fits and not self.runs.always.asked(args, kwargs):
+            always = self.runs.always
+            if fits and not (always is not None and always.asked(args, kwargs)):
                 steps, generation = self.runs.steps, frame.generation
                 known = told is not None or frame.step_index is not None
                 timed = self.runs.timed

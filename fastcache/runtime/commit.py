@@ -38,46 +38,41 @@ class Committer:
 
     def commit(self, state: State, step: Step) -> None:
         """Account for the step that `control` holds."""
-        control = self.control
+        control, index = self.control, step.index
         decisions = control.decisions
-        for i, feeds_back, commit, always in () if state.uncached_step else self.rows:
-            action = decisions[i].action
-            computed = action == COMPUTE
-            if computed or feeds_back:
-                timeline = state.timelines[i]
-                for unit in state.units[i].values():
-                    if unit.touched:
-                        unit.stored(timeline.pushes, control.may_be_compiled)
-                timeline.push(step.index)
-            if computed or always:
-                commit(state, action)
-        state.index = step.index + 1
+        if not state.uncached_step:
+            for i, feeds_back, commit, always in self.rows:
+                action = decisions[i].action
+                if action == REUSE and not (feeds_back or always):
+                    continue
+                if action == COMPUTE or feeds_back:
+                    timeline = state.timelines[i]
+                    for unit in state.units[i].values():
+                        if unit.touched:
+                            unit.stored(timeline.pushes, control.may_be_compiled)
+                    timeline.push(index)
+                if action == COMPUTE or always:
+                    commit(state, action)
+        state.index = index + 1
         decision = decisions[0]
         if len(decisions) > 1:
             decision = next((d for d in decisions if d.action == REUSE), decision)
-        if decision.reason == "past the calibrated steps":
+        action, signal, threshold, reason = decision
+        if action == REUSE:
+            if signal is None:
+                signal = self._late_signal(state, decision)
+        elif reason == "past the calibrated steps":
             self.notices.once(
                 f"fastcache: steps past the {state.total} of num_inference_steps have no ratio and are "
                 "computed. Give the run's length with cache.context(num_inference_steps=...)"
             )
-        signal: Any = decision.signal
-        if signal is None and decision.action == REUSE:
-            signal = self._late_signal(state, decision)
-        record = Record(
-            state.key[0],
-            state.key[1],
-            step.index,
-            decision.action,
-            signal,
-            decision.threshold,
-            decision.reason,
-            step.timestep,
-            tuple(control.actions),
-            self.name,
-        )
+        request, context = state.key
+        told = request, context, index, action, signal, threshold, reason, step.timestep
+        record: Record = tuple.__new__(Record, (*told, tuple(control.actions), self.name))
         state.records.append(record)
         self.stats.add(record)
-        self.pool.retire(state)
+        if state.total is not None or self.pool.finished:
+            self.pool.retire(state)
         if self.budget is not None and (alone := self.budget.keep(self.pool, state)):
             self.notices.once(
                 f"fastcache: max_bytes is {self.budget.limit}, one context of {self.name} alone takes {alone}; "

@@ -51,12 +51,12 @@ class Context(Frame):
         """Raises TypeError or ValueError that names the argument."""
         if not isinstance(name, str) or not name:
             raise TypeError(f"context: name is {name!r}, must be a non-empty string such as 'cond'")
-        if request is None:
-            raise ValueError(
-                "context: request is None, which stands for all requests in cache.reset; name one, or leave "
-                "it out"
-            )
         if request is not OWN:
+            if request is None:
+                raise ValueError(
+                    "context: request is None, which stands for all requests in cache.reset; name one, or "
+                    "leave it out"
+                )
             check_request("context", request)
         # what is usual is looked at here: every function called costs an eager step its own time
         if step_index is not None and (type(step_index) is not int or step_index < 0):
@@ -80,8 +80,7 @@ class Context(Frame):
         self.step_index, self.num_inference_steps = step_index, total
         self.timestep: float | None = timestep
         self.sigma: float | None = sigma
-        self.outer: Frame | None = None
-        self.generation = self._token = None
+        self._token = None
         # calls of denoisers since it was opened, and what the first of them was given
         self.calls = 0
         self.first: tuple[Any, tuple, dict] | None = None
@@ -94,7 +93,8 @@ class Context(Frame):
             )
         self.push()
         self._eager = self._locked = False
-        self.calls, self.first = 0, None
+        if self.calls:
+            self.calls, self.first = 0, None
         if "torch._dynamo" not in sys.modules:
             return
         try:

@@ -49,12 +49,14 @@ class Decider:
             if inside:
                 decisions[i], actions[i] = PENDING_DECISION, PENDING
                 continue
-            signal = None if look is None else look(state, step, args, kwargs)
-            decision = decisions[i] = decider.decide(state, step, signal)
-            actions[i] = decision.action
-            if look is not None:
+            if look is None:
+                decision = decider.decide(state, step)
+            else:
+                decision = decider.decide(state, step, look(state, step, args, kwargs))
                 decider.note_looked_at(state, decision.action)
-            if decision.action != REUSE:
+            decisions[i] = decision
+            action = actions[i] = decision.action
+            if action != REUSE:
                 continue
             if decider.weighted:
                 weights[i] = decider.weigh(state.timelines[i].steps, step.index)

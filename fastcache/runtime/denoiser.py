@@ -20,7 +20,7 @@ from .commit import Committer
 from .compiling import listeners, watch_compiling
 from .decision import Decider
 from .execution import Executor
-from .frames import Frame, Owner, innermost, thread_request
+from .frames import Frame, Owner, innermost, latest, thread_request
 from .notices import LOG, warn
 from .patch import ForwardPatch, place_of
 from .runs import ALL, Runs, abandon
@@ -94,9 +94,12 @@ class Denoiser:
     def call(self, args: tuple, kwargs: dict, run: Callable | None = None) -> Any:
         """The model's forward with the cache in charge. `run` stands in for it in compiled calls."""
         with self.lock:
-            if self.control.inside or keeps(kwargs):
+            control = self.control
+            if control.inside or (kwargs and keeps(kwargs)):
                 return self._past(args, kwargs)
-            frame = innermost(self.owner)
+            frame: Any = latest()
+            if frame is not None and frame.cache is not self.owner:
+                frame = innermost(self.owner)
             if frame is None or not frame.one_call:
                 watch_compiling()
             try:
@@ -105,7 +108,7 @@ class Denoiser:
                     self._decide(state, step, args, kwargs)
                 else:
                     state, step = self._prepared(frame, args, kwargs)
-                if self.control.may_be_compiled:
+                if control.may_be_compiled:
                     self.ahead.upload(state)
                 output = self._execute(state, args, kwargs, run)
             except BaseException:

@@ -61,7 +61,7 @@ class Executor:
                 state.uncached_step = self.budget.refuses(
                     self.pool, state, self.group, state.device
                 )
-            if not (state.out_of_memory or state.uncached_step):
+            if not (state.uncached_step or state.out_of_memory):
                 try:
                     try:
                         recorded = control.begin_step(self.targets)

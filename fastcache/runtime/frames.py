@@ -52,12 +52,17 @@ class Frame:
     def push(self) -> None:
         """Open it: find out whose request it serves, and in which generation it lies."""
         outer = self.outer = _open.get()
+        self._token = _open.set(self)
+        if outer is None:
+            self.generation = None
+            if self.asked is OWN:
+                self.request = thread_request()
+            return
         while outer is not None and outer.cache is not self.cache:
             outer = outer.outer
         within = self.generation = None if outer is None else outer.generation
         if self.asked is OWN:
             self.request = thread_request() if within is None else within.request
-        self._token = _open.set(self)
 
     def pop(self) -> None:
         """Close it; what was open around it is again."""
@@ -73,6 +78,7 @@ class Frame:
 
 
 _open: ContextVar[Frame | None] = ContextVar("fastcache_frames", default=None)
+latest = _open.get  # what was opened last, of whichever cache; None where nothing is open
 
 
 def innermost(cache: Owner) -> Any:

@@ -28,6 +28,7 @@ from .steps import (
     DOUBTFUL,
     EVALUATION,
     NEVER,
+    NEXT,
     TURNING,
     UNCLEAR,
     How,
@@ -63,7 +64,8 @@ class Runs:
         self.callback, self.notices = settings.timestep_callback, settings.notices
         self.experts = Experts(name, pool, settings.pools)
         self.steps = StepTracker(model)
-        self.always = AlwaysComputes(adapter.always_compute, self.steps.names)
+        asking = adapter.always_compute
+        self.always = AlwaysComputes(asking, self.steps.names) if asking else None
         self.trips: weakref.WeakValueDictionary[Any, Trip] = weakref.WeakValueDictionary()
         self.unnamed_trip: Trip | None = None  # the last one, kept until a state of its own does
         self.gone: deque[Any] = deque()  # requests of threads that are no more
@@ -79,38 +81,46 @@ class Runs:
 
         frame: what is open around it, a Frame or None. told: the timestep, where it was asked for before.
         """
-        generation = None if frame is None else frame.generation
-        context: Context | None = frame if frame is not None and frame.one_call else None
-        steps, unclear, first = self.steps, False, True
+        context: Context | None = None
+        generation, steps, moment, unclear, first = None, self.steps, NEVER, False, True
+        if frame is not None:
+            generation = frame.generation
+            if frame.one_call:
+                context = frame
         if told is UNASKED:
             if self.callback is not None:
                 told = steps.told(context, self.callback)
             else:
                 told = None if context is None else context.timestep
-        if context is None or context.step_index is None:
-            moment = steps.moment(told, generation, steps.argument(args, kwargs))
-            if context is None or context.calls or self.around_several(context):
-                call, unclear, first = self.unnamed(frame, moment, args, kwargs)
-            else:
-                call = context
-                call.first = moment, args, kwargs
-        else:
-            call, moment = context, NEVER
+        if context is not None and context.step_index is not None:
+            call = context
             if self.timed or generation is not None or told is not None:
                 needed = self.timed and told is None
-                moment = steps.moment(
-                    told, generation, steps.argument(args, kwargs) if needed else None
-                )
+                value = steps.argument(args, kwargs) if needed else None
+                moment = steps.moment(told, generation, value)
+        else:
+            value = steps.argument(args, kwargs)
+            if value is not None or told is not None or generation is not None:
+                moment = steps.moment(told, generation, value)
+            if (
+                context is not None
+                and not context.calls
+                and not (self.several and (context.request, context.name) in self.several)
+            ):
+                call = context
+                call.first = moment, args, kwargs
+            else:
+                call, unclear, first = self.unnamed(frame, moment, args, kwargs)
         if self.one_batch or torch.is_grad_enabled():
             self.refuse(call)
         key = (call.request, call.name)
         state = self.pool.states.get(key) or self.add(key)
         compute = call.compute
-        if self.always.names and self.always.asked(args, kwargs):
+        if self.always is None or not self.always.asked(args, kwargs):
+            signature = call_signature(args, kwargs)
+        else:
             compute = True
             signature = call_signature(*self.always.without(args, kwargs))
-        else:
-            signature = call_signature(args, kwargs)
         if state.signature != signature:
             if state.index and not self.steps.turned(state, call, moment):
                 state.trip.members.discard(state.key)  # whatever the other branches do
@@ -136,10 +146,6 @@ class Runs:
             if request == thread_request():
                 when_thread_ends(self.gone.append)
         return found
-
-    def around_several(self, context: Context) -> bool:
-        """Whether contexts of this name are around calls of several branches."""
-        return bool(self.several) and (context.request, context.name) in self.several
 
     def unnamed(
         self, frame: Any, moment: Moment, args: tuple, kwargs: dict
@@ -203,6 +209,42 @@ class Runs:
             index, how = self.steps.index(state, call, generation, moment)
         else:
             index, how = self.rejoins(state, call, generation, moment)
+        if how != NEXT or unclear or state.unclear or state.leapt:
+            how = self._otherwise(state, call, generation, moment, how, unclear, first)
+        state.indexed = known is not None
+        if not state.index:
+            if state.key in trip.members:
+                trip.began(call if first else None)
+            trip.members.add(state.key)
+        time = None
+        if moment is not NEVER:
+            time = moment.time
+            if known is None:
+                index += trip.left_out(state, moment)
+        if not state.index:
+            self._begins(state, call, generation)
+        index -= state.start
+        if call.num_inference_steps is not None:
+            state.total = call.num_inference_steps - state.start
+        state.armed_step, state.step_timestep, state.uncached_step = index, time, False
+        if moment is not NEVER:
+            self.note(state, moment)
+        again = how == EVALUATION
+        compute = compute or how == TURNING
+        # as Step(...) does it, without a call into Python
+        return tuple.__new__(Step, (index, state.total, time, call.sigma, False, compute, again))
+
+    def _otherwise(
+        self,
+        state: State,
+        call: Context,
+        generation: Any,
+        moment: Moment,
+        how: How,
+        unclear: bool,
+        first: bool,
+    ) -> How:
+        """A call that is not simply the next one of its run: make its state ready, and say how it follows."""
         if how == TURNING:
             assert moment.clock is not None
             how = self.steps.learn(state, moment.clock)
@@ -216,27 +258,11 @@ class Runs:
             state.doubt()
             if how == UNCLEAR and state.index == 1:
                 self.doubt_first_steps(call.request)
-        state.leapt = state.leapt and how in (BEGINS, TURNING)
-        state.indexed = known is not None
         if how == UNCLEAR or unclear:
             self.notices.later("unclear", UNTOLD.format(model=self.name, name=call.name))
-        state.unclear = state.unclear or how == UNCLEAR or unclear
-        if not state.index:
-            if state.key in trip.members:
-                trip.began(call if first else None)
-            trip.members.add(state.key)
-        if known is None and moment is not NEVER:
-            index += trip.left_out(state, moment)
-        if not state.index:
-            self._begins(state, call, generation)
-        index -= state.start
-        if call.num_inference_steps is not None:
-            state.total = call.num_inference_steps - state.start
-        state.armed_step, state.step_timestep, state.uncached_step = index, moment.time, False
-        if moment is not NEVER:
-            self.note(state, moment)
-        compute = compute or how == TURNING
-        return Step(index, state.total, moment.time, call.sigma, False, compute, how == EVALUATION)
+            state.unclear = True
+        state.leapt = state.leapt and how in (BEGINS, TURNING)
+        return how
 
     def rejoins(
         self, state: State, call: Context, generation: Any, moment: Moment

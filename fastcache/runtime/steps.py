@@ -80,13 +80,13 @@ class StepTracker:
 
     def argument(self, args: tuple, kwargs: dict) -> Any:
         """The model's timestep among its arguments; None without one."""
+        if self.name is None:  # a signature that names nothing
+            return (
+                next((kwargs[n] for n in TIMESTEP_NAMES if n in kwargs), None) if kwargs else None
+            )
         if self.name in kwargs:
             return kwargs[self.name]
-        if len(args) > self.place >= 0:
-            return args[self.place]
-        if self.name is None:  # a signature that names nothing
-            return next((kwargs[n] for n in TIMESTEP_NAMES if n in kwargs), None)
-        return None
+        return args[self.place] if len(args) > self.place else None
 
     def told(self, call: Context | None, callback: Callable[[], Any] | None) -> float | None:
         """The timestep that was told: by the config's callback, read once per step, or by the context."""
@@ -150,24 +150,25 @@ class StepTracker:
 
         Raises ValueError where the same explicit step_index comes twice.
         """
-        started = state.index > 0
-        if started and state.indexed and call.step_index is None:
-            return 0, BEGINS  # by somebody else
+        index, known = state.index, call.step_index
         if generation is not None and state.serial != generation.serial:
-            return call.step_index or 0, BEGINS
-        if call.step_index is None:
-            how = self.follows(state, call, generation, moment) if started else NEXT
-            if how == BEGINS:
+            return known or 0, BEGINS
+        if known is None:
+            if not index:
+                return 0, NEXT
+            how = BEGINS if state.indexed else self.follows(state, call, generation, moment)
+            if how == NEXT:
+                return index, how
+            if how == BEGINS:  # by somebody else, where they are told which step it is
                 return 0, how
-            return (state.index - 1 if how in (EVALUATION, UNCLEAR) else state.index), how
-        last = state.index - 1
-        if started and call.step_index == last and (len(state.records) > 1 or call.calls):
+            return (index - 1 if how in (EVALUATION, UNCLEAR) else index), how
+        if index and known == index - 1 and (len(state.records) > 1 or call.calls):
             raise ValueError(
-                f"step_index {last} came twice for request {call.request!r}, context {call.name!r}: a second "
+                f"step_index {known} came twice for request {call.request!r}, context {call.name!r}: a second "
                 "call at the same step is another branch, give it a name of its own, as in "
                 "cache.context('uncond', step_index=...)"
             )
-        return call.step_index, BEGINS if started and call.step_index <= last else NEXT
+        return known, BEGINS if known < index else NEXT
 
     def turned(self, state: State, call: Context, moment: Moment) -> bool:
         """Whether a call lies before the one before in its state, so that a run has begun."""
@@ -180,15 +181,16 @@ class StepTracker:
         self, state: State, call: Context, generation: Generation | None, moment: Moment
     ) -> How:
         """How a call without a step index follows the one before in its state."""
-        total = call.num_inference_steps or state.total
-        over = generation is None and total is not None and state.index >= total
-        if moment.mark is not None and moment.mark == state.mark:
-            if over and total == 1:
+        _, mark, evaluation, now, _ = moment
+        before = state.timestep
+        if mark is not None and mark == state.mark:
+            if generation is None and 1 == (call.num_inference_steps or state.total):
                 return BEGINS
-            again = moment.evaluation is not None and moment.evaluation != state.evaluation
+            again = evaluation is not None and evaluation != state.evaluation
             return EVALUATION if again else UNCLEAR
-        now, before = moment.clock, state.timestep
         if now is None or before is None or now == before:
+            total = call.num_inference_steps or state.total
+            over = generation is None and total is not None and state.index >= total
             return BEGINS if over else NEXT
         if generation is not None and (generation.loops or state.index == 1):
             state.rising = now > before  # nothing else has begun since

@@ -123,8 +123,13 @@ class BoundTarget:
         usable = [unit.ready(timeline) for unit in units.values()]  # all of them are asked
         return bool(usable) and all(usable)
 
-    def begin(self) -> None:
-        """Get ready for the model's forward, the step being decided; `control` holds it."""
+    def begin(self) -> bool:
+        """Get ready for the model's forward, the step being decided; `control` holds it.
+
+        Returns:
+            As `recorded`, for the state of the step.
+        """
+        return self.recorded(self.control.state)
 
     def recorded(self, state: State) -> bool:
         """Whether all storage exists, so that compiled code may run: here, once there is a unit.

@@ -21,11 +21,8 @@ WHOLE, HEAD, REST = "whole", "head", "rest"
 class Prepares(Protocol):
     """A target, as far as a step begins with it."""
 
-    def begin(self) -> None:
-        """Get ready for the model's forward."""
-
-    def recorded(self, state: Any) -> bool:
-        """Whether storage exists."""
+    def begin(self) -> bool:
+        """Get ready for the model's forward; returns whether storage exists."""
 
 
 class StepControl:
@@ -81,10 +78,10 @@ class StepControl:
 
         Returns whether all storage exists: compiled code may run then, and nothing is recorded.
         """
-        state, recorded, self.predicted = self.state, True, 0
+        recorded, self.predicted = True, 0
         for target in targets:
-            target.begin()
-            recorded = recorded and target.recorded(state)
+            if not target.begin():
+                recorded = False
         self.active = True
         return recorded
 

@@ -124,13 +124,13 @@ class RuleDecider:
         run = state.runs[self.index]
         if step.again and not self.when.runs_first_block and run.decision is not None:
             return run.decision  # a solver's further evaluation of a step
-        before = run.computed_at + run.in_a_row
         decision = self._decide(run, step, signal)
         if decision.action != REUSE:
             return decision
+        age = step.index - run.computed_at
         if not self.ready(state):
             reason = "nothing valid to reuse"
-        elif step.index > before + 1 and step.index > run.computed_at + self.oldest:
+        elif age > run.in_a_row and age > self.oldest:  # more steps have gone by than were decided
             reason = "too old"
         elif self.max_misfit is not None and self._misfits(state, run, self.max_misfit):
             reason = "misfit of the last step"

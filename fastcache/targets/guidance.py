@@ -80,12 +80,15 @@ class GuidanceTarget(BoundTarget):
     def hooked(self) -> list[str]:
         return ["unconditional half of the guidance batch"]
 
-    def begin(self) -> None:
+    def begin(self) -> bool:
         """Work out the weights of this step, on the host."""
+        if self.control.actions[self.rule] == REUSE:
+            self._weigh()
+        return self.recorded(self.control.state)
+
+    def _weigh(self) -> None:
         control = self.control
         state: State = control.state
-        if control.actions[self.rule] != REUSE:
-            return
         self.bands = (self._band(self.where.low, state), self._band(self.where.high, state))
         if self.where.compounding:
             before = self._slots(state).products

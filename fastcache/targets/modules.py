@@ -103,7 +103,7 @@ class ModulesTarget(BoundTarget):
     def hooked(self) -> list[str]:
         return [node.name for node in self.nodes]
 
-    def begin(self) -> None:
+    def begin(self) -> bool:
         """Point every module to its unit.
 
         A look-up by number inside traced code would compile every module for itself.
@@ -114,6 +114,7 @@ class ModulesTarget(BoundTarget):
         control = self.control
         if self.per_module and control.may_be_compiled and control.actions[self.rule] == REUSE:
             self._stage_weights()
+        return bool(units)
 
     def graph_begins(self) -> None:
         self.begin()

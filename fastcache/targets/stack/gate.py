@@ -237,7 +237,7 @@ class BlockListHook:
         x, text = self.first_io.read(args, kwargs)
         if self.writes_inputs:
             x = x.clone()
-        output = self.blocks.blocks()[0](*args, **kwargs)
+        output = self.blocks.first()(*args, **kwargs)
         hidden, encoder = self.first_io.streams(output, x, text, self.positions)
         look_at_output(self.stack, hidden, encoder, x, self.returns)
         if self.control.actions[self.stack.rule] != REUSE:
@@ -277,16 +277,18 @@ class BlockListHook:
     def predict_segment(self, *args: Any, **kwargs: Any) -> Any:
         """All blocks of a segment: its input plus the predicted residual."""
         stack, control = self.stack, self.control
-        if stack.guide is not None or stack.every_step:
+        guided, rule = stack.guide is not None, stack.rule
+        if guided or stack.every_step:
             look_at_input(stack, self.blocks, args, kwargs)
         hidden, encoder = self.replaced_io.read(args, kwargs)
-        unit = control.state.units[stack.rule][self.segment]
-        eager = not control.may_be_compiled
-        if eager:
+        if control.may_be_compiled:
+            weights = self._weights()
+        else:
             control.predicted += 1
-        usual = eager and stack.guide is None
-        weights = control.weights[stack.rule] if usual else self._weights()
-        return predict(unit, hidden, encoder, weights, self.returns)
+            weights = self._weights() if guided else control.weights[rule]
+        return predict(
+            control.state.units[rule][self.segment], hidden, encoder, weights, self.returns
+        )
 
     def pass_through(self, *args: Any, **kwargs: Any) -> Any:
         """A block that the model's loop still calls on a reused step: gives back its input."""

@@ -124,6 +124,10 @@ class BlockList:
         """The blocks themselves; iterating over the list would be routed."""
         return list(self.modules._modules.values())
 
+    def first(self) -> nn.Module:
+        """The first of them."""
+        return next(iter(self.modules._modules.values()))
+
     def changed(self) -> bool:
         """Whether blocks were added, taken away or exchanged since this was made."""
         return list(self.modules._modules.values()) != self.known

@@ -89,20 +89,23 @@ class StackTarget(BoundTarget):
     def layout_key(self) -> tuple:
         return self.layout.key
 
-    def begin(self) -> None:
-        control = self.control
-        units, action = control.state.units[self.rule], control.actions[self.rule]
-        self.way = None
-        if action == COMPUTE or self.layout.number not in units:
+    def begin(self) -> bool:
+        control, layout, rule = self.control, self.layout, self.rule
+        units = control.state.units[rule]
+        held, self.way = layout.number in units, None
+        if control.actions[rule] == COMPUTE or not held:
             self.start_way()
-        elif self.layout.loop_does_more:
+        elif layout.loop_does_more:
             self._enter_none()
-        if self.layout.number not in units:
+        if not held:
             units.clear()  # what is there is from before the stack was cut anew
             assert self.way is not None
             self._watch(Recorder(self, self.lists, self.layout, self.way))
         elif self.recorder is not None:  # an exception has ended the call that it watched
             self._watch(None)
+        if self.measure or not held:
+            return False
+        return not (control.may_be_compiled and lacks_slots(self, control.state))
 
     def start_way(self) -> Way:
         """The step computes: see how it goes through the stack, and whether that holds the blocks that it held."""
