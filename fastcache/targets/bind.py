@@ -24,7 +24,7 @@ from .find import find_modules, matches, nothing_to_hook
 from .guidance import GuidanceTarget
 from .modules import ModulesTarget
 from .output import OutputTarget
-from .spec import Guidance, Modules, Target
+from .spec import Guidance, Modules, Stack, Target
 from .stack.target import StackTarget
 
 
@@ -116,7 +116,7 @@ def _guidance(binding: Binding, where: Guidance) -> GuidanceTarget:
     return GuidanceTarget(binding.part, binding.model, where)
 
 
-def _stack(binding: Binding, where: Target) -> StackTarget:
+def _stack(binding: Binding, where: Stack) -> StackTarget:
     part, model, adapter = binding.part, binding.model, binding.adapter
     lists = block_lists(model, adapter)
     if not lists:
@@ -126,15 +126,24 @@ def _stack(binding: Binding, where: Target) -> StackTarget:
             "adapter=fastcache.BlockAdapter(blocks=(...))"
         )
     guide = part.what.guide
-    start = int(part.when.runs_first_block or guide == "residual")
-    count = sum(len(m) for _, m in lists)
-    if count <= start:
+    count, always = sum(len(m) for _, m in lists), where.first + where.last
+    if count <= always:
+        raise ValueError(
+            f"target: {type(model).__name__} has {count} blocks in {[n for n, _ in lists]}, and {where} leaves none "
+            "of them to skip; let fewer run always"
+        )
+    if count == 1 and (part.when.runs_first_block or guide == "residual"):
         raise ValueError(
             f"target: {type(model).__name__} has {count} block in {[n for n, _ in lists]}; a rule that looks at "
             "the first block needs at least two"
         )
     target = StackTarget(
-        part, lists, start, adapter.block, adapter.encoder_read, binding.make_store
+        part,
+        lists,
+        (where.first, where.last),
+        adapter.block,
+        adapter.encoder_read,
+        binding.make_store,
     )
     if target.lists[0].first_io.modulation is None:
         needed = "needs the normalisation with the timestep in it of"

@@ -78,11 +78,24 @@ _NOTHING_LEFT = (
 class Stack(Target):
     """The residual of all transformer blocks, or of those after the first where the rule looks at it.
 
-    Source: FirstBlockCache and MagCache of diffusers 0.42.1.
+    Args:
+        first, last: how many of the first and of the last blocks always run, counts, the block lists of a model
+            being one; the blocks between are skipped. A rule that looks at the first block looks at what the first
+            `first` make of their input; with 0 at the first one.
+    Raises:
+        TypeError: a field is of another type; the message names it.
+        ValueError: a field is negative; the message names it.
+    Source: FirstBlockCache and MagCache of diffusers 0.42.1; Fn and Bn of cache-dit 1.5.3's DBCache.
     """
 
+    first: int = 0
+    last: int = 0
     scope = "stack"
     excludes: ClassVar[dict[str, str]] = {"stack": _WHOLE, "modules": _WHOLE}
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last"):
+            object.__setattr__(self, name, whole("Stack", name, getattr(self, name), 0))
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ PREDICTORS = {
 }  # fmt: skip
 band = optional(reals | st.builds(TimestepWeight, reals, ranges))
 TARGETS = {
-    Stack: {},
+    Stack: {"first": counts, "last": counts},
     Output: {},
     Modules: {
         "patterns": several, "match": st.sampled_from(["search", "full"]),

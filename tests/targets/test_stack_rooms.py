@@ -64,7 +64,8 @@ ROLES = [
 
 @pytest.mark.parametrize(("action", "more", "ends", "probed", "count", "roles"), ROLES)
 def test_roles_follow_from_action_and_place(action, more, ends, probed, count, roles):
-    place = {"opens": ends[0], "closes": ends[1], "probed": probed, "loop_does_more": more}
+    place = {"opens": ends[0], "closes": ends[1], "head": int(probed), "probed": probed}
+    place["loop_does_more"] = more
     assert roles_of(action, WHOLE, range(count), **place) == roles
     if probed:
         assert roles_of(action, HEAD, range(count), **place) == roles
@@ -78,7 +79,7 @@ class Uncounted(list):
 
 
 def test_one_prediction_for_all_blocks_counts_none_of_them():
-    place = {"opens": True, "closes": True, "probed": False}
+    place = {"opens": True, "closes": True, "head": 0, "probed": False}
     roles = roles_of(REUSE, WHOLE, Uncounted(), **place, loop_does_more=False)
     assert roles == ["predict_segment"]
     with pytest.raises(AssertionError):
@@ -90,7 +91,11 @@ def test_one_prediction_for_all_blocks_counts_none_of_them():
 
 def lists(*counts: int, probed: bool = False) -> list[BlockList]:
     made = [nn.ModuleList(toys.Block() for _ in range(n)) for n in counts]
-    return [BlockList(i, f"list{i}", m, None, probed and i == 0) for i, m in enumerate(made)]
+    looked_at = [probed and i == 0 for i in range(len(counts))]
+    return [
+        BlockList(i, f"list{i}", m, None, (int(p), 0), p)
+        for i, (m, p) in enumerate(zip(made, looked_at, strict=True))
+    ]
 
 
 def in_turn(*order: int) -> list[tuple[int, str]]:

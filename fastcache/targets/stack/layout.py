@@ -6,6 +6,7 @@ call replaces it. Each of its fields says what one call has shown, so a later ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -103,19 +104,40 @@ class Layout:
 
 
 class BlockList:
-    """One list of blocks, and how its blocks are called. probed: its first block is looked at in every step."""
+    """One list of blocks, and how its blocks are called.
+
+    head, tail: how many of its first and of its last blocks always run. probed: the last one of the head is looked at.
+    """
 
     def __init__(
-        self, index: int, name: str, modules: nn.ModuleList, row: Block | None, probed: bool
+        self,
+        index: int,
+        name: str,
+        modules: nn.ModuleList,
+        row: Block | None,
+        ends: tuple[int, int] = (0, 0),
+        probed: bool = False,
     ) -> None:
         self.index, self.name, self.modules, self.row = index, name, modules, row
-        self.probed = probed
+        (self.head, self.tail), self.probed = ends, probed
         self.known = self.blocks()
         self.count = len(self.known)
         self._ios: dict[type, BlockIO] = {}
-        self.first_io, self.last_io = self.io(0), self.io(len(modules) - 1)
-        # of the first block that a prediction stands in for
-        self.replaced_io = self.io(1) if probed and len(modules) > 1 else self.first_io
+        last = self.count - 1
+        self.first_io, self.probed_io = self.io(0), self.io(max(self.head - 1, 0))
+        # of the first and of the last block that a prediction stands in for
+        self.replaced_io = self.io(min(self.head, last))
+        self.last_io = self.io(max(last - self.tail, 0))
+
+    @property
+    def skips(self) -> bool:
+        """Whether any of its blocks is ever skipped."""
+        return self.count > self.head + self.tail
+
+    @property
+    def untailed(self) -> Sized:
+        """As many as its blocks without those of the tail."""
+        return range(len(self.modules) - self.tail) if self.tail else self.modules
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -124,9 +146,11 @@ class BlockList:
         """The blocks themselves; iterating over the list would be routed."""
         return list(self.modules._modules.values())
 
-    def first(self) -> nn.Module:
-        """The first of them."""
-        return next(iter(self.modules._modules.values()))
+    def looked_at(self) -> nn.Module:
+        """The last one of the head."""
+        if self.head == 1:
+            return next(iter(self.modules._modules.values()))
+        return self.blocks()[self.head - 1]
 
     def changed(self) -> bool:
         """Whether blocks were added, taken away or exchanged since this was made."""
@@ -145,7 +169,9 @@ class Stack(Protocol):
     rule: number of the recipe's rule. keeps_text: the text stream is read after the stack. guide: gives the
     weights where they come from this step's own blocks. decider: decides by the first block. meter: measures
     what is decided by, None where that is nothing inside the stack. every_step: a reused step is measured
-    against too. measure: note the magnitude ratio of every residual.
+    against too. measure: note the magnitude ratio of every residual. probed: the last block of the head is looked at.
+    ordered: it has been said how many blocks always run. tailed: blocks run after the segments. opening: what entered
+    the first block, until it is looked at.
     way: how the running call goes through it, where it computes; None where that is not looked at.
     """
 
@@ -156,6 +182,10 @@ class Stack(Protocol):
     meter: Meter | None
     every_step: bool
     measure: bool
+    probed: bool
+    ordered: bool
+    tailed: bool
+    opening: Any
     decider: RuleDecider
     way: Way | None
 
@@ -164,3 +194,15 @@ class Stack(Protocol):
 
     def refit(self, number: int, entered: Entered, left: Left) -> None:
         """Have storage for the residual of a segment as it is in this call."""
+
+
+def spread(counts: Sequence[int], first: int, last: int) -> list[tuple[int, int]]:
+    """How many blocks of each list always run, at its start and at its end: of `counts` blocks, the lists being one."""
+    found, before, whole = [], 0, sum(counts)
+    for count in counts:
+        after = whole - before - count
+        head = min(max(first - before, 0), count)
+        tail = min(max(last - after, 0), count)
+        found.append((head, tail))
+        before += count
+    return found

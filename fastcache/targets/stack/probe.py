@@ -25,20 +25,36 @@ def look_at_output(
     returns: how the block returns its streams. In the head region of a compiled step it raises Stop, having
     kept what the block returned.
     """
-    control, guide = stack.control, stack.guide
+    control, guide, image = stack.control, stack.guide, without_text(hidden, x)
     if control.phase == HEAD or control.actions[stack.rule] == PENDING:
-        stack.decider.measure(hidden, x)
-    now = None if guide is None else guide.of(hidden, x)
+        stack.decider.measure(image, x)
+    now = None if guide is None else guide.of(image, x)
     if control.phase == HEAD:
         keep_output(control.state.slots[stack.rule].own, hidden, encoder, now)
         raise Stop
     action = control.actions[stack.rule]
     if action == COMPUTE or now is not None or stack.every_step:
-        note_decided(stack, hidden, x, now)
+        note_decided(stack, image, x, now)
     if control.may_be_compiled and action == COMPUTE:
         if lacks_slots(stack, control.state):
             text = None if returns.encoder is None else encoder
             allocate_slots(control.state.slots[stack.rule], hidden, text)
+
+
+def without_text(hidden: Tensor, x: Tensor) -> Tensor:
+    """What became of x, where blocks that always run end in a list that joins the text in front.
+
+    Raises ValueError where the two have no difference.
+    """
+    if hidden.shape == x.shape:
+        return hidden
+    image = hidden[:, -x.shape[1] :] if hidden.dim() > 1 else hidden
+    if image.shape != x.shape:
+        raise ValueError(
+            f"target: the blocks that always run make {tuple(hidden.shape)} of {tuple(x.shape)}, so there is no change "
+            "to decide by; give Stack(first=...) fewer blocks"
+        )
+    return image
 
 
 def note_decided(stack: Stack, hidden: Tensor, x: Tensor, now: Tensor | None) -> None:
@@ -76,7 +92,7 @@ def look_at_input(stack: Stack, blocks: BlockList, args: tuple, kwargs: dict) ->
         if stack.every_step or control.actions[stack.rule] == COMPUTE:
             value = meter.of_block(blocks.first_io, blocks.blocks()[0], args, kwargs)
             meter.keep(control.state, value, None)
-    if guide is None or blocks.index or blocks.probed:
+    if guide is None or blocks.index or stack.probed:
         return
     if guide.predictor.guide == "modulated":
         value = blocks.first_io.modulated(blocks.blocks()[0], args, kwargs)
@@ -105,14 +121,22 @@ def lacks_slots(stack: Stack, state: State) -> bool:
     held, like = rule.own.hidden, rule.signal.reference
     if held is None or like is None:
         return held is None
-    return (held.shape, held.dtype) != (like.shape, like.dtype)
+    return (held.shape[0], held.shape[2:], held.dtype) != (
+        like.shape[0],
+        like.shape[2:],
+        like.dtype,
+    )
 
 
 def allocate_slots(rule: RuleSlots, hidden: Tensor, encoder: Any) -> None:
     """Make room for it. encoder: None where the block does not return it."""
     slots: ProbeSlots = rule.own
     like = hidden if rule.signal.reference is None else rule.signal.reference
-    slots.hidden = allocate(like.shape, like.dtype, like.device, strides_of(like))
+    if like.shape[1:] == hidden.shape[1:]:
+        slots.hidden = allocate(like.shape, like.dtype, like.device, strides_of(like))
+    else:  # joined with the text
+        shape = (like.shape[0], *hidden.shape[1:])
+        slots.hidden = allocate(shape, like.dtype, like.device)
     if isinstance(encoder, Tensor):
         layout = strides_of(encoder)
         slots.encoder = allocate(encoder.shape, encoder.dtype, encoder.device, layout)

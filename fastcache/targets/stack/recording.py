@@ -4,50 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ... import sync
-from ...models.block_io import BlockIO, Positions, entries
-from ..outputs import BARE, ReturnLayout
+from ...models.block_io import BlockIO, entries
+from ..outputs import ReturnLayout
 from .collected import collected
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import decide_by_input, look_at_input, look_at_output
 from .roles import BlockStandIn
+from .seen import Passed, Seen, copied
 from .segments import ENTER, LEAVE, Cut, Event, alone, continues_previous, cut
 from .way import Way, version
-
-
-class Passed(NamedTuple):
-    """A block that has run, by its number in its list: what it was called with and what it returned."""
-
-    number: int
-    io: BlockIO
-    output: Any
-    hidden: Any
-    encoder: Any
-    version: int  # of the hidden states it has returned
-    copy: Tensor | None  # of these, where nothing counts what is written into them
-
-
-@dataclass
-class Seen:
-    """What a recording call has seen of one list so far."""
-
-    positions: Positions | None  # of the streams in a returned tuple
-    returns: ReturnLayout = BARE
-    entered: Entered | None = None
-    left: Left | None = None
-    clone: Tensor | None = None  # of what entered, until it is known to be left as it is
-    continues: bool = False  # it goes on where the list before has stopped
-    passed: Passed | None = None  # the block before the next one
-    probed: Tensor | None = (
-        None  # copy of the first block's input, until its order of returns is known
-    )
 
 
 class Recorder:
@@ -66,9 +38,12 @@ class Recorder:
         self.loop_does_more = known.loop_does_more
         self.writes_inputs = known.writes_inputs
         self.events: list[Event] = []
-        self.counts: list[tuple[Tensor, int]] = []  # what lists have returned, and its version then
+        self.counts: dict[
+            int, tuple[Tensor, int]
+        ] = {}  # what lists have left, and its version then
         self.seen = [Seen(place.positions) for place in known.places or [Place()] * len(lists)]
         self.returned: list[weakref.ref] = []  # what each block has returned
+        self.opened: tuple[Any, Any] = (None, None)  # what entered the stack, and a copy of that
 
     def items(self, at: int) -> list[BlockStandIn]:
         """What list number `at` hands out in this call."""
@@ -80,52 +55,68 @@ class Recorder:
     def _run(self, at: int, index: int, *args: Any, **kwargs: Any) -> Any:
         """Run one block of a list and look at what it is given and what it gives back."""
         blocks, last = self.lists[at], len(self.lists[at]) - 1
-        block, io = blocks.known[index], blocks.io(index)
+        block, io, stop = blocks.known[index], blocks.io(index), last - blocks.tail
         hidden, encoder = io.read(args, kwargs)
         direct = self.way.arrive(at, index, hidden)
-        if not index and blocks.probed:
-            return self._run_probed(at, block, io, args, kwargs)
         if index:
             self._note_arrival(at, hidden, encoder)
-        else:
-            decide_by_input(self.stack, blocks, args, kwargs)
-            look_at_input(self.stack, blocks, args, kwargs)
+        elif not at:
+            self._note_opening(blocks, hidden, args, kwargs)
+        if index == blocks.head <= stop and not blocks.probed:
             self._enter(at, hidden, encoder, direct)
         output = block(*args, **kwargs)
         self._note_passed(at, index, io, output, hidden, encoder)
-        if index < last or not index:
+        if blocks.probed and index == blocks.head - 1:
+            self._probe(at, index, *io.streams(output, hidden, encoder, self.seen[at].positions))
+        elif index < last or not index:
             self._note_written(at, output)
-        if index == last:
+        if blocks.head <= index == stop:
             positions = self.seen[at].positions
             left = Left(*io.taken_apart(output, hidden, encoder, positions))
-            self.seen[at].left = self._kept(left)
+            self.seen[at].left = self._kept(at, left)
             self.events.append((at, LEAVE))
             ours = [(seen.entered, seen.left, seen.passed) for seen in self.seen]
             if collected(self.returned, (args, kwargs, ours)):
                 self._refuse_collected()
         return output
 
-    def _kept(self, left: Left) -> Left:
+    def _kept(self, at: int, left: Left) -> Left:
         """What a list has returned, as it is now: where the model writes into its streams, a copy."""
+        if self.stack.tailed:
+            return copied(left)
         if not self.writes_inputs:
-            self.counts.append((left.hidden, version(left.hidden)))
+            self.counts[at] = (left.hidden, version(left.hidden))
             return left
         return left._replace(hidden=left.hidden.clone())
 
-    def _run_probed(self, at: int, block: nn.Module, io: BlockIO, args: tuple, kwargs: dict) -> Any:
-        """The block that always runs: the step is decided by its change, and the segment begins after it."""
-        seen = self.seen[at]
-        x, encoder = io.read(args, kwargs)
-        seen.probed = x.clone()
-        output = block(*args, **kwargs)
-        self._note_passed(at, 0, io, output, x, encoder)
-        self.writes_inputs = self.writes_inputs or not sync.same(x, seen.probed)
-        hidden, encoder = io.streams(output, x, encoder, seen.positions)
-        x = seen.probed if self.writes_inputs else x
-        look_at_output(self.stack, hidden, encoder, x, seen.returns)
+    def _note_opening(self, blocks: BlockList, hidden: Tensor, args: tuple, kwargs: dict) -> None:
+        """What enters the stack: the step may be decided by it, or by what the first blocks make of it."""
+        if self.stack.probed:
+            self.opened = (hidden, hidden.clone())
+            return
+        decide_by_input(self.stack, blocks, args, kwargs)
+        look_at_input(self.stack, blocks, args, kwargs)
+
+    def _probe(self, at: int, index: int, hidden: Tensor, encoder: Any) -> None:
+        """The last block that always runs: the step is decided by the change, and the segment begins after it."""
+        seen, (x, copy) = self.seen[at], self.opened
+        self.opened = (None, None)
+        self.writes_inputs = self.writes_inputs or not sync.same(x, copy)
+        seen.probed = None if index else copy  # by its second block the order of returns is known
+        if isinstance(encoder, Tensor) and seen.returns.encoder is None:
+            self._refuse_lost_text(at)
+        look_at_output(self.stack, hidden, encoder, copy if self.writes_inputs else x, seen.returns)
         if not alone(self.lists[at]):
             self._enter(at, hidden, encoder, False)
-        return output
+
+    def _refuse_lost_text(self, at: int) -> None:
+        """Raise where the text is changed by the head, and not returned by its last block: a step in two parts would
+        not find it again."""
+        if any(seen.returns.encoder is not None for seen in self.seen[:at]):
+            raise ValueError(
+                f"target: Stack(first=...) ends in {self.lists[at].name}, whose blocks take the text and do not return "
+                f"it; give first at most {sum(map(len, self.lists[:at]))}"
+            )
 
     def _enter(self, at: int, hidden: Tensor, encoder: Any, direct: bool) -> None:
         """The model enters a list. Of two that follow each other directly, nothing between is kept."""
@@ -135,12 +126,15 @@ class Recorder:
             seen.continues = self._continues(before, at, hidden, direct)
             if seen.continues:
                 self.seen[before].left = None
+                self.counts.pop(before, None)
         self.events.append((at, ENTER))
         if not seen.continues:
             self._keep_entered(seen, hidden, encoder)
 
     def _continues(self, before: int, at: int, hidden: Tensor, direct: bool) -> bool:
         places, left = self.known.places, self.seen[before].left
+        if self.stack.tailed:  # whose blocks read all streams, also those that this list lacks
+            return False
         if left is None or (self.known.segments and places[before].segment != places[at].segment):
             return False
         if left.hidden.shape == hidden.shape:
@@ -265,7 +259,7 @@ class Recorder:
                 raise
             self.learns = False
             return known
-        if any(version(hidden) != count for hidden, count in self.counts):
+        if any(version(hidden) != count for hidden, count in self.counts.values()):
             self.learns, self.writes_inputs = (
                 False,
                 True,
@@ -291,7 +285,13 @@ class Recorder:
 
     def _cut(self) -> Cut:
         """How the stack is cut: as before, where that holds in this call."""
-        known = self.known
+        known, ran = self.known, [(at, index) for at, index, _ in self.way.calls]
+        if self.stack.ordered and ran != sorted(set(ran)):
+            raise ValueError(
+                f"target: Stack(first=..., last=...) counts the blocks of {[each.name for each in self.lists]} as one "
+                "list, and the model runs them in another order; name the lists in the order they run with "
+                "fastcache.BlockAdapter(blocks=...)"
+            )
         continuing = {at for at, seen in enumerate(self.seen) if seen.continues}
         new = cut(self.lists, self.events, continuing, self.loop_does_more, known.next_number)
         joined = [set(segment.lists) for segment in new.segments]

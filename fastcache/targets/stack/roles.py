@@ -17,6 +17,7 @@ ROLES = (
     "last",
     "only",
     "decide_first",
+    "run_head",
     "run_first",
     "restore_first",
     "predict_segment",
@@ -32,7 +33,9 @@ CALLED = ("enter_segment", "pass_through", "leave_segment")
 ALONE = {COMPUTED: "only", CALLED: "predict_segment"}
 # The role of the first block where what enters it decides.
 ASKING = "decide_first"
-# The role of the block that always runs.
+# The role of the first of several blocks that always run, where what enters it is looked at.
+OPENING = "run_head"
+# The role of the block that always runs and is looked at, the last one of them.
 PROBED = {WHOLE: "run_first", HEAD: "run_first", REST: "restore_first"}
 
 
@@ -43,32 +46,46 @@ def roles_of(
     *,
     opens: bool,
     closes: bool,
+    head: int,
     probed: bool,
     loop_does_more: bool,
     asks: bool = False,
+    watched: bool = False,
+    opening: bool = False,
 ) -> list[str]:
     """What a list of blocks hands out, in order: fewer items than blocks where one stands for many.
 
-    Compiled code guards what is asked for here: `blocks` are counted only where each of them has a role.
-    action: anything but a reuse computes. opens, closes: the list opens or closes a segment. probed: its first
-    block is the one that always runs. asks: what enters its first block decides, where that is still open.
+    Compiled code guards what is asked for here: `blocks` are counted only where each of them has a role. Those that
+    always run after the segment are not among them.
+    action: anything but a reuse computes. opens, closes: the list opens or closes a segment. head: how many of its
+    first blocks always run. probed: the last one of these is looked at. watched: some list's is. opening: what enters
+    the first of them is looked at. asks: what enters the first block decides, where that is still open.
     loop_does_more: the model's loop has to call every block.
     """
+    always = _head_roles(phase, head, probed, watched, opening)
     if action == REUSE and not loop_does_more:
-        first = [PROBED[phase]] if probed else []
-        return [*first, "predict_segment"] if opens else first
+        return [*always, "predict_segment"] if opens else always
     roles = CALLED if action == REUSE else COMPUTED
-    opening, between, closing = roles
-    handed = [between] * len(blocks)
+    first, between, closing = roles
+    handed = always + [between] * (len(blocks) - len(always))
     if closes:
         handed[-1] = closing
-    if opens:
-        handed[0] = ALONE[roles] if closes and len(blocks) == 1 else opening
-    if probed:
-        handed[0] = PROBED[phase]
-    elif asks and action not in (COMPUTE, REUSE):
+    if opens and not probed:
+        single = closes and len(blocks) - len(always) == 1
+        handed[len(always)] = ALONE[roles] if single else first
+    if asks and action not in (COMPUTE, REUSE):
         handed[0] = ASKING
     return handed
+
+
+def _head_roles(phase: str, head: int, probed: bool, watched: bool, opening: bool) -> list[str]:
+    """The roles of the blocks that always run before a segment, as `roles_of` has it."""
+    roles = ["pass_through" if watched and phase == REST else BLOCK] * head
+    if opening and head:
+        roles[0] = OPENING
+    if probed:
+        roles[-1] = PROBED[phase]
+    return roles
 
 
 class BlockStandIn:

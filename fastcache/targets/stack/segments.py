@@ -31,8 +31,8 @@ def continues_previous(left: Tensor, entered: Tensor) -> bool:
 
 
 def alone(first: BlockList) -> bool:
-    """Whether a list holds nothing but the block that always runs, and so belongs to no segment."""
-    return first.probed and len(first) == 1
+    """Whether a list holds nothing but blocks that always run, and so belongs to no segment."""
+    return not first.skips
 
 
 def cut(
@@ -64,7 +64,7 @@ def cut(
 def _refuse(lists: Sequence[BlockList], events: Sequence[Event], order: tuple[int, ...]) -> None:
     """Raise where the model does not run its lists once each, from the first one on."""
     names, without = [each.name for each in lists], alone(lists[0])
-    missing = [each.name for each in lists[without:] if each.index not in order]
+    missing = [each.name for each in lists if each.skips and each.index not in order]
     if missing:
         raise ValueError(
             f"target: the model did not iterate over {missing}, so its blocks cannot be skipped; name the "

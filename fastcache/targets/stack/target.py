@@ -7,7 +7,7 @@ first and the last one wrapped; on a reused step one callable in place of all of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from ..control import PENDING
 from ..decide import Part
 from ..guide import Guide
 from ..install import hooked_class
-from .gate import NOTHING, BlockListHook
-from .layout import BlockList, Entered, Layout, Left
+from .gate import BlockListHook
+from .layout import BlockList, Entered, Layout, Left, spread
+from .play import NOTHING
 from .probe import ProbeSlots, lacks_slots
 from .recording import Recorder
 from .residual import allocate_unit, fits, keep
@@ -39,28 +40,42 @@ class StackTarget(BoundTarget):
         self,
         part: Part,
         lists: list[tuple[str, nn.ModuleList]],
-        start: int,
+        always: tuple[int, int],
         row: Block | None,
         encoder_read: bool | None,
         make_store: Callable[[Tensor, Any], Any],
     ) -> None:
+        """always: how many of the first and of the last blocks always run, of all lists as one."""
         # a predictor whose weights come from this step's own blocks
         self.guide = None if part.what.guide is None else Guide(part.what)
         super().__init__(part, self.guide)
-        self.make_store, self.keeps_text = make_store, encoder_read is not False
+        # a policy or a predictor looks at what the first blocks make of what enters them
+        self.probed = part.when.runs_first_block or part.what.guide == "residual"
+        first, last = always
+        self.ordered, self.tailed = bool(first or last), bool(last)
+        self.always = (first or int(self.probed), last)
+        self.make_store, self.keeps_text = make_store, encoder_read is not False or self.tailed
         self.meter = self.decider.meter if self.decider.inside else None
         self.every_step = self.meter is not None and self.meter.every_step
         # calibration: also measure the magnitude ratio of every residual
         self.measure = part.when.calibrates
-        self.lists = [
-            BlockList(i, name, modules, row, bool(start) and i == 0)
-            for i, (name, modules) in enumerate(lists)
-        ]
+        self.row = row
+        self.lists = self._furnished(lists)
+        self.opening: Any = None  # what entered the first block, until the head is looked at
         self.hooks = [BlockListHook(self, blocks) for blocks in self.lists]
         self.segments = -1  # of the layout, -1 without any
         self.layout = Layout()  # as the last recording call has seen it
         self.recorder: Recorder | None = None  # of the running call
         self.way: Way | None = None  # how it goes through the stack, where it computes
+
+    def _furnished(self, lists: Sequence[tuple[str, nn.ModuleList]]) -> list[BlockList]:
+        """What is known of these lists, beforehand."""
+        places = spread([len(modules) for _, modules in lists], *self.always)
+        looked_at = max((i for i, (head, _) in enumerate(places) if head), default=0)
+        return [
+            BlockList(i, name, modules, self.row, places[i], self.probed and i == looked_at)
+            for i, (name, modules) in enumerate(lists)
+        ]
 
     # --- installing -------------------------------------------------------------------------------------
 
@@ -91,9 +106,10 @@ class StackTarget(BoundTarget):
 
     def begin(self) -> bool:
         control, layout, rule = self.control, self.layout, self.rule
-        units = control.state.units[rule]
+        units, action = control.state.units[rule], control.actions[rule]
         held, self.way = layout.number in units, None
-        if control.actions[rule] == COMPUTE or not held:
+        early = action == PENDING and self.probed and self.always[0] > 1
+        if early or action == COMPUTE or not held:
             self.start_way()
         elif layout.loop_does_more:
             self._enter_none()
@@ -117,6 +133,7 @@ class StackTarget(BoundTarget):
 
     def _enter_none(self) -> None:
         """Forget what was entered by a call that never left."""
+        self.opening = None
         for hook in self.hooks:
             hook.entered = NOTHING
 
@@ -127,13 +144,15 @@ class StackTarget(BoundTarget):
             raise ValueError(
                 f"target: {empty} hold no blocks any more; call cache.disable() before they are taken away"
             )
-        self.lists = [
-            BlockList(old.index, old.name, old.modules, old.row, old.probed) for old in self.lists
-        ]
+        self.lists = self._furnished([(old.name, old.modules) for old in self.lists])
+        if not any(blocks.skips for blocks in self.lists):
+            raise ValueError(
+                f"target: {[blocks.name for blocks in self.lists]} hold no blocks any more that are skipped; call "
+                "cache.disable() before they are taken away"
+            )
         self.layout = Layout(used=self.layout.next_number)
         for hook, blocks in zip(self.hooks, self.lists, strict=True):
-            hook.blocks = blocks
-            hook.furnish()
+            hook.furnish(blocks)
 
     def _watch(self, recorder: Recorder | None) -> None:
         self.recorder = recorder

@@ -1,0 +1,45 @@
+"""What a recording call notes of one list while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...models.block_io import BlockIO, Positions
+from ..outputs import BARE, ReturnLayout
+from .layout import Entered, Left
+
+
+class Passed(NamedTuple):
+    """A block that has run, by its number in its list: what it was called with and what it returned."""
+
+    number: int
+    io: BlockIO
+    output: Any
+    hidden: Any
+    encoder: Any
+    version: int  # of the hidden states it has returned
+    copy: Tensor | None  # of these, where nothing counts what is written into them
+
+
+@dataclass
+class Seen:
+    """What a recording call has seen of one list so far."""
+
+    positions: Positions | None  # of the streams in a returned tuple
+    returns: ReturnLayout = BARE
+    entered: Entered | None = None
+    left: Left | None = None
+    clone: Tensor | None = None  # of what entered, until it is known to be left as it is
+    continues: bool = False  # it goes on where the list before has stopped
+    passed: Passed | None = None  # the block before the next one
+    # copy of what entered the stack, until the order of returns of its first block is known
+    probed: Tensor | None = None
+
+
+def copied(left: Left) -> Left:
+    """The same, kept from blocks that write into their input."""
+    hidden, encoder, extra = left
+    return Left(hidden.clone(), encoder.clone() if isinstance(encoder, Tensor) else encoder, extra)
