@@ -10,6 +10,7 @@ from .calibration.calibration import Calibration
 from .calibration.errors import CalibrationError
 from .configs import (
     FLUX_MAG_RATIOS,
+    DBCacheConfig,
     EasyCacheConfig,
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -31,6 +32,7 @@ from .plan import Plan
 from .policies import (
     Broadcast,
     Decision,
+    DualBlock,
     FirstBlock,
     Growing,
     InputChange,
@@ -81,7 +83,9 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "Chebyshev",
+    "DBCacheConfig",
     "Decision",
+    "DualBlock",
     "EasyCacheConfig",
     "Extrapolate",
     "FastcacheWarning",

@@ -47,6 +47,19 @@ def limit(owner: str, name: str, value: object) -> float:
     return real(owner, name, value, 0.0)
 
 
+def marks_of(owner: str, name: str, value: object) -> tuple[bool, ...]:
+    """`value` as marks, one per step: True (1) or False (0)."""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{owner}: {name} is {value!r}, must be a sequence of True and False")
+    marks = tuple(value)
+    if not marks:
+        raise ValueError(f"{owner}: {name} is empty, must hold one entry per step")
+    values = [float(m) if isinstance(m, bool) else real(owner, name, m) for m in marks]
+    if any(v not in (0.0, 1.0) for v in values):
+        raise ValueError(f"{owner}: {name} holds {marks!r}, must hold nothing but 0 and 1")
+    return tuple(v == 1.0 for v in values)
+
+
 def flag(owner: str, name: str, value: object) -> bool:
     """`value` if it is a bool; a TypeError that names the field otherwise."""
     if not isinstance(value, bool):

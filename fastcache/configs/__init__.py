@@ -1,6 +1,7 @@
 """Configs: methods by the names and with the fields that their users know."""
 
 from .base import Config
+from .db_cache import DBCacheConfig
 from .easy_cache import EasyCacheConfig
 from .faster_cache import FasterCacheConfig
 from .first_block import FirstBlockCacheConfig
@@ -18,6 +19,7 @@ __all__ = [
     "LITE_ACTIVE",
     "LITE_INACTIVE",
     "Config",
+    "DBCacheConfig",
     "EasyCacheConfig",
     "FasterCacheConfig",
     "FirstBlockCacheConfig",

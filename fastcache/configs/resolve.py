@@ -8,6 +8,7 @@ from typing import Any
 
 from ..recipe import Recipe
 from .base import Config
+from .db_cache import DBCacheConfig
 from .easy_cache import EasyCacheConfig
 from .faster_cache import FasterCacheConfig
 from .first_block import FirstBlockCacheConfig
@@ -30,6 +31,7 @@ CONFIGS: dict[str, type[Config]] = {
         EasyCacheConfig,
         SeaCacheConfig,
         SenCacheConfig,
+        DBCacheConfig,
     )
 }
 

@@ -1,6 +1,7 @@
 """When to reuse: pure Python on host numbers, no torch."""
 
 from .base import COMPUTE, REUSE, Action, Decision, Policy, Run, Step
+from .dual import DualBlock
 from .first_block import FirstBlock
 from .input_change import InputChange
 from .magnitude import Calibrate, Magnitude
@@ -17,6 +18,7 @@ __all__ = [
     "Broadcast",
     "Calibrate",
     "Decision",
+    "DualBlock",
     "FirstBlock",
     "Growing",
     "InputChange",

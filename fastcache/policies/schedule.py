@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from math import isqrt
 
-from ..checks import flag, interval_of, real, whole
+from ..checks import flag, interval_of, marks_of, real, whole
 from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
 
 
@@ -238,17 +238,7 @@ class Mask(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.compute, str) or not hasattr(self.compute, "__iter__"):
-            raise TypeError(
-                f"Mask: compute is {self.compute!r}, must be a sequence of True and False"
-            )
-        marks = tuple(self.compute)
-        if not marks:
-            raise ValueError("Mask: compute is empty, must hold one entry per step")
-        values = [float(m) if isinstance(m, bool) else real("Mask", "compute", m) for m in marks]
-        if any(v not in (0.0, 1.0) for v in values):
-            raise ValueError(f"Mask: compute holds {marks!r}, must hold nothing but 0 and 1")
-        object.__setattr__(self, "compute", tuple(v == 1.0 for v in values))
+        object.__setattr__(self, "compute", marks_of("Mask", "compute", self.compute))
 
     @property
     def oldest(self) -> float:

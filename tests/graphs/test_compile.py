@@ -65,6 +65,12 @@ RECIPES = {
     ),
     "teacache": (lambda n: fastcache.TeaCacheConfig(0.3, (1, 0)), 3),
     "easycache": (lambda n: fastcache.EasyCacheConfig(0.3, token_stride=1), 2),
+    "dbcache": (
+        lambda n: fastcache.DBCacheConfig(
+            1, 1, 0.5, max_warmup_steps=1, max_continuous_cached_steps=3
+        ),
+        3,
+    ),
     "sencache": (lambda n: fastcache.SenCacheConfig(1.0, 0.01, 5.0 if n == "Flux" else 0.005), 2),
     "interval_taylor2": (
         lambda n: fastcache.Recipe(fastcache.Interval(3), fastcache.Taylor(2)),

@@ -33,6 +33,7 @@ METHODS = {
     "EasyCacheConfig": "easy",
     "SeaCacheConfig": "sea",
     "SenCacheConfig": "sen",
+    "DBCacheConfig": "db",
 }
 
 
@@ -97,6 +98,15 @@ BASE: dict[str, dict[str, Any]] = {
     "EasyCacheConfig": {"threshold": 0.4, "warmup": 2, "token_stride": 4},
     "SeaCacheConfig": {"threshold": 0.35},
     "SenCacheConfig": {"threshold": 6.0, "alpha_x": 0.5, "alpha_t": 0.001},
+    "DBCacheConfig": {
+        "Fn_compute_blocks": 1,
+        "residual_diff_threshold": 0.5,
+        "max_warmup_steps": 3,
+        "warmup_interval": 2,
+        "max_cached_steps": 4,
+        "max_continuous_cached_steps": 2,
+        "force_refresh_step_hint": 4,
+    },
 }
 # field -> another value that must be seen in what happens
 OTHER: dict[str, dict[str, Any]] = {
@@ -176,6 +186,39 @@ OTHER: dict[str, dict[str, Any]] = {
         "raw_vision_callback": lambda model, args, kwargs: None,
     },
     "SenCacheConfig": {"threshold": 2.0, "alpha_x": 2.0, "alpha_t": 0.02},
+    "DBCacheConfig": {
+        "Fn_compute_blocks": 2,
+        "Bn_compute_blocks": 1,
+        "residual_diff_threshold": 0.02,
+        "max_accumulated_residual_diff_threshold": 0.01,
+        "max_warmup_steps": 1,
+        "warmup_interval": 1,
+        "max_cached_steps": 1,
+        "max_continuous_cached_steps": 1,
+        "enable_separate_cfg": True,
+        "cfg_compute_first": True,
+        "cfg_diff_compute_separate": True,
+        "num_inference_steps": 7,
+        "steps_computation_mask": [1, 0],
+        "steps_computation_policy": "static",
+        "force_refresh_step_hint": 6,
+        "force_refresh_step_policy": "repeat",
+    },
+}
+# taken, since branches are told apart by themselves
+INERT = {"enable_separate_cfg", "cfg_compute_first", "cfg_diff_compute_separate"}
+# field -> others without which it says nothing
+BESIDE: dict[tuple[str, str], dict[str, Any]] = {
+    ("DBCacheConfig", "steps_computation_policy"): {
+        "steps_computation_mask": [1, 1, 0, 0, 1, 0],
+        "num_inference_steps": STEPS,
+        "residual_diff_threshold": 0.06,
+    },
+    ("DBCacheConfig", "num_inference_steps"): {
+        "steps_computation_mask": [1, 1, 0, 0, 1, 0],
+        "steps_computation_policy": "static",
+        "num_inference_steps": STEPS,
+    },
 }
 
 
@@ -217,10 +260,14 @@ def bases() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name, field", [(name, field) for name in OTHER for field in OTHER[name]])
 def test_changing_a_field_changes_what_happens(name, field, bases):
-    base = bases[name]
+    beside = BESIDE.get((name, field), {})
+    base = observed(name, **beside) if beside else bases[name]
     assert len(base) == 3, base
     assert any("reuse" in actions for actions in base[0])
-    now = observed(name, **{field: OTHER[name][field]})
+    now = observed(name, **{**beside, field: OTHER[name][field]})
+    if field in INERT:
+        assert now == base
+        return
     if field == "tensor_format":
         assert len(now) == 1 and "tensor_format" in now[0]
         return
@@ -230,7 +277,7 @@ def test_changing_a_field_changes_what_happens(name, field, bases):
     assert len(now) == 3, now
     assert now != base
     changed = [a != b for a, b in zip(now, base, strict=True)]
-    if "range" in field or "step" in field or field == "cache_interval":
+    if "range" in field or "step" in field or field.endswith("_interval"):
         weights = ("low_frequency_weight_update", "high_frequency_weight_update")
         assert changed[0] or field.startswith(weights), "the schedule changes"
     if "identifiers" in field:
@@ -343,6 +390,26 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "threshold": THRESHOLD,
         "alpha_x": [-0.1, *NUMBER],
         "alpha_t": [-0.1, *NUMBER],
+    },
+    "DBCacheConfig": {
+        "Fn_compute_blocks": [*WHOLE, None],
+        "Bn_compute_blocks": [w for w in WHOLE if w is not WHOLE[0]] + [None],
+        "residual_diff_threshold": THRESHOLD,
+        "max_accumulated_residual_diff_threshold": [t for t in THRESHOLD if t is not None],
+        "max_warmup_steps": [w for w in WHOLE if w is not WHOLE[0]] + [None],
+        "warmup_interval": [*WHOLE, None],
+        "max_cached_steps": [-2, 1.5, math.nan, True, None, *NOT_NUMBERS],
+        "max_continuous_cached_steps": [-2, 1.5, math.nan, True, None, *NOT_NUMBERS],
+        "enable_separate_cfg": [b for b in BOOL if b is not None],
+        "cfg_compute_first": BOOL,
+        "cfg_diff_compute_separate": [False, *BOOL],
+        "num_inference_steps": WHOLE,
+        "steps_computation_mask": [
+            [], (), "101", b"12", 1, [2], [0.5], [None], [math.nan], ["1"], object(), [[1, 0]],
+        ],
+        "steps_computation_policy": ["", "Dynamic", None, 1, b"static", ["static"]],
+        "force_refresh_step_hint": WHOLE,
+        "force_refresh_step_policy": ["", "Once", None, 1, b"repeat", ["repeat"]],
     },
 }  # fmt: skip
 
@@ -635,7 +702,17 @@ def pools(name: str) -> dict[str, list[Any]]:
                 None,
                 lambda model, args, kwargs: list(kwargs.get("hidden_states", args[0])),
             ]
-        elif field in ("threshold", "retention_ratio"):
+        elif field in ("Fn_compute_blocks", "Bn_compute_blocks"):
+            good[field] = [1, 1, 1, 2] if field.startswith("F") else [0, 0, 0, 1]
+        elif field == "steps_computation_mask":
+            good[field] = [[1, 1, 0, 1, 0, 0], (True, False), None]
+        elif field == "steps_computation_policy":
+            good[field] = ["dynamic", "static"]
+        elif field == "force_refresh_step_policy":
+            good[field] = ["once", "repeat"]
+        elif "cfg" in field:
+            good[field] = [True]
+        elif field in ("threshold", "retention_ratio") or field.endswith("_threshold"):
             good[field] = [0, 0.0, 0.1, 0.5, 1.0]
         elif field == "mag_ratios":
             good[field] = [[1.0], [1.0, 1.1, 0.9] * 3, torch.ones(6), np.linspace(0.9, 1.1, 5)]
@@ -660,6 +737,7 @@ EACH = 150  # configs of a kind and chunk
 NEEDED = {
     "TeaCacheConfig": ("coefficients",),
     "SenCacheConfig": ("threshold", "alpha_x", "alpha_t"),
+    "DBCacheConfig": ("Fn_compute_blocks",),
 }
 
 

@@ -22,6 +22,7 @@ from fastcache import (
     DMD,
     Broadcast,
     Chebyshev,
+    DualBlock,
     Extrapolate,
     FirstBlock,
     Growing,
@@ -77,6 +78,11 @@ ratios = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9).map(tuple)
 guides = st.sampled_from(["residual", "modulated", "input"])
 
 POLICIES = {
+    DualBlock: {
+        "threshold": shares, "interval": counts, "max_reused": optional(counts),
+        "budget": optional(shares), "compute": optional(st.lists(st.booleans(), min_size=1)),
+        "refresh": optional(counts), "repeat": st.booleans(),
+    },
     FirstBlock: {"threshold": positive, "per_sample": st.booleans()},
     Misfit: {"threshold": positive},
     Magnitude: {

@@ -83,7 +83,7 @@ class Recorder:
     def _kept(self, at: int, left: Left) -> Left:
         """What a list has returned, as it is now: where the model writes into its streams, a copy."""
         if self.stack.tailed:
-            return copied(left)
+            return copied(left, self.seen[at].entered)
         if not self.writes_inputs:
             self.counts[at] = (left.hidden, version(left.hidden))
             return left

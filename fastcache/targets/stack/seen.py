@@ -39,7 +39,8 @@ class Seen:
     probed: Tensor | None = None
 
 
-def copied(left: Left) -> Left:
-    """The same, kept from blocks that write into their input."""
-    hidden, encoder, extra = left
-    return Left(hidden.clone(), encoder.clone() if isinstance(encoder, Tensor) else encoder, extra)
+def copied(left: Left, entered: Entered | None) -> Left:
+    """What a list has left, kept from blocks that write into their input; text that passes it by stays what entered."""
+    hidden, text, extra = left
+    passes_by = entered is not None and text is entered.encoder
+    return Left(hidden.clone(), text if passes_by or text is None else text.clone(), extra)
