@@ -4,7 +4,8 @@ A buffer set is a dict of tensors. y: output of a block, x: its input, r and pre
 destination of our own, f0..f2: Taylor factors or guides, newest first. The eager chains are those of
 diffusers 0.42.1 (`hooks/first_block_cache.py`, `mag_cache.py`, `taylorseer_cache.py`, `faster_cache.py`)
 and cache-dit 1.5.3 (`cache_manager.py`, `calibrators/taylorseer.py`) on one tensor, without the read
-of the decision, which is counted separately.
+of the decision, which is counted separately; TeaCache's is that of its own code (TeaCache4FLUX) with the norm
+of diffusers' block.
 """
 
 from __future__ import annotations
@@ -60,6 +61,33 @@ def decision_out(b: Buffers) -> Tensor:
     residual, ratio = decision(b)
     b["out"].copy_(residual)
     return ratio
+
+
+# --- TeaCache's signal ----------------------------------------------------------------------------------
+
+
+def _modulation(b: Buffers) -> tuple[Tensor, Tensor]:
+    """Rows [1, C] of scale and shift."""
+    return b["x"][:1] * 0.1, b["x"][1:2] * 0.1
+
+
+def modulated(b: Buffers) -> tuple[Tensor, Tensor]:
+    scale, shift = _modulation(b)
+    normed = torch.nn.functional.layer_norm(b["x"], b["x"].shape[-1:], eps=1e-6)
+    m = normed * (1 + scale) + shift
+    return m, (m - b["prev"]).abs().mean() / b["prev"].abs().mean()
+
+
+def modulated_out(b: Buffers) -> Tensor:
+    m, ratio = modulated(b)
+    b["out"].copy_(m)
+    return ratio
+
+
+def modulated_ours(b: Buffers) -> Tensor:
+    scale, shift = _modulation(b)
+    out = b["out"][None] if "out" in b else None
+    return ops.modulated_l1(b["x"][None], scale, shift, b["prev"][None], out)
 
 
 # --- MagCache -------------------------------------------------------------------------------------------
@@ -191,6 +219,16 @@ OPS = (
         lambda b: ops.residual_magnitude(b["y"], b["x"], b["prev"], b["out"]),
         {"diffusers": magnitude},
         {"compile": magnitude, "compile out=": magnitude_out},
+        reads=1,
+    ),
+    Op(
+        "modulated_l1 + store",
+        "TeaCache's signal: the first block's modulated input, its relative change, and the input kept",
+        3,
+        "x prev out",
+        modulated_ours,
+        {"TeaCache": modulated},
+        {"compile": modulated, "compile out=": modulated_out},
         reads=1,
     ),
     Op(

@@ -29,7 +29,15 @@ LARGE = {"Wan": (32760, 5120)}
 QUICK = {"quick": (96, 256)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BACKENDS = {"reference": "reference", "cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
-ORDER = ("diffusers", "cache-dit", "compile", "compile out=", *BACKENDS.values(), "copy")
+ORDER = (
+    "diffusers",
+    "TeaCache",
+    "cache-dit",
+    "compile",
+    "compile out=",
+    *BACKENDS.values(),
+    "copy",
+)
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,7 @@ def show(rows: list[Row]) -> None:
             table.append([])
         title = "" if key == seen else f"{row['op']}, {row['model']} {row['dtype']}"
         seen = key
-        base = speedup(rows, row, "diffusers")
+        base = speedup(rows, row, "diffusers") or speedup(rows, row, "TeaCache")
         table.append(
             [
                 title,
@@ -198,7 +206,7 @@ def show(rows: list[Row]) -> None:
                 row["min_passes"],
             ]
         )
-    columns = ["op", "contender", "ms p20 / p50 / p80", "GB/s", "of copy", "vs diffusers"]
+    columns = ["op", "contender", "ms p20 / p50 / p80", "GB/s", "of copy", "vs eager"]
     common.print_table("cache ops", [*columns, "launches", "passes", "at least"], table)
 
 

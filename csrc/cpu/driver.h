@@ -73,6 +73,34 @@ void residual_magnitude(const Kernels& kernels, const Parallel& parallel, const 
   add_chunks(partial, shape.samples, 1, ratios);
 }
 
+// The rows of a modulation of [batch, tokens] rows: element strides, 0 where all share one.
+struct Modulation {
+  const char* data;
+  Type type;
+  int64_t sample, token;
+};
+
+// sums: [2]. tokens: rows of a sample as the modulations count them.
+template <class Parallel>
+void modulated_l1(const Kernels& kernels, const Parallel& parallel, const Shape& shape, Operand x,
+                  Modulation scale, Modulation shift, Operand prev, Operand out, int64_t tokens,
+                  double eps, double* sums) {
+  const int64_t size = rows_size(shape);
+  const int64_t per_sample = (shape.length + size - 1) / size;
+  std::vector<double> partial(2 * shape.samples * per_sample);
+  for_chunks(parallel, shape, size, [&](int64_t chunk, int64_t b, int64_t i, int64_t n) {
+    for (const int64_t end = i + n; i < end; i += shape.width) {
+      const int64_t row = (b * shape.length + i) / shape.width;
+      const auto of = [&](const Modulation& m) {
+        return m.data + (row / tokens * m.sample + row % tokens * m.token) * size_of(m.type);
+      };
+      kernels.modulated_l1(x.type, scale.type, prev.type, at(x, b, i), of(scale), of(shift),
+                           at(prev, b, i), at(out, b, i), shape.width, eps, &partial[2 * chunk]);
+    }
+  });
+  add_chunks(partial, 1, 2, sums);
+}
+
 inline void combine_chunk(const Kernels& kernels, const Operand& out, const Operand* terms,
                           const float* weights, int count, int64_t sample, int64_t offset,
                           int64_t n) {

@@ -45,6 +45,12 @@ struct Kernels {
   // D_j = g_j - g_(j+1): sums += the upper triangle of D D^T, D q, q.q.
   void (*guided_sums)(Type value, Type stored, const Rows* guides, int order, int64_t rows,
                       int64_t width, double* sums);
+  // One row: m = LN(x) * (1 + scale) + shift, rounded; sums += { sum |m - prev|, sum |prev| };
+  // out <- m unless null, and may be prev. x is `value`, scale and shift are `by`, which is `value`
+  // or f32, prev and out `stored`.
+  void (*modulated_l1)(Type value, Type by, Type stored, const void* x, const void* scale,
+                       const void* shift, const void* prev, void* out, int64_t width, double eps,
+                       double* sums);
 };
 
 // A table, or null where the compiler or the machine lacks the instruction set.

@@ -64,6 +64,37 @@ void op_residual_magnitude(Tensor mean, Tensor y, Tensor x, Tensor prev, std::op
   for (int64_t i = 0; i < mean.numel(); ++i) result[i] = static_cast<float>(totals[i] / rows);
 }
 
+// A modulation [B or 1, T or 1, C] of x [B, T, C], dense.
+Modulation modulation_of(const Tensor& rows, const Tensor& x, const Operand& like,
+                         const char* name) {
+  STD_TORCH_CHECK(rows.dim() == 3 && rows.is_contiguous(), name, " must be dense [B, T, C]");
+  const Type type = type_of(rows, name);
+  STD_TORCH_CHECK(type == like.type || type == Type::f32, name,
+                  " must have the dtype of x, or float32");
+  for (int64_t d = 0; d < 3; ++d)
+    STD_TORCH_CHECK(rows.size(d) == x.size(d) || (d < 2 && rows.size(d) == 1), name,
+                    " has another shape");
+  const int64_t width = rows.size(2), tokens = rows.size(1);
+  return {static_cast<const char*>(rows.data_ptr()), type,
+          rows.size(0) == 1 ? 0 : tokens * width, tokens == 1 ? 0 : width};
+}
+
+void op_modulated_l1(Tensor sums, Tensor x, Tensor scale, Tensor shift, Tensor prev,
+                     std::optional<Tensor> out, double eps) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [B, T, C]");
+  Call call(x);
+  const Operand at_x = call.add(x, "x"), at_prev = call.add(prev, "prev");
+  const Operand at_out = call.add_stored(out, at_prev);
+  const Modulation by = modulation_of(scale, x, at_x, "scale");
+  const Modulation plus = modulation_of(shift, x, at_x, "shift");
+  STD_TORCH_CHECK(plus.type == by.type, "shift must have the dtype of scale");
+  float* result = result_of(sums, 2, "sums");
+  double totals[2];
+  modulated_l1(kernels(), parallel, call.shape(), at_x, by, plus, at_prev, at_out, x.size(1), eps,
+               totals);
+  for (int i = 0; i < 2; ++i) result[i] = static_cast<float>(totals[i]);
+}
+
 void op_linear_combine(Tensor out, std::vector<Tensor> terms, std::vector<double> weights) {
   const int count = static_cast<int>(terms.size());
   STD_TORCH_CHECK(count >= 1 && count <= MAX_TERMS, "1 to ", MAX_TERMS, " tensors, got ", count);
@@ -195,6 +226,9 @@ STABLE_TORCH_LIBRARY(fastcache_C, m) {
       "residual_magnitude(Tensor(a!) mean, Tensor y, Tensor x, Tensor prev, Tensor(b!)? out, float "
       "eps, "
       "bool per_sample) -> ()");
+  m.def(
+      "modulated_l1(Tensor(a!) sums, Tensor x, Tensor scale, Tensor shift, Tensor prev, "
+      "Tensor(b!)? out, float eps) -> ()");
   m.def("linear_combine(Tensor(a!) out, Tensor[] terms, float[] weights) -> ()");
   m.def("add_scaled(Tensor(a!) out, Tensor x, Tensor r, float weight) -> ()");
   m.def(
@@ -212,6 +246,7 @@ STABLE_TORCH_LIBRARY(fastcache_C, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastcache_C, CPU, m) {
   m.impl("residual_l1", TORCH_BOX(&fastcache::op_residual_l1));
   m.impl("residual_magnitude", TORCH_BOX(&fastcache::op_residual_magnitude));
+  m.impl("modulated_l1", TORCH_BOX(&fastcache::op_modulated_l1));
   m.impl("linear_combine", TORCH_BOX(&fastcache::op_linear_combine));
   m.impl("add_scaled", TORCH_BOX(&fastcache::op_add_scaled));
   m.impl("guidance_combine", TORCH_BOX(&fastcache::op_guidance_combine));

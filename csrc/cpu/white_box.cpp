@@ -62,6 +62,22 @@ std::vector<double> magnitude(const std::string& isa, Type value, Type stored, P
   return ratios;
 }
 
+// scale, shift: [samples, width]
+std::vector<double> modulated(const std::string& isa, Type value, Type by, Type stored, Pointer x,
+                              Pointer scale, Pointer shift, Pointer prev, Pointer out,
+                              int64_t samples, int64_t tokens, int64_t width, double eps,
+                              int64_t grain) {
+  const Shape shape{samples, tokens * width, width};
+  const auto rows = [&](Pointer data) {
+    return Modulation{reinterpret_cast<const char*>(data), by, width, 0};
+  };
+  std::vector<double> sums(2);
+  modulated_l1(table(isa), Backwards{grain}, shape, dense(x, value, shape), rows(scale),
+               rows(shift), dense(prev, stored, shape), dense(out, stored, shape), tokens, eps,
+               sums.data());
+  return sums;
+}
+
 void weighted_sum(const std::string& isa, Type type, Pointer out,
                   const std::vector<std::tuple<Pointer, Type, float>>& terms, int64_t n) {
   std::vector<Term> list;
@@ -118,6 +134,7 @@ PYBIND11_MODULE(_native_test, m) {
   m.def("chunks", chunks);
   m.def("residual_l1", l1);
   m.def("residual_magnitude", magnitude);
+  m.def("modulated_l1", modulated);
   m.def("combine", weighted_sum);
   m.def("taylor_update", differences);
   m.def("guided_sums", guided);

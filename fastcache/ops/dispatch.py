@@ -119,7 +119,7 @@ _LAYOUTS = {"guided_sums": rows_apart}
 _ROWS = ("residual_magnitude",)
 
 
-_USUAL = ("guidance_combine", "quantize_store", "quantized_combine")
+_USUAL = ("modulated_l1", "guidance_combine", "quantize_store", "quantized_combine")
 
 
 @lru_cache(maxsize=4096)

@@ -59,9 +59,9 @@ def modulated_l1(
     """Sums of |m - prev| and |prev| for m = LN(x) * (1 + scale) + shift, rounded to the storage dtype.
 
     x, prev: [B, T, C], hidden states and an earlier m. scale, shift: [B, C], or [B, T, C] with one row per token
-    (1 for B or T where all share it). One dtype (float32, float16, bfloat16) and device. LN is over C, without
-    weights of its own. out: receives m; may be `prev`. Returns float32 [2]; the first over the second is TeaCache's
-    relative L1 change.
+    (1 for B or T where all share it). One dtype (float32, float16, bfloat16) and device; scale and shift may be
+    float32 beside any. LN is over C, without weights of its own. out: receives m; may be `prev`. Returns float32 [2];
+    the first over the second is TeaCache's relative L1 change.
     Raises TypeError or ValueError that names the argument. Source: TeaCache (arXiv 2411.19108).
     """
     stored = {} if out is None else {"out": out}
@@ -89,6 +89,8 @@ def _rows(x: Tensor, name: str, value: Tensor) -> Tensor:
                 f"modulated_l1: {name} has shape {tuple(value.shape)}, must be [B, C] or [B, T, C] for x of "
                 f"{tuple(x.shape)}"
             )
-    shown = value.expand(x.shape) if isinstance(value, Tensor) else value
+    shown = value
+    if isinstance(value, Tensor):
+        shown = (value.to(x.dtype) if value.dtype == torch.float32 else value).expand(x.shape)
     check("modulated_l1", **{"x": x, name: shown})
     return value

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastcache
 from fastcache import ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -98,3 +99,85 @@ def test_what_does_not_fit_is_named(changes, error, said):
     arguments = {"x": x, "scale": scale, "shift": shift, "prev": prev, **changes}
     with pytest.raises(error, match=said):
         ops.modulated_l1(**arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ["[B, C]", "[B, T, C]"])
+def test_modulations_may_be_float32_beside_any_dtype(rows, dtype):
+    x, scale, shift, prev = given((2, 9, 40), rows, dtype)
+    scale, shift = scale.float() + 1e-4, shift.float() + 1e-4  # no number of a shorter dtype
+    m, sums = truth(x, scale, shift, prev)
+    out = torch.empty_like(prev)
+    found = ops.modulated_l1(x, scale, shift, prev, out)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    torch.testing.assert_close(out.double(), m, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.double(), sums, rtol=tolerance, atol=1e-6)
+
+
+with_kernels = pytest.mark.skipif(
+    fastcache.backends()["cpp"] is not True, reason="no C++ kernels here"
+)
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ["[B, C]", "[1, C]", "[B, T, C]"])
+@pytest.mark.parametrize("shape", [(2, 131, 1029), (1, 3, 15), (3, 70, 2048)])
+def test_cpp_gives_the_same_bits_for_any_thread_count(shape, rows, dtype):
+    x, scale, shift, prev = given(shape, rows, dtype)
+    m, sums = truth(x, scale, shift, prev)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out = torch.empty_like(prev)
+            with fastcache.backend("cpp"):
+                found.append((ops.modulated_l1(x, scale, shift, prev, out), out))
+    finally:
+        torch.set_num_threads(before)
+    for one in found:
+        assert all(map(torch.equal, one, found[0]))
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    torch.testing.assert_close(found[0][1].double(), m, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found[0][0].double(), sums, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=with_kernels)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_far_from_zero_keep_their_spread(backend, dtype):
+    """A variance as the difference of two large means would have nothing left."""
+    x, scale, shift, prev = given((1, 5, 3072), "[B, C]", dtype)
+    x = x + 300
+    m, _ = truth(x, scale, shift, prev)
+    out = torch.empty_like(prev)
+    with fastcache.backend(backend):
+        ops.modulated_l1(x, scale, shift, prev, out)
+    tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}[dtype]
+    torch.testing.assert_close(out.double(), m, rtol=tolerance, atol=tolerance)
+
+
+def test_a_token_range_of_a_longer_sequence_and_transposed_states_are_read_where_they_lie():
+    x, scale, shift, prev = given((2, 40, 32), "[B, T, C]", torch.float32)
+    part = slice(5, 31)
+    cut = (x[:, part], scale[:, part], shift[:, part], prev[:, part])
+    wanted = ops.modulated_l1(*[t.contiguous() for t in cut])
+    torch.testing.assert_close(ops.modulated_l1(*cut), wanted, rtol=1e-6, atol=0)
+    turned = [t.mT.contiguous().mT for t in cut]
+    out = torch.empty_like(turned[0])
+    torch.testing.assert_close(ops.modulated_l1(*turned, out), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.double(), truth(*cut)[0], rtol=1e-5, atol=1e-5)
+
+
+@with_kernels
+def test_the_c_kernel_names_what_it_does_not_take():
+    x, scale, shift, prev = given((2, 6, 8), "[B, 1, C]", torch.bfloat16)
+    sums, op = torch.empty(2), torch.ops.fastcache_C.modulated_l1.default
+    for change, said in (
+        ({"scale": scale.half(), "shift": shift.half()}, "scale must have the dtype of x"),
+        ({"shift": shift.float()}, "shift must have the dtype of scale"),
+        ({"scale": scale[..., :4]}, "scale must be dense"),
+        ({"shift": shift[:, :, :4].contiguous()}, "shift has another shape"),
+    ):
+        takes = {"scale": scale, "shift": shift, **change}
+        with pytest.raises(RuntimeError, match=said):
+            op(sums, x, takes["scale"], takes["shift"], prev, None, 1e-6)

@@ -66,6 +66,29 @@ def test_every_instruction_set_and_order_of_chunks_gives_the_same_sums(
     assert all(r == results[0] for r in results)
 
 
+@given(
+    st.sampled_from(PAIRS), st.booleans(), st.integers(1, 3), st.integers(1, 40),
+    st.integers(1, 3000), st.integers(1, 5),
+)  # fmt: skip
+@example(PAIRS[4], False, 1, 3, box.CHUNK + 5, 2)  # rows longer than a chunk
+def test_every_instruction_set_and_order_of_chunks_gives_the_same_modulated_input(
+    pair, in_float, samples, tokens, width, grain
+):
+    value, stored = pair
+    by = box.Type.f32 if in_float else value
+    n = samples * tokens * width
+    x, prev = random(n, value, 1), random(n, stored, 2)
+    scale, shift = random(samples * width, by, 3), random(samples * width, by, 4)
+    results = []
+    for isa, g in itertools.product(ISAS, (1, grain)):
+        out = torch.full_like(prev, torch.nan)
+        pointers = [t.data_ptr() for t in (x, scale, shift, prev, out)]
+        sizes = (samples, tokens, width)
+        sums = box.modulated_l1(isa, value, by, stored, *pointers, *sizes, 1e-6, g)
+        results.append((sums, bits(out).tolist()))
+    assert all(r == results[0] for r in results)
+
+
 def test_chunks_in_any_order_give_the_same_sums_on_a_tensor_of_many_chunks():
     n = 5 * box.CHUNK + 77
     tensors = [random(n, box.Type.f32, i) for i in range(3)]

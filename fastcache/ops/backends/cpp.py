@@ -87,6 +87,8 @@ def takes_dtypes(op: str, dtypes: Sequence[torch.dtype]) -> bool:
         return False
     if op in ("residual_l1", "residual_magnitude"):
         return dtypes[0] == dtypes[1] and len(set(dtypes[2:])) == 1
+    if op == "modulated_l1":
+        return len(set(dtypes[1:])) == 1
     return op not in ("taylor_update", "guided_sums") or len(set(dtypes[1:])) == 1
 
 
@@ -119,6 +121,22 @@ def residual_magnitude(
     mean = sums_for(y, 1, per_sample, mean)
     _op("residual_magnitude")(mean, y, x, prev, out, eps, per_sample)
     return mean
+
+
+def modulated_l1(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    prev: Tensor,
+    out: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    told = {scale.dtype, shift.dtype}
+    if not x.numel() or told not in ({x.dtype}, {torch.float32}):
+        return reference.modulated_l1(x, scale, shift, prev, out, eps)
+    sums = torch.empty(2, dtype=torch.float32, device=CPU)
+    _op("modulated_l1")(sums, x, scale.contiguous(), shift.contiguous(), prev, out, eps)
+    return sums
 
 
 def residual_store(out: Tensor, y: Tensor, x: Tensor) -> None:
