@@ -16,6 +16,7 @@ if __name__ != "fastcache.triton_kernels":
 
 from .guided import guided_solve, guided_sums
 from .linear_combine import guidance_combine, linear_combine, residual_apply, residual_store
+from .modulated_l1 import modulated_l1
 from .quantized import quantize_store, quantized_combine
 from .residual_l1 import residual_l1
 from .residual_magnitude import residual_magnitude
@@ -26,6 +27,7 @@ __all__ = [
     "guided_solve",
     "guided_sums",
     "linear_combine",
+    "modulated_l1",
     "quantize_store",
     "quantized_combine",
     "residual_apply",

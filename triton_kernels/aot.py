@@ -37,6 +37,7 @@ from . import (
     guided_solve,
     guided_sums,
     linear_combine,
+    modulated_l1,
     quantize_store,
     quantized_combine,
     residual_apply,
@@ -64,7 +65,12 @@ SCALAR = ("_guided_solve_kernel",)
 
 
 # Kernels whose programs count themselves when they have written their partial sums.
-COUNTING = ("_residual_l1_kernel", "_residual_magnitude_kernel", "_guided_sums_kernel")
+COUNTING = (
+    "_residual_l1_kernel",
+    "_residual_magnitude_kernel",
+    "_modulated_l1_kernel",
+    "_guided_sums_kernel",
+)
 
 
 # Kernels whose float32 results equal a chain of separate products and sums.
@@ -116,12 +122,24 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     q, scale = t(dtype=torch.float8_e4m3fn), fp32(4608)
     cond, part, pair = t(2, 1024, 64), fp32(2, 1024, 64), t(4, 1024, 64)
     half = 0.5
+    states, row = partial(t, 1, 4608, 3072), t(1, 1, 3072)
+    wide, widest = t(1, 32760, 5120), t(1, 4608, 12288)
     return {
         "l1": partial(residual_l1, t(), t(), t()),
         "l1 + store": partial(residual_l1, t(), t(), t(), t()),
         "l1 + store ragged": partial(residual_l1, odd, odd, odd, odd),
         "l1 token range": partial(residual_l1, tokens, tokens, tokens),
         "magnitude + store": partial(residual_magnitude, t(), t(), t(), t()),
+        "modulated": partial(modulated_l1, states(), row, row, states()),
+        "modulated + store": partial(modulated_l1, states(), row, row, states(), states()),
+        "modulated + store fp32 rows": partial(
+            modulated_l1, states(), fp32(1, 1, 3072), fp32(1, 1, 3072), states(), states()
+        ),
+        "modulated + store per token": partial(modulated_l1, *[states()] * 5),
+        "modulated + store wide": partial(modulated_l1, wide, wide[:, :1], wide[:, :1], wide, wide),
+        "modulated + store widest": partial(
+            modulated_l1, widest, widest[:, :1], widest[:, :1], widest, widest
+        ),
         "store": partial(residual_store, t(), t(), t()),
         "store ragged": partial(residual_store, odd, odd, odd),
         "apply token range": partial(residual_apply, tokens, tokens, tokens),

@@ -227,10 +227,12 @@ def test_every_class_of_shapes_compiles(name: str) -> None:
         kernels.taylor_update([t] * 3, t, 0.5, 3)
         if t.dim() > 1:
             kernels.residual_magnitude(t, t, t, t)
+            states = t if t.dim() == 3 else t[None]
+            kernels.modulated_l1(states, states, states[:1, :1], states, states)
             kernels.guided_sums(t, [t] * 3)
             kernels.quantize_store(q, scale, t, None)
             kernels.quantized_combine(t, None, [q], [scale], [1.0])
-    assert len(compiled) == (9 if t.dim() > 1 else 5)
+    assert len(compiled) == (10 if t.dim() > 1 else 5)
 
 
 def test_only_the_misaligned_tensor_is_accessed_narrowly() -> None:

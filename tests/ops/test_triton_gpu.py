@@ -38,6 +38,12 @@ def test_model_shapes_match_the_reference(shape: tuple[int, ...], dtype: torch.d
     assert torch.equal(out, want)
     got = triton_kernels.residual_magnitude(y, x, prev)
     torch.testing.assert_close(got, reference.residual_magnitude(y, x, prev), rtol=2e-6, atol=0)
+    states = [t if t.dim() == 3 else t[None] for t in (y, prev, out, want)]
+    rows = states[0][:1, :1]
+    got = triton_kernels.modulated_l1(states[0], rows, rows, *states[1:3])
+    expected = reference.modulated_l1(states[0], rows, rows, states[1], states[3])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(out, want)
     triton_kernels.linear_combine(out, [y, x, prev], [1.5, -0.75, 0.3])
     reference.linear_combine(want, [y, x, prev], [1.5, -0.75, 0.3])
     assert torch.equal(out, want)
@@ -83,6 +89,7 @@ def test_reductions_of_several_streams_and_graphs_overlap() -> None:
         lambda: triton_kernels.residual_l1(*tensors, per_sample=True),
         lambda: triton_kernels.residual_magnitude(*tensors),
         lambda: triton_kernels.guided_sums(tensors[0], tensors[1:]),
+        lambda: triton_kernels.modulated_l1(tensors[0], *[tensors[1]] * 2, tensors[2]),
     )
     want = [call() for call in calls]
     torch.cuda.synchronize()
@@ -97,10 +104,10 @@ def test_reductions_of_several_streams_and_graphs_overlap() -> None:
         for i, (graph, stream) in enumerate(zip(graphs, streams, strict=True)):
             with torch.cuda.stream(stream):
                 graph.replay()
-                eager.append((calls[i % 3](), want[i % 3]))
+                eager.append((calls[i % 4](), want[i % 4]))
     torch.cuda.synchronize()
     assert all(torch.equal(got, expected) for got, expected in eager)
-    assert all(torch.equal(c, want[i % 3]) for i, c in enumerate(captured))
+    assert all(torch.equal(c, want[i % 4]) for i, c in enumerate(captured))
 
 
 def test_a_launch_past_the_jit_computes_what_the_jit_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,6 +315,46 @@ def magnitude_widths(lab: Lab, width: int) -> None:
     close(got, reference.residual_magnitude(y, x, prev), 2e-6)
 
 
+def modulations(lab: Lab, shape: tuple[int, ...], rows: str, dtype: torch.dtype) -> list[Tensor]:
+    """scale and shift of x: [B, 1, C], [1, 1, C] or [B, T, C], or each of its own."""
+    batch, _, width = shape
+    sizes = {"sample": (batch, 1, width), "all": (1, 1, width), "token": shape}
+    sizes["mixed"] = sizes["token"]
+    scale, shift = sizes[rows], sizes["all" if rows == "mixed" else rows]
+    return [lab.draw(*size, dtype=dtype) for size in (scale, shift)]
+
+
+@case(dtype=DTYPES, layout=LAYOUTS, rows=("sample", "all", "token", "mixed"))
+def modulated(lab: Lab, dtype: str, layout: str, rows: str) -> None:
+    shape = (3, 41, 100)
+    x, prev = (lab.draw(*shape, dtype=DTYPES[dtype]) for _ in range(2))
+    by = modulations(lab, shape, rows, FP32 if rows == "all" else x.dtype)
+    want_out, out = torch.empty_like(prev), lab.blank(*shape, dtype=prev.dtype, layout=layout)
+    want = reference.modulated_l1(x, *by, prev, want_out)
+    at_x, at_prev = lab.place(x, layout), lab.place(prev, layout)
+    at = [lab.place(t) for t in by]
+    got = lab.kernels.modulated_l1(at_x, *at, at_prev, out)
+    step = {FP32: 1e-5, FP16: 2e-3, BF16: 2e-2}[x.dtype]  # one unit of the last place
+    torch.testing.assert_close(out.cpu(), want_out, rtol=step, atol=step)
+    close(got, want, 2e-6 if dtype == "fp32" else step)
+    assert torch.equal(got, lab.kernels.modulated_l1(at_x, *at, at_prev)), (
+        "storing changes the sums"
+    )
+    assert torch.equal(got, lab.kernels.modulated_l1(at_x, *at, at_prev, at_prev))
+    torch.testing.assert_close(at_prev, out, rtol=0, atol=0)
+
+
+@case(width=(1, 7, 64, 300, 512, 1024, 1500, 3072, 5120, 9001))
+def modulated_widths(lab: Lab, width: int) -> None:
+    x, prev = lab.draw(1, 5, width) + 30, lab.draw(1, 5, width)
+    scale, shift = modulations(lab, x.shape, "all", FP32)
+    want_out, out = torch.empty_like(prev), lab.blank(*prev.shape)
+    want = reference.modulated_l1(x, scale, shift, prev, want_out)
+    placed = [lab.place(t) for t in (x, scale, shift, prev)]
+    close(lab.kernels.modulated_l1(*placed, out), want, 1e-5)
+    torch.testing.assert_close(out.cpu(), want_out, rtol=1e-4, atol=1e-4)
+
+
 @case(stored=("fp16", "bf16"))
 def residual_is_rounded_to_the_stored_dtype_before_it_is_compared(lab: Lab, stored: str) -> None:
     y, x = (lab.draw(4, 1300).mul(8).round().div(8) for _ in range(2))

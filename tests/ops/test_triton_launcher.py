@@ -54,6 +54,8 @@ def every_op(y: Tensor, x: Tensor, prev: Tensor, out: Tensor) -> dict[str, Calla
         "l1 into sums": lambda: kernels.residual_l1(y, x, prev, out, sums=sums),
         "magnitude": lambda: kernels.residual_magnitude(y, x, prev),
         "magnitude + store": lambda: kernels.residual_magnitude(y, x, prev, out, 1e-3, True),
+        "modulated": lambda: kernels.modulated_l1(y, y[:1, :1], y[:1, :1], prev),
+        "modulated + store": lambda: kernels.modulated_l1(y, x, x, prev, out),
         "store": lambda: kernels.residual_store(out, y, x),
         "apply": lambda: kernels.residual_apply(out, y, x),
         "combine": lambda: kernels.linear_combine(out, [y, x, prev], [0.5, 1, -1.0]),

@@ -138,6 +138,9 @@ def touched(bench: Bench, op: str, shape: list[int], cut: int) -> dict[str, Any]
     samples = 1 if y.is_contiguous() else y.shape[0]
     scale = torch.ones(y.shape[:-1] if op.startswith("quantize") else 1)
     n = y.numel() // samples
+    flat = y.dim() == 2  # the batch of one that x is, where it has to have one
+    held, kept = (t[None] if flat else t for t in (prev, out))
+    rows = [torch.zeros(1, 1, y.shape[-1], dtype=y.dtype)] * 2
     bench.touched.clear()
     launch = Launcher.launch
 
@@ -153,6 +156,7 @@ def touched(bench: Bench, op: str, shape: list[int], cut: int) -> dict[str, Any]
         "taylor": lambda: kernels.taylor_update([x, prev, out], y, 0.5, 3),
         "l1": lambda: kernels.residual_l1(y, x, prev, out),
         "magnitude": lambda: kernels.residual_magnitude(y, x, prev, out),
+        "modulated": lambda: kernels.modulated_l1(y[None] if flat else y, *rows, held, kept),
         "guided": lambda: kernels.guided_sums(y, [x, prev, out]),
         "quantize": lambda: kernels.quantize_store(q, scale, y, x),
         "quantized": lambda: kernels.quantized_combine(out, y, [q], [scale], [0.5]),
@@ -201,6 +205,7 @@ BLOCKS: dict[str, Callable[[int], int]] = {
     "taylor": lambda width: 2048,
     "l1": lambda width: 4096,
     "magnitude": row_block(2048),
+    "modulated": lambda width: 4 * width,
     "guided": row_block(2048),
     "quantize": lambda width: {1000: 4, 1024: 4, 1023: 4, 4096: 1, 9000: 1}[width] * width,
     "quantized": row_block(4096),
@@ -211,6 +216,7 @@ ACCESSES = {
     "taylor": ("read 0", "read 1", "read 2", "written 1", "written 2", "written 3"),
     "l1": ("read 0", "read 1", "read 2", "written 3"),
     "magnitude": ("read 0", "read 1", "read 2", "written 3"),
+    "modulated": ("read 0", "read 2", "written 3"),
     "guided": ("read 0", "read 1", "read 2", "read 3"),
     "quantize": ("read 0", "read 1", "written 4"),
     "quantized": ("read 0", "read 4", "written 3"),

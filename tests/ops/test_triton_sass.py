@@ -19,6 +19,7 @@ THREADS, REGISTERS, MULTIPROCESSORS = 2048, 65536, 132
 # Little's law: 4.8 TB/s for some 0.7 us over 132 multiprocessors are 25 KB on the way to each.
 IN_FLIGHT = 25_000
 REDUCTIONS = ("_residual_l1_kernel", "_residual_magnitude_kernel", "_guided_sums_kernel")
+COUNTING = (*REDUCTIONS, "_modulated_l1_kernel")
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ CASES = [
     "l1 + store ragged",
     "l1 token range",
     "magnitude + store",
+    "modulated + store",
+    "modulated + store wide",
     "store",
     "store ragged",
     "apply token range",
@@ -139,6 +142,7 @@ CASES = [
     "guided sums 2",
 ]
 SUMS = [case for case in CASES if case.startswith(("l1", "magnitude", "guided"))]
+COUNTED = [*SUMS, *(case for case in CASES if case.startswith("modulated"))]
 DTYPES = [torch.bfloat16, torch.float32]
 
 
@@ -165,7 +169,7 @@ def test_programs_meet_only_behind_the_main_loop(case: str, dtype: torch.dtype) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SUMS)
+@pytest.mark.parametrize("case", COUNTED)
 def test_partial_sums_are_visible_before_they_are_counted(case: str, dtype: torch.dtype) -> None:
     """Stored, then a barrier, a fence, the count; behind it no load may come from the first cache."""
     code = kernel(case, dtype).code
