@@ -135,7 +135,9 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "modulated + store fp32 rows": partial(
             modulated_l1, states(), fp32(1, 1, 3072), fp32(1, 1, 3072), states(), states()
         ),
-        "modulated + store per token": partial(modulated_l1, *[states()] * 5),
+        "modulated + store per token": partial(
+            modulated_l1, states(), states(), states(), states(), states()
+        ),
         "modulated + store wide": partial(modulated_l1, wide, wide[:, :1], wide[:, :1], wide, wide),
         "modulated + store widest": partial(
             modulated_l1, widest, widest[:, :1], widest[:, :1], widest, widest
