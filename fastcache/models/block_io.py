@@ -5,20 +5,36 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .adapter import ENCODER, HIDDEN, Block
-from .table import BLOCKS, MODULATIONS
+from .table import ADALN, BLOCKS, MODULATIONS
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time")  # of a model's argument
 
 Positions = tuple[int, int | None]  # of the image and the text stream in a returned tuple
 
 
-def shifted(x: Any, table: Any, given: Any) -> Any:
-    """x [B, ..., D], scaled and shifted by two rows of a modulation.
+class Modulated(NamedTuple):
+    """A modulated input by what makes it: LN(hidden) * (1 + scale) + shift, the modulations [B, 1 or T, C]."""
+
+    hidden: Any
+    scale: Any
+    shift: Any
+    eps: float
+
+
+def plain_norm(norm: Any, width: int) -> bool:
+    """Whether it is a LayerNorm over the last dimension, without weights of its own."""
+    sizes = getattr(norm, "normalized_shape", None)
+    weightless = hasattr(norm, "bias") and norm.weight is None and norm.bias is None
+    return sizes == (width,) and weightless
+
+
+def rows_of(x: Any, table: Any, given: Any) -> tuple[Any, Any]:
+    """(shift, scale) of x [B, ..., D], with dimensions of 1 where all tokens of a sample share them.
 
     given: rows shift, scale, ... of [B, n, D], or [B, S, n, D] with rows per token, or either with the rows in one.
     table: [n, D] or [1, n, D], added to it; 0 for none.
@@ -30,7 +46,7 @@ def shifted(x: Any, table: Any, given: Any) -> Any:
     shift, scale = (table + rows).unbind(-2)[:2]
     while shift.dim() < x.dim():  # one modulation for all tokens of a sample
         shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
-    return x * (1 + scale) + shift
+    return shift, scale
 
 
 def present(block: Any, name: str, table: Any, like: Any) -> Any:
@@ -140,15 +156,49 @@ class BlockIO:
 
     def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's normalised, timestep-modulated input, for this call."""
+        hidden, norm, given = self._conditioned(block, args, kwargs)
+        if self.calls:
+            value = norm(hidden, **given)
+            return value[0] if isinstance(value, tuple) else value
+        shift, scale = self._tabled(block, hidden, given)
+        return (norm(hidden.float()) * (1 + scale) + shift).type_as(hidden)
+
+    def modulated_parts(
+        self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Modulated | None:
+        """The same by what makes it, for this call; None where the normalisation is another one."""
+        hidden, norm, given = self._conditioned(block, args, kwargs)
+        if not self.calls:
+            if hidden.dim() != 3 or not plain_norm(norm, hidden.shape[-1]):
+                return None
+            shift, scale = self._tabled(block, hidden, given)
+            return Modulated(hidden, scale, shift, norm.eps)
+        rows = given.get("emb")
+        known = type(norm).__name__ in ADALN and getattr(norm, "emb", None) is None
+        if rows is None or not known or hidden.dim() != 3:
+            return None
+        if not plain_norm(norm.norm, hidden.shape[-1]):
+            return None
+        shift, scale = (
+            norm.linear(norm.silu(rows))
+            .unflatten(-1, (-1, hidden.shape[-1]))[:, None, :2]
+            .unbind(-2)
+        )
+        return Modulated(hidden, scale, shift, norm.norm.eps)
+
+    def _conditioned(
+        self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """The hidden states of a call, the module that normalises them, and what that is conditioned on, by name."""
         attribute, *pairs = self.modulation or ()
         given = {
             name: kwargs[argument] if argument in kwargs else args[self.names.index(argument)]
             for name, argument in zip(pairs[::2], pairs[1::2], strict=True)
         }
-        hidden, norm = self.read(args, kwargs)[0], reached(block, attribute)
-        if self.calls:
-            value = norm(hidden, **given)
-            return value[0] if isinstance(value, tuple) else value
+        return self.read(args, kwargs)[0], reached(block, attribute), given
+
+    def _tabled(self, block: Any, hidden: Any, given: dict[str, Any]) -> tuple[Any, Any]:
+        """(shift, scale) where a table of the block, or a module of it, makes them."""
         ((keyword, rows),) = given.items()
         table: Any = reached(block, keyword)
         if table is None:
@@ -157,7 +207,7 @@ class BlockIO:
             table, rows = 0, table(rows)
         else:
             table = present(block, keyword, table, hidden)
-        return shifted(norm(hidden.float()), table, rows).type_as(hidden)
+        return rows_of(hidden, table, rows)
 
     def positions(
         self, output: Any, hidden: Any, encoder: Any, learnt: Positions | None

@@ -164,6 +164,10 @@ MODULATIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Normalisations of diffusers whose first two rows of linear(silu(emb)) are the shift and the scale of their `norm`.
+ADALN = frozenset(("AdaLayerNormZero", "AdaLayerNormZeroSingle", "SD35AdaLayerNormZeroX"))
+
+
 # Arguments, and their values, of calls that fill a key/value cache for later calls: every module must run.
 KEEPING: dict[str, tuple[str, ...]] = {
     "kv_cache_mode": ("extract", "capture_pre_rope", "inject_and_capture_post_rope"),

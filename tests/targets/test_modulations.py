@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 diffusers = pytest.importorskip("diffusers")
 
 import test_matrix  # noqa: E402
+import tiny  # noqa: E402
 from unmodulated import WITHOUT  # noqa: E402
 
 import fastcache  # noqa: E402
 from fastcache.models.attention import block_lists  # noqa: E402
 from fastcache.models.block_io import BlockIO  # noqa: E402
 from fastcache.models.registry import adapter_for  # noqa: E402
+from fastcache.signals import Signal  # noqa: E402
+from fastcache.targets.meters import block_input  # noqa: E402
 
 ATTENTION = ("attn", "attn1", "self_attn", "self_attention")
 
@@ -49,6 +53,76 @@ def test_it_is_what_the_first_attention_is_given(name):
     with torch.no_grad():
         model(**inputs)
     torch.testing.assert_close(found[0], seen[0], rtol=1e-5, atol=1e-5)
+
+
+MADE_OF_PARTS = {
+    "Allegro", "Bria", "BriaFibo", "Flux", "Helios", "HunyuanVideo", "PixArt2D", "QwenImage", "SD3", "Sana", "Wan3D",
+}  # fmt: skip
+
+
+def with_parts() -> set[str]:
+    """The models whose first block's modulated input one kernel makes, with what that gives checked."""
+    found = set()
+    for name in [n for n in test_matrix.NAMES if n not in WITHOUT]:
+        if not hasattr(diffusers, test_matrix.entry(name)["class"]):
+            continue
+        model, inputs, block, io = first_block(name)
+
+        def look(m, args, kwargs, io=io, name=name):
+            parts = io.modulated_parts(m, args, kwargs)
+            if parts is None:
+                return
+            hidden, scale, shift, eps = parts
+            out = torch.empty_like(hidden)
+            fastcache.ops.modulated_l1(hidden, scale, shift, torch.zeros_like(out), out, eps)
+            wanted = io.modulated(m, args, kwargs)
+            torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5, msg=name)
+            found.add(name)
+
+        block.register_forward_pre_hook(look, with_kwargs=True)
+        if "return_dict" in inspect.signature(model.forward).parameters:
+            inputs = {**inputs, "return_dict": False}
+        with torch.no_grad():
+            model(**inputs)
+    return found
+
+
+def test_one_kernel_makes_it_where_a_plain_normalisation_does():
+    assert MADE_OF_PARTS <= with_parts()
+
+
+@dataclass(frozen=True)
+class Since(fastcache.Policy):
+    """Reuses while what enters the first block has changed little since the last computed step."""
+
+    threshold: float = 0.2
+    signal = Signal("block_input", against="last_computed")
+
+    def _judge(self, run, step, signal, guard):
+        reuse = not guard and signal is not None and signal <= self.threshold
+        return fastcache.Decision("reuse" if reuse else "compute", signal, self.threshold, guard)
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+@pytest.mark.parametrize(
+    "when", [fastcache.InputChange(0.15), Since()], ids=lambda p: type(p).__name__
+)
+def test_the_kernel_measures_what_its_parts_one_by_one_do(when, way, monkeypatch):
+    model, inputs = tiny.build("Flux")
+    calls = tiny.trajectory("Flux", inputs, 10, speed=0.1)
+    seen = []
+    for dtypes in (block_input.DTYPES, ()):
+        torch._dynamo.reset()
+        monkeypatch.setattr(block_input, "DTYPES", dtypes)
+        with fastcache.enable(model, fastcache.Recipe(when)) as cache:
+            run = model if way == "eager" else fastcache.compile(model, backend="aot_eager")
+            for i, call in enumerate(calls):
+                with cache.context("cond", step_index=i, num_inference_steps=len(calls)):
+                    tiny.output(run, call)
+            seen.append([(r.action, r.signal) for r in cache.stats])
+    one, other = seen
+    assert [a for a, _ in one] == [a for a, _ in other] and len({a for a, _ in one}) == 2
+    assert [s for _, s in one[1:]] == pytest.approx([s for _, s in other[1:]], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", WITHOUT)

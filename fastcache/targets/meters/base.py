@@ -74,6 +74,10 @@ class Meter:
     def keep(self, state: State, y: Tensor, x: Tensor | None) -> None:
         """Have later steps measured against y, or y - x."""
 
+    def keep_again(self, state: State, value: Any) -> None:
+        """The same in the second part of a step, of a value `at_input` that its first part has measured."""
+        self.keep(state, value, None)
+
     def went_well(self, state: State) -> None:
         """Take what traced code has kept for valid, the step having been computed."""
 

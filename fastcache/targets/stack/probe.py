@@ -91,7 +91,7 @@ def look_at_input(stack: Stack, blocks: BlockList, args: tuple, kwargs: dict) ->
     if control.phase == REST and meter is not None and meter.at_input and not blocks.index:
         if stack.every_step or control.actions[stack.rule] == COMPUTE:
             value = meter.of_block(blocks.first_io, blocks.blocks()[0], args, kwargs)
-            meter.keep(control.state, value, None)
+            meter.keep_again(control.state, value)
     if guide is None or blocks.index or stack.probed:
         return
     if guide.predictor.guide == "modulated":
