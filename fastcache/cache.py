@@ -13,7 +13,7 @@ from .checks import whole
 from .configs.given import settings_of
 from .configs.resolve import callback_of
 from .models.adapter import BlockAdapter
-from .models.pipeline import denoisers_of
+from .models.pipeline import denoisers_of, scheduler_name
 from .models.registry import adapter_for
 from .reporting.telling import Telling
 from .runtime.announce import Announcer
@@ -83,9 +83,10 @@ class Cache(Telling):
         recipe, own = settings_of(config)
         settings = replace(self.settings, timestep_callback=callback_of(own, self.target))
         warning = getattr(own, "warning", None)
+        scheduler = scheduler_name(self.target)
         denoisers = [
-            Denoiser(self, settings, name, model, recipe, self.adapter or adapter_for(model))
-            for name, model in self.models
+            Denoiser(self, settings, name, m, recipe, self.adapter or adapter_for(m), scheduler)
+            for name, m in self.models
         ]
         try:
             for denoiser in denoisers:

@@ -17,13 +17,24 @@ from ..files import MAX_TEXT, header, is_text
 from ..runtime.notices import warn
 from . import thresholds
 from .errors import CalibrationError
-from .fields import FILE, FORMAT, MAX_STEPS, VERSION, matrix_rows, named_rows, pair_rows, ratio_list
+from .fields import (
+    FILE,
+    FORMAT,
+    MAX_STEPS,
+    VERSION,
+    gram_rows,
+    matrix_rows,
+    named_rows,
+    pair_rows,
+    ratio_list,
+)
 from .fit import POOR, InputFit, fitted
+from .planner import Plans
 from .plot import plot_calibration
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Plans):
     """What was measured of a model's runs; made by `fastcache.calibrate`.
 
     Args:
@@ -34,6 +45,8 @@ class Calibration:
             step i against steps i-1, i-2, ..., unitless; empty where it was not measured.
         input_changes: by context, pairs of relative L1 changes from one step to the next, of the first block's
             modulated input and of the model's output, unitless, of all runs; empty where it was not measured.
+        grams: by context, row i holds the inner products of what all blocks add at step i with that of the steps
+            0 to i, relative to their mean square, mean over runs; empty where it was not measured.
         model, scheduler: names of classes, "" where not known.
         steps: denoiser calls per context and run, a count; 0: one per ratio.
         runs: generations that were averaged, a count.
@@ -49,6 +62,7 @@ class Calibration:
     contexts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     first_block: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
     input_changes: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    grams: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
     model: str = ""
     scheduler: str = ""
     steps: int = 0
@@ -64,11 +78,13 @@ class Calibration:
         contexts = named_rows("contexts", self.contexts)
         first_block = named_rows("first_block", self.first_block)
         inputs = named_rows("input_changes", self.input_changes)
+        grams = named_rows("grams", self.grams)
         checked = {
             "mag_ratios": ratios,
             "contexts": {name: ratio_list("contexts", rows) for name, rows in contexts},
             "first_block": {name: matrix_rows(rows) for name, rows in first_block},
             "input_changes": {name: pair_rows(rows) for name, rows in inputs},
+            "grams": {name: gram_rows(rows) for name, rows in grams},
             "steps": self.steps or len(ratios),
         }
         for name, value in checked.items():

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from .. import sync
@@ -14,6 +15,7 @@ from ..runtime.denoiser import Denoiser
 from ..runtime.settings import Calibrated
 from .calibration import Calibration
 from .errors import CalibrationError
+from .fields import MAX_GRAM
 
 # (model, context), the ratios of a run, and how many steps it had
 Measured = tuple[tuple[str, str], list[Tensor], int]
@@ -33,13 +35,14 @@ def collect(
     contexts: Sequence[str] | None = None,
     steps: int | None = None,
     inputs: Mapping[tuple[str, str], list[tuple[float, float]]] | None = None,
+    grams: Mapping[tuple[str, str], list[list[list[float]]]] | None = None,
     **names: Any,
 ) -> Calibration:
     """A calibration out of runs of `MagCacheConfig(calibrate=True)`.
 
     watched: first-block changes by (model, context). contexts: those to keep. steps: how many there must
-    be, None for any. inputs: changes of the modulated input and of the output, by (model, context). names: fields
-    of `Calibration` that name the run.
+    be, None for any. inputs: changes of the modulated input and of the output, by (model, context). grams: of
+    the values of each run's steps, likewise. names: fields of `Calibration` that name the run.
     """
     runs: dict[tuple[str, str], list[list[float]]] = {}
     for key, found, count in finished:
@@ -73,11 +76,26 @@ def collect(
         ratios,
         {name: tuple(map(tuple, rows)) for name, rows in changes.items()},
         {label(key): tuple(rows) for key, rows in (inputs or {}).items() if label(key) in ratios},
+        {
+            label(key): rows
+            for key, found in (grams or {}).items()
+            if label(key) in ratios and (rows := _mean_gram(found))
+        },
         steps=length,
         runs=max(map(len, runs.values())),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **names,
     )
+
+
+def _mean_gram(grams: list[list[list[float]]]) -> tuple[tuple[float, ...], ...]:
+    """The lower triangle, unitless, of the mean over runs; nothing of a run that is too long, or not finite."""
+    found = np.array(_whole(grams), dtype=np.float64)
+    sizes = np.einsum("rii->r", found) / found.shape[-1]
+    if found.shape[-1] > MAX_GRAM or not np.isfinite(found).all() or not sizes.all():
+        return ()
+    mean = (found / sizes[:, None, None]).mean(0)
+    return tuple(tuple(map(float, row[: i + 1])) for i, row in enumerate(mean))
 
 
 def _per_step(ratios: Sequence[float], steps: int) -> list[float]:
@@ -86,7 +104,7 @@ def _per_step(ratios: Sequence[float], steps: int) -> list[float]:
     return [sum(ratios[i : i + parts]) / parts for i in range(0, parts * steps, parts)]
 
 
-def _whole(runs: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+def _whole(runs: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
     """The runs of full length: one that was cut short says nothing about the rest."""
     longest = max(map(len, runs))
     return [run for run in runs if len(run) == longest]

@@ -24,6 +24,7 @@ FILE = FileKind(
 
 
 MAX_STEPS = 10_000
+MAX_GRAM = 256  # steps of a run whose values are compared with each other
 MAX_PAIRS = 10 * MAX_STEPS  # of all runs together
 
 
@@ -64,6 +65,17 @@ def pair_rows(rows: object) -> tuple[tuple[float, float], ...]:
         if not all(_number(c) and c >= 0 for c in pair):
             raise CalibrationError("calibration: input_changes must hold finite numbers >= 0 only")
     return tuple((float(x), float(y)) for x, y in rows)
+
+
+def gram_rows(rows: object) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(rows, list | tuple) or not 1 <= len(rows) <= MAX_GRAM:
+        raise CalibrationError(f"calibration: grams must hold 1 to {MAX_GRAM} rows")
+    for i, row in enumerate(rows):
+        if not isinstance(row, list | tuple) or len(row) != i + 1 or not all(map(_number, row)):
+            raise CalibrationError(
+                "calibration: grams must hold, per step, finite numbers for it and all steps before"
+            )
+    return tuple(tuple(map(float, row)) for row in rows)
 
 
 def named_rows(name: str, table: object) -> Iterator[tuple[str, Any]]:

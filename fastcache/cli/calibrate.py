@@ -36,6 +36,8 @@ def _calibrate(options: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"no picture: {error}")
     picks = _picks(calibration, _blocks(target), options.speedup)
+    if options.plan:
+        picks.append(_plan(calibration, options))
     if options.check and picks:
         _check(picks, target, run)
     return 0
@@ -119,6 +121,16 @@ def _picks(calibration: Calibration, blocks: int, speedup: float) -> list[tuple[
     return picks
 
 
+def _plan(calibration: Calibration, options: argparse.Namespace) -> tuple[str, Recipe]:
+    """Print and save the plan of so many computed steps; returns it as a pick."""
+    recipe = calibration.plan(options.plan, cost=options.cost)
+    print(f"\nplanned for {options.plan} computed steps:")
+    print(recipe.plan(calibration.steps))
+    path = options.plan_out or options.out.with_name("plan.json")
+    print(f"plan: {recipe.save(path)}, which fastcache.enable takes")
+    return f"plan of {options.plan}", recipe
+
+
 def _check(picks: list[tuple[str, Recipe]], target: Any, run: Callable[..., Any]) -> None:
     """Run once with and once without each pick, and say what it came to."""
     from .. import Mask, Recipe, enable
@@ -147,6 +159,15 @@ def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("calibration.json"))
     parser.add_argument("--picture", type=Path, help="beside the JSON file if not given")
     parser.add_argument("--speedup", type=_speedup, default=2.0, help="target, larger than 1")
+    parser.add_argument(
+        "--plan", type=int, metavar="K", help="also plan which K steps of a run to compute"
+    )
+    parser.add_argument(
+        "--plan-out", type=Path, help="plan.json beside the calibration if not given"
+    )
+    parser.add_argument(
+        "--cost", choices=("steps", "final"), default="steps", help="what a plan keeps small"
+    )
     parser.add_argument("--steps", type=int, default=28, help="of the demo model")
     parser.add_argument("--batch", type=int, default=8, help="images of the demo model")
     parser.add_argument("--seed", type=int, default=1234, help="of the demo model's noise")

@@ -8,6 +8,7 @@ from .magnitude import Calibrate, Magnitude
 from .masks import steps_mask
 from .misfit import Misfit
 from .output_slope import OutputSlope
+from .planned import Planned
 from .schedule import Broadcast, Growing, Interval, Mask, TimestepRange
 from .sensitivity import Sensitivity
 
@@ -27,6 +28,7 @@ __all__ = [
     "Mask",
     "Misfit",
     "OutputSlope",
+    "Planned",
     "Policy",
     "Run",
     "Sensitivity",

@@ -16,9 +16,11 @@ from ..calibration.fields import MAX_STEPS
 from ..checks import whole
 from ..configs import MagCacheConfig
 from ..models.adapter import BlockAdapter
+from ..models.pipeline import scheduler_name
 from ..runtime.compiling import eagerly
 from .first_block import watch_first_blocks
 from .input_change import watch_inputs
+from .trajectory import watch_trajectories
 
 
 def calibrate(
@@ -51,8 +53,8 @@ def calibrate(
         backend: as of `fastcache.enable`.
         progress: whether to show a progress line.
     Returns:
-        Ratios for MagCache, first-block changes, and where the first block's modulation is known what TeaCache's
-        polynomial is fitted to, by context.
+        Ratios for MagCache, first-block changes, what schedules are planned on (`Calibration.plan`), and where the
+        first block's modulation is known what TeaCache's polynomial is fitted to, by context.
     Raises:
         TypeError: `run` is not callable, or another argument of another type.
         CalibrationError: nothing usable was measured; the message says why.
@@ -69,7 +71,12 @@ def calibrate(
         whole("calibrate", "num_inference_steps", expected, 1, MAX_STEPS)
     cache = enable(target, MagCacheConfig(calibrate=True), adapter=adapter, backend=backend)
     total = None if expected is None else expected * len(jobs)
-    with cache, watch_first_blocks(cache) as watched, watch_inputs(cache) as inputs:
+    with (
+        cache,
+        watch_first_blocks(cache) as watched,
+        watch_inputs(cache) as inputs,
+        watch_trajectories(cache) as grams,
+    ):
         with (
             torch.no_grad(),
             eagerly(True),
@@ -80,12 +87,10 @@ def calibrate(
                 cache.reset()
     names = {
         "model": model or cache.model_names,
-        "scheduler": scheduler or type(getattr(target, "scheduler", None)).__name__,
+        "scheduler": scheduler or scheduler_name(target),
     }
-    if names["scheduler"] == "NoneType":
-        names["scheduler"] = ""
     runs = measured(cache.settings.calibrated, cache.denoisers)
-    return collect(runs, watched, contexts, expected, inputs=inputs, source=source, **names)
+    return collect(runs, watched, contexts, expected, inputs, grams, source=source, **names)
 
 
 def generate_with(job: Callable[..., Any], cache: Cache) -> None:

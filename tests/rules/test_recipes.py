@@ -37,6 +37,7 @@ from fastcache import (
     Modules,
     Output,
     OutputSlope,
+    Planned,
     Policy,
     Predictor,
     Recipe,
@@ -109,6 +110,10 @@ POLICIES = {
     TimestepRange: {"n": counts, "timesteps": ranges, "conditional_only": st.booleans()},
     Broadcast: {"timesteps": st.lists(reals, min_size=1, max_size=4).map(tuple), "steps": counts},
     Mask: {"compute": st.lists(st.booleans() | st.sampled_from([0, 1]), min_size=1, max_size=60)},
+    Planned: {
+        "compute": st.lists(st.booleans(), min_size=1, max_size=60),
+        "model": st.text("AbcXyz", max_size=9), "scheduler": st.text("AbcXyz", max_size=9),
+    },
 }  # fmt: skip
 PREDICTORS = {
     Reuse: {},

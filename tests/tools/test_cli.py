@@ -290,6 +290,21 @@ def test_calibrate_own_model(capsys, tmp_path):
     assert "1.2 times as fast" in text and "calls computed" in text and "Recipe(FirstBlock(" in text
 
 
+def test_calibrate_plans_and_tries_the_plan(capsys, tmp_path):
+    out = tmp_path / "own.json"
+    text = said(
+        capsys, "calibrate", f"{__name__}:own_run", "--out", str(out), "--quiet", "--plan", "5",
+        "--cost", "final",
+    )  # fmt: skip
+    recipe = fastcache.Recipe.load(tmp_path / "plan.json")
+    assert sum(recipe.when.compute) == 5
+    assert "planned for 5 computed steps" in text and "plan of 5: 5 of" in text
+    error = said(
+        capsys, "calibrate", f"{__name__}:own_run", "--out", str(out), "--plan", "99", status=1
+    )
+    assert "computed is 99" in error
+
+
 def test_calibrate_demo_model_shows_progress(capsys, tmp_path):
     pytest.importorskip("diffusers")
     args = ["calibrate", "--steps", "8", "--batch", "1", "--guidance", "2", "--speedup", "1.2"]

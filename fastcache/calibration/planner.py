@@ -1,0 +1,240 @@
+"""Which steps to compute, planned on what one run has shown: a shortest path over steps.
+
+From the Gram matrix of a run's values, one per step, the error of any weighted sum of them follows without the values:
+for coefficients c, |sum_t c_t v_t|^2 = c^T G c. A path goes from computed step to computed step; an edge costs what is
+forecast wrongly between two of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from ..checks import whole
+from ..policies import Planned
+from ..predictors import Predictor, Taylor
+from ..recipe import Recipe
+from .errors import CalibrationError
+from .fields import MAX_GRAM
+
+Cost = Literal["steps", "final"]
+Array = np.ndarray
+
+# Computed steps by which paths are told apart, at most: for predictors that keep no more the plan is the best one.
+REACH = 3
+
+
+def gram_of(grams: Mapping[str, Sequence[Sequence[float]]], context: str | None) -> Array:
+    """All inner products of `Calibration.grams`, of one context or the mean of all."""
+    if not grams:
+        raise CalibrationError(
+            f"calibration: grams is empty; fastcache.calibrate(run, target) records them of runs of at most {MAX_GRAM} "
+            "steps"
+        )
+    if context is not None and context not in grams:
+        raise CalibrationError(f"calibration: context must be one of {list(grams)}")
+    names = list(grams) if context is None else [context]
+    if len({len(grams[name]) for name in names}) > 1:
+        raise CalibrationError(
+            f"calibration: context must be one of {names}, whose runs differ in length"
+        )
+    found = []
+    for name in names:
+        rows = grams[name]
+        lower = np.array([[*row, *[0.0] * (len(rows) - len(row))] for row in rows])
+        found.append(lower + np.tril(lower, -1).T)
+    whole_gram: Array = np.mean(found, axis=0)
+    return whole_gram
+
+
+class Edges:
+    """What it costs to skip all steps between two computed ones.
+
+    gram: [T, T] of the values of a run. what: gives the weights. cost: "steps" adds up the errors of all skipped
+    values, as DPCache does; "final" takes the error that they leave together in the latents, as LeMiCa does. lengths:
+    how far each step moves the latents, [T]; of use for "final" alone.
+    """
+
+    def __init__(self, gram: Array, what: Predictor, cost: Cost, lengths: Array) -> None:
+        self.gram, self.what, self.cost, self.lengths = gram, what, cost, lengths
+        self.steps = len(gram)
+        self.known: dict[tuple[int, ...], list[float]] = {}
+
+    def __call__(self, kept: tuple[int, ...], then: int) -> float:
+        """From the newest of `kept`, computed steps with the newest first, to `then`, which is computed again."""
+        kept = kept[: self.what.depth]
+        if kept not in self.known:
+            self.known[kept] = self._costs(kept)
+        return self.known[kept][then - kept[0] - 1]
+
+    def _costs(self, kept: tuple[int, ...]) -> list[float]:
+        """By how many steps are skipped: none, one, and so on to the end."""
+        found, total, moved = [0.0], 0.0, np.zeros(self.steps)
+        for step in range(kept[0] + 1, self.steps):
+            missed = self.missed(kept, step)
+            total += self.size(missed)
+            moved += self.lengths[step] * missed
+            found.append(total if self.cost == "steps" else self.size(moved))
+        return found
+
+    def missed(self, kept: tuple[int, ...], step: int) -> Array:
+        """The forecast less the value at a step, as coefficients of the values."""
+        found = np.zeros(self.steps)
+        weights: Callable[..., Any] = self.what.weights
+        args = (kept, step, self.steps) if self.what.per_run else (kept, step)
+        for at, weight in zip(kept, weights(*args), strict=False):
+            found[at] += weight
+        found[step] -= 1.0
+        return found
+
+    def size(self, c: Array) -> float:
+        return math.sqrt(max(float(c @ self.gram @ c), 0.0))
+
+
+def added(cost: Any, edge: float) -> Any:
+    """A path's cost as the sum of its edges'."""
+    return cost + edge
+
+
+def largest_first(cost: Any, edge: float) -> Any:
+    """A path's cost as its edges' in falling order: the largest counts first (LeMiCa's lexicographic minimax)."""
+    return tuple(sorted((*cost, edge), reverse=True))
+
+
+def planned(
+    gram: Sequence[Sequence[float]] | Array,
+    computed: int,
+    what: Predictor,
+    cost: Cost = "steps",
+    first: int = 3,
+    last: bool = True,
+    max_skips: int | None = None,
+    lengths: Sequence[float] | None = None,
+) -> list[int]:
+    """The steps to compute, ascending, that cost least. See `Calibration.plan` for the arguments."""
+    matrix = np.array(gram, dtype=np.float64)
+    total = len(matrix)
+    given = _checked(total, computed, what, cost, first, max_skips, lengths)
+    edges = Edges(matrix, what, cost, given)
+    combine, nothing = (added, 0.0) if cost == "steps" else (largest_first, ())
+    gap = total if max_skips is None else max_skips + 1
+    start, reach = tuple(range(first)), min(what.depth, REACH)
+    paths: dict[tuple[int, ...], tuple[Any, tuple[int, ...]]] = {
+        start[-reach:]: (nothing, start)
+    }  # by the newest computed steps: the cheapest path that ends in them
+    goal = total - 1 if last else total
+    for left in range(computed - first - last, 0, -1):
+        longer: dict[tuple[int, ...], tuple[Any, tuple[int, ...]]] = {}
+        for so_far, path in paths.values():
+            kept = path[::-1]
+            for then in range(path[-1] + 1, min(path[-1] + gap, goal - left) + 1):
+                if goal - then > left * gap:
+                    continue  # the end would be out of reach
+                told = combine(so_far, edges(kept, then))
+                state = (*path, then)[-reach:]
+                if state not in longer or told < longer[state][0]:
+                    longer[state] = told, (*path, then)
+        paths = longer
+    ends = [
+        (combine(so_far, edges(path[::-1], goal)), path)
+        for so_far, path in paths.values()
+        if goal - path[-1] <= gap
+    ]
+    if not ends:
+        raise CalibrationError(
+            f"calibration: max_skips is {max_skips}, with which {computed} computed steps do not reach the end of "
+            f"{total}"
+        )
+    _, best = min(ends)
+    return [*best, goal] if last else list(best)
+
+
+def _checked(
+    total: int,
+    computed: int,
+    what: Predictor,
+    cost: str,
+    first: int,
+    max_skips: int | None,
+    lengths: Sequence[float] | None,
+) -> Array:
+    """The lengths of the steps; an error that names the argument where one makes no sense."""
+    owner = "Calibration.plan"
+    whole(owner, "first", first, 1)
+    whole(owner, "computed", computed, 1)
+    if max_skips is not None:
+        whole(owner, "max_skips", max_skips, 1)
+    if not first < computed < total:
+        raise CalibrationError(
+            f"calibration: computed is {computed}, must be above {first}, the first steps that are computed anyway, "
+            f"and below {total}, the steps of the run"
+        )
+    if cost not in ("steps", "final"):
+        raise CalibrationError(f"calibration: cost is {cost!r}, must be 'steps' or 'final'")
+    if not isinstance(what, Predictor):
+        raise TypeError(f"{owner}: what is {what!r}, must be a predictor such as Taylor(order=1)")
+    told = what.guide is None and what.fitted is None and not what.per_module
+    if not told or what.table or what.feeds_back or not what.depth:
+        raise CalibrationError(
+            f"calibration: what is a {type(what).__name__}, whose weights of computed values are not known beforehand; "
+            "plan with Reuse(), Taylor(), Hermite() or Chebyshev()"
+        )
+    found = np.ones(total) if lengths is None else np.array(lengths, dtype=np.float64)
+    if found.shape != (total,) or not np.isfinite(found).all():
+        raise CalibrationError(
+            f"calibration: lengths must hold {total} finite numbers, one per step"
+        )
+    return found
+
+
+class Plans:
+    """What a calibration plans: its fields are those of `Calibration`."""
+
+    grams: Mapping[str, tuple[tuple[float, ...], ...]]
+    model: str
+    scheduler: str
+
+    def plan(
+        self,
+        computed: int,
+        what: Predictor | None = None,
+        *,
+        cost: Cost = "steps",
+        first: int = 3,
+        last: bool = True,
+        max_skips: int | None = None,
+        lengths: Sequence[float] | None = None,
+        context: str | None = None,
+    ) -> Recipe:
+        """The recipe whose computed steps cost least along the calibrated trajectory, for this many of them.
+
+        A forecast is held against what the run has stored there, so errors of earlier skips are not in it: compare
+        plans by whole runs. For predictors that keep more than 3 values the plan is a good one, not the best.
+
+        Args:
+            computed: steps to compute, a count above `first` and below the steps of the run.
+            what: a predictor whose weights are known beforehand; None: `Taylor(order=1)`.
+            cost: "steps" adds up the errors of all skipped values (DPCache); "final" takes, from one computed step
+                to the next, the error that they leave together in the latents, and has the largest of these as small as
+                can be (LeMiCa).
+            first: steps computed at the start, a count >= 1.
+            last: whether the last step is computed.
+            max_skips: most steps skipped in a row, a count; None: any number.
+            lengths: how far each step moves the latents, one number per step, such as differences of sigmas, for
+                "final"; None: all as far.
+            context: a name in `grams`; None takes all contexts together.
+        Returns:
+            A recipe of `Planned` for this model, scheduler and length of run, and the predictor, on the stack.
+        Raises:
+            TypeError: an argument is of another type; the message names it.
+            CalibrationError: an argument is out of its range, or nothing was measured.
+        Source: DPCache (CVPR 2026); LeMiCa (arXiv 2511.00090).
+        """
+        what = Taylor(order=1) if what is None else what
+        gram = gram_of(self.grams, context)
+        steps = planned(gram, computed, what, cost, first, last, max_skips, lengths)
+        marks = tuple(i in steps for i in range(len(gram)))
+        return Recipe(Planned(marks, model=self.model, scheduler=self.scheduler), what)
