@@ -174,8 +174,6 @@ def _checked(
         )
     if cost not in ("steps", "final"):
         raise CalibrationError(f"calibration: cost is {cost!r}, must be 'steps' or 'final'")
-    if not isinstance(what, Predictor):
-        raise TypeError(f"{owner}: what is {what!r}, must be a predictor such as Taylor(order=1)")
     told = what.guide is None and what.fitted is None and not what.per_module
     if not told or what.table or what.feeds_back or not what.depth:
         raise CalibrationError(
@@ -234,6 +232,7 @@ class Plans:
         Source: DPCache (CVPR 2026); LeMiCa (arXiv 2511.00090).
         """
         what = Taylor(order=1) if what is None else what
+        Recipe(Planned((True,)), what)  # which names what does not go with a stack
         gram = gram_of(self.grams, context)
         steps = planned(gram, computed, what, cost, first, last, max_skips, lengths)
         marks = tuple(i in steps for i in range(len(gram)))
