@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ..checks import whole
-from ..policies import Planned
-from ..predictors import Predictor, Taylor
+from ..policies import Planned, Policy
+from ..predictors import Fitted, Predictor, Taylor
 from ..recipe import Recipe
 from .errors import CalibrationError
 from .fields import MAX_GRAM
+from .weights import fitted_weights
 
 Cost = Literal["steps", "final"]
 Array = np.ndarray
@@ -237,3 +238,26 @@ class Plans:
         steps = planned(gram, computed, what, cost, first, last, max_skips, lengths)
         marks = tuple(i in steps for i in range(len(gram)))
         return Recipe(Planned(marks, model=self.model, scheduler=self.scheduler), what)
+
+    def fit(
+        self, when: Policy, keep: int = 3, ridge: float = 1e-3, context: str | None = None
+    ) -> Fitted:
+        """Weights for each step that a schedule skips, by least squares over the calibrated runs.
+
+        Args:
+            when: a policy whose schedule is known beforehand, such as that of a plan.
+            keep: values kept and weighted, 1 to 7.
+            ridge: pull of the weights toward the line through the newest two values, relative to the values' mean
+                square, unitless, >= 0.
+            context: a name in `grams`; None takes all contexts together.
+        Returns:
+            A predictor for this schedule; steps skipped otherwise are forecast by a line.
+        Raises:
+            TypeError: an argument is of another type; the message names it.
+            CalibrationError: an argument is out of its range, or nothing was measured.
+            ValueError: the policy decides on data of the run.
+        Source: L2P (CVPR 2026), from the paper.
+        """
+        gram = gram_of(self.grams, context)
+        plan = Recipe(when, Fitted((), keep)).plan(len(gram))
+        return fitted_weights(gram, [i in plan.computed for i in range(len(gram))], keep, ridge)

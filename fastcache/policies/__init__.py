@@ -11,6 +11,7 @@ from .output_slope import OutputSlope
 from .planned import Planned
 from .schedule import Broadcast, Growing, Interval, Mask, TimestepRange
 from .sensitivity import Sensitivity
+from .widening import Widening
 
 __all__ = [
     "COMPUTE",
@@ -34,5 +35,6 @@ __all__ = [
     "Sensitivity",
     "Step",
     "TimestepRange",
+    "Widening",
     "steps_mask",
 ]

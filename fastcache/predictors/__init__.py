@@ -3,6 +3,7 @@
 from .base import MAX_ORDER, Predictor
 from .dmd import DMD
 from .extrapolate import Constant, Extrapolate
+from .fitted import Fitted
 from .guided import Guided
 from .polynomials import Chebyshev, Hermite
 from .reuse import Reuse, Zeros
@@ -14,6 +15,7 @@ __all__ = [
     "Chebyshev",
     "Constant",
     "Extrapolate",
+    "Fitted",
     "Guided",
     "Hermite",
     "Predictor",

@@ -25,6 +25,7 @@ from fastcache import (
     DualBlock,
     Extrapolate,
     FirstBlock,
+    Fitted,
     Growing,
     Guidance,
     Guided,
@@ -48,6 +49,7 @@ from fastcache import (
     Taylor,
     TaylorTable,
     TimestepRange,
+    Widening,
     Zeros,
     cli,
     parts,
@@ -110,13 +112,18 @@ POLICIES = {
     TimestepRange: {"n": counts, "timesteps": ranges, "conditional_only": st.booleans()},
     Broadcast: {"timesteps": st.lists(reals, min_size=1, max_size=4).map(tuple), "steps": counts},
     Mask: {"compute": st.lists(st.booleans() | st.sampled_from([0, 1]), min_size=1, max_size=60)},
+    Widening: {"window": st.floats(1, 9), "flex": st.floats(0, 9)},
     Planned: {
         "compute": st.lists(st.booleans(), min_size=1, max_size=60),
         "model": st.text("AbcXyz", max_size=9), "scheduler": st.text("AbcXyz", max_size=9),
     },
 }  # fmt: skip
+fitted_rows = st.lists(
+    st.tuples(st.integers(9, 30), st.just((8, 6)), st.tuples(reals, reals)), max_size=5
+).map(tuple)
 PREDICTORS = {
     Reuse: {},
+    Fitted: {"rows": fitted_rows, "keep": st.integers(2, 7)},
     Zeros: {},
     Taylor: {
         "order": st.integers(0, 4), "spacing": st.sampled_from(["latest", "exact"]),
