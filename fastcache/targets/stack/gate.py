@@ -23,7 +23,6 @@ class BlockListHook(Player):
 
     def __init__(self, stack: Stack, blocks: BlockList) -> None:
         super().__init__(stack, blocks)
-        self.asks = not blocks.index and stack.meter is not None and stack.meter.at_input
         self.recorder: Recorder | None = None  # of the running call
         self.furnish(blocks)
 

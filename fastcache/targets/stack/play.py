@@ -27,6 +27,7 @@ class Player:
     def __init__(self, stack: Stack, blocks: BlockList) -> None:
         self.stack, self.control = stack, stack.control
         self.opener = self  # of the list that opens the segment
+        self.asks = not blocks.index and stack.meter is not None and stack.meter.at_input
         self.entered = NOTHING  # by the segment that this list opens, until it is left
         self.take_layout(Layout(), Place())
         self.take_blocks(blocks)
@@ -48,6 +49,8 @@ class Player:
 
     def first(self, *args: Any, **kwargs: Any) -> Any:
         """The first block of a segment."""
+        if self.asks and not torch.compiler.is_compiling() and self.stack.way is None:
+            self.stack.start_way()  # which had to wait for the decision
         self._look(args, kwargs)
         self._enter(*self.replaced_io.read(args, kwargs))
         return self._run(self.head, args, kwargs)
@@ -144,19 +147,27 @@ class Player:
 
     def run_first(self, *args: Any, **kwargs: Any) -> Any:
         """The last block of the head, where the policy or the predictor wants to see its change."""
+        stack, at = self.stack, self.head - 1
         given, text = self.probed_io.read(args, kwargs)
         eager = not torch.compiler.is_compiling()
-        if eager:
-            self._note_arrival(self.head - 1, given)
-        x = self._opened(given)
+        if eager and stack.way is not None:
+            self._note_arrival(at, given)
+        x = self._opened(given) if at or self.blocks.index else given
         if self.writes_inputs and x is given:
             x = x.clone()
         output = self.blocks.looked_at()(*args, **kwargs)
         hidden, encoder = self.probed_io.streams(output, given, text, self.positions)
-        look_at_output(self.stack, hidden, encoder, x, self.returns)
+        look_at_output(stack, hidden, encoder, x, self.returns)
+        if self.control.actions[stack.rule] != REUSE:
+            if eager:
+                self._note_first(given, output, text)
+            if self.opens:
+                self._enter(hidden, encoder)
+            return output
         if eager:
-            self._note_first(given, output, text)
-        self._go_on(hidden, encoder)
+            stack.way = None
+        if self.opens and self.loop_does_more:
+            self._enter(hidden, encoder)
         return output
 
     def restore_first(self, *args: Any, **kwargs: Any) -> Any:
@@ -168,9 +179,11 @@ class Player:
         )
         note_decided(self.stack, without_text(hidden, x), x, now)
         output = self.returns.build(hidden, encoder, {})
-        if not torch.compiler.is_compiling():
+        computes = self.control.actions[self.stack.rule] != REUSE
+        if computes and not torch.compiler.is_compiling():
             self._note_first(given, output, encoder)
-        self._go_on(hidden, encoder)
+        if self.opens and (computes or self.loop_does_more):
+            self._enter(hidden, encoder)
         return output
 
     def _opened(self, given: Any) -> Any:
@@ -182,23 +195,14 @@ class Player:
         return x
 
     def _note_first(self, given: Any, output: Any, encoder: Any) -> None:
-        """The last block of the head has run, and the step is decided (eager only)."""
+        """The last block of the head has run, and the step computes (eager only)."""
         stack, alone = self.stack, self.head == 1
-        if self.control.actions[stack.rule] == REUSE:
-            stack.way = None
-            return
         way = stack.way
         if way is None:  # it had to wait for the decision
             way = stack.start_way()
             self._note_arrival(self.head - 1, given)
         relied_on = self.returns if alone else None
         way.passed(self.probed_io, output, (given, encoder), self.positions, relied_on)
-
-    def _go_on(self, hidden: Any, encoder: Any) -> None:
-        """Enter the segment that begins after the block that always runs."""
-        if self.opens:
-            if self.loop_does_more or self.control.actions[self.stack.rule] != REUSE:
-                self._enter(hidden, encoder)
 
     # --- roles on reused steps ----------------------------------------------------------------------------
 
@@ -214,9 +218,8 @@ class Player:
         else:
             control.predicted += 1
             weights = self._weights() if guided else control.weights[rule]
-        return predict(
-            control.state.units[rule][self.segment], hidden, encoder, weights, self.returns
-        )
+        unit = control.state.units[rule][self.segment]
+        return predict(unit, hidden, encoder, weights, self.returns)
 
     def pass_through(self, *args: Any, **kwargs: Any) -> Any:
         """A block that the model's loop still calls on a reused step: gives back its input."""

@@ -25,7 +25,8 @@ def look_at_output(
     returns: how the block returns its streams. In the head region of a compiled step it raises Stop, having
     kept what the block returned.
     """
-    control, guide, image = stack.control, stack.guide, without_text(hidden, x)
+    control, guide = stack.control, stack.guide
+    image = hidden if stack.always[0] < 2 else without_text(hidden, x)
     if control.phase == HEAD or control.actions[stack.rule] == PENDING:
         stack.decider.measure(image, x)
     now = None if guide is None else guide.of(image, x)

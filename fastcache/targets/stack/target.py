@@ -108,7 +108,7 @@ class StackTarget(BoundTarget):
         control, layout, rule = self.control, self.layout, self.rule
         units, action = control.state.units[rule], control.actions[rule]
         held, self.way = layout.number in units, None
-        early = action == PENDING and self.probed and self.always[0] > 1
+        early = self.always[0] > 1 and self.probed and action == PENDING
         if early or action == COMPUTE or not held:
             self.start_way()
         elif layout.loop_does_more:
