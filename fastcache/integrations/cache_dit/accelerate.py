@@ -95,7 +95,10 @@ def accelerate() -> None:
     METHODS.bare(tail.CachedBlocks_Pattern_3_4_5)
     theirs.can_cache = manager.can_cache
     METHODS.swaps.put(stack, "_get_Fn_residual", managers.residual(theirs))
-    METHODS.put(manager, "similarity", managers.similarity(theirs))
+    if (
+        theirs.similarity.__module__ == contexts.__name__
+    ):  # not an engine's, which sums over ranks of its own
+        METHODS.put(manager, "similarity", managers.similarity(theirs))
     METHODS.put(manager, "can_cache", managers.can_cache(theirs))
     METHODS.put(manager, "apply_cache", managers.apply_cache(theirs))
     METHODS.swaps.put(state, "update", forecast.update(theirs))
