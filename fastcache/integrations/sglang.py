@@ -167,8 +167,7 @@ OURS = {
 
 def attach(modules: list[nn.Module], config: Any, group: Any) -> None:
     """A cache on modules by SGLang's config; calls of a module are counted, since SGLang says when they begin."""
-    given = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else vars(config)
-    fields = {k: v for k, v in given.items() if k in KNOWN}
+    fields = {k: v for k, v in vars(config).items() if k in KNOWN}
     attached = Attached(
         modules, config_of(fields, fields.get("num_inference_steps")), process_group=group
     )
