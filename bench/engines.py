@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastcache.integrations import cache_dit as backend
+from fastcache.integrations.cache_dit.accelerate import restore
 
 from . import common
 from .common import Row
@@ -25,16 +26,23 @@ from .systems import missing, quietly
 FLOOR = "first block alone"
 
 
+def nothing() -> None:
+    """What cache-dit itself asks for."""
+
+
 class Contender(NamedTuple):
     """One way to run cache-dit's API."""
 
-    switch: Callable[[], None]  # what is in force while the model is enabled and called
+    before: Callable[[], None]  # in force from before the model is enabled on
+    during: Callable[[], None]  # while it is called
     bound: float  # of its own cost against cache-dit's
 
 
+# what is installed stays so: it comes last
 CONTENDERS = {
-    "cache-dit": Contender(lambda: None, 1.0),
-    "accelerate()": Contender(backend.accelerate, 0.9),
+    "cache-dit": Contender(nothing, nothing, 1.0),
+    "accelerate()": Contender(nothing, backend.accelerate, 0.9),
+    "install()": Contender(backend.install, nothing, 0.3),
 }
 METHODS = {"reuse": 0, "Taylor 1": 1}
 
@@ -51,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     rounds, repeat = args.rounds or (2 if args.quick else 40), 3 if args.quick else 10
     with torch.no_grad(), quietly():
         samples = measured(cases(blocks), rounds, repeat)
+        backend.uninstall()
     environment = common.environment()
     rows: list[Row] = [
         {"bench": "engines", "case": case, "method": method, "blocks": blocks}
@@ -72,14 +81,13 @@ def cases(blocks: int) -> dict[Case, tuple[Callable[[], None], Callable[[], obje
     """What is switched on for a case, and one step of it."""
     inputs = flux_inputs()
     alone = flux(1, 0)
-    found: dict[Case, Any] = {(FLOOR, ""): (lambda: None, lambda: alone(**inputs))}
-    for method, order in METHODS.items():
-        for case, contender in CONTENDERS.items():
+    found: dict[Case, Any] = {(FLOOR, ""): (nothing, lambda: alone(**inputs))}
+    for case, contender in CONTENDERS.items():
+        contender.before()
+        for method, order in METHODS.items():
             model = flux(blocks // 3, blocks - blocks // 3)
-            contender.switch()
             enabled(model, order)
-            backend.uninstall()
-            found[case, method] = (contender.switch, lambda model=model: model(**inputs))
+            found[case, method] = (contender.during, lambda model=model: model(**inputs))
     return found
 
 
@@ -118,7 +126,7 @@ def measured(found: dict[Case, Any], rounds: int, repeat: int) -> dict[Case, lis
                 for _ in range(repeat):
                     run()
                 samples[case].append((clock() - begin) / repeat)
-            backend.uninstall()
+            restore()
     return samples
 
 

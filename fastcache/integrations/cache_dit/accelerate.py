@@ -107,6 +107,6 @@ def accelerate() -> None:
     watch_compiling()
 
 
-def uninstall() -> None:
-    """Give cache-dit its own functions back. Models that are enabled go on with these."""
+def restore() -> None:
+    """Give cache-dit its own arithmetic back. Models that are enabled go on with it."""
     METHODS.undo()
