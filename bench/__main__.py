@@ -8,6 +8,7 @@ import sys
 NAMES = {
     "ops": "each cache op against eager chains and torch.compile",
     "overhead": "Python cost of a skipped step",
+    "engines": "Python cost of a reused step under cache-dit",
     "steps": "latency and memory of computed and reused steps",
     "quality": "speed and quality of every method on the trained model",
     "graphs": "torch.compile: graphs, breaks, recompiles",

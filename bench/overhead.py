@@ -188,17 +188,10 @@ def _cases(blocks: int, backend: str) -> Iterator[Case]:
 
 def _flux_cases(blocks: int, theirs: Any, ours: Any, backend: str) -> Iterator[Case]:
     """FLUX's blocks, two heads wide: of 57, 19 take text and image apart and 38 take them joined."""
-    inputs: Inputs = (
-        (),
-        {
-            "hidden_states": torch.randn(1, 16, 4),
-            "encoder_hidden_states": torch.randn(1, 8, 32),
-            "pooled_projections": torch.randn(1, 32),
-            "timestep": torch.tensor([0.5]),
-            "img_ids": torch.zeros(16, 3),
-            "txt_ids": torch.zeros(8, 3),
-        },
-    )
+    inputs: Inputs = ((), flux_inputs())
+
+    def _flux(count: int) -> Any:
+        return flux(count // 3, count - count // 3)
 
     yield BARE, ("uncached", _calling(_flux(0), inputs))
     yield "FLUX, diffusers", ("diffusers", _hooked(_flux(blocks), theirs, inputs))
@@ -210,14 +203,27 @@ def _flux_cases(blocks: int, theirs: Any, ours: Any, backend: str) -> Iterator[C
     yield BARE_COMPILED, ("compile", _calling(alone, inputs))
 
 
-def _flux(blocks: int) -> Any:
+def flux_inputs() -> dict[str, Tensor]:
+    """Keyword arguments of one call of `flux`."""
+    return {
+        "hidden_states": torch.randn(1, 16, 4),
+        "encoder_hidden_states": torch.randn(1, 8, 32),
+        "pooled_projections": torch.randn(1, 32),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(8, 3),
+    }
+
+
+def flux(double: int, single: int) -> Any:
+    """FLUX two heads wide, with so many blocks that take text and image apart, and joined."""
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
-        num_layers=blocks // 3,
-        num_single_layers=blocks - blocks // 3,
+        num_layers=double,
+        num_single_layers=single,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,

@@ -109,6 +109,9 @@ class BlockIO:
         )
         names = parameter_names(type(block).forward)
         known = known or Block()
+        if not names and known.returns and known.hidden and known.encoder:
+            # a block that takes whatever comes: in the order in which it returns them
+            names = [known.hidden if r == HIDDEN else known.encoder for r in known.returns]
         self.name = type(block).__name__
         self.hidden = known.hidden or (
             "hidden_states" if "hidden_states" in names or not names else names[0]

@@ -13,6 +13,7 @@ LIST_NAMES = (
     "visual_transformer_blocks",
     "temporal_transformer_blocks",
     "joint_transformer_blocks",
+    "joint_blocks",
     "double_stream_blocks",
     "single_stream_blocks",
     "double_blocks",
@@ -73,6 +74,9 @@ BLOCKS: dict[str, Block] = {
     "Cosmos3VLTextMoTDecoderLayer": Block(
         hidden="gen_seq", encoder="und_seq", returns=(ENCODER, HIDDEN)
     ),
+    # of FLUX's, HunyuanVideo's and SD3's own code, and of ComfyUI, which keeps their names
+    "DoubleStreamBlock": Block(hidden="img", encoder="txt", returns=(HIDDEN, ENCODER)),
+    "JointBlock": Block(hidden="x", encoder="context", returns=(ENCODER, HIDDEN)),
 }
 
 
@@ -91,6 +95,9 @@ MODELS: dict[str, BlockAdapter] = {
             "MochiTransformer3DModel",
             "SD3Transformer2DModel",
             "Kandinsky5Transformer3DModel",
+            "Flux",
+            "HunyuanVideo",
+            "MMDiT",
         )
     },
     # it holds LTX-2's audio attention for its checkpoint, and runs the attention of the video alone

@@ -51,13 +51,21 @@ class Generation(Frame):
         if self.asked is OWN and around is not None:
             self.asked = around.request if around.generation is None else fresh()
             self.request = self.asked
-        self.push()
-        self.generation = self
+        self.resume()
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        self.pop()
+        self.pause()
         self.cache.ended(self, kind is not None)
+
+    def resume(self) -> None:
+        """The calls that follow are of this generation, which goes on where it was paused."""
+        self.push()
+        self.generation = self
+
+    def pause(self) -> None:
+        """The calls that follow are not; what it holds stays."""
+        self.pop()
 
     def loop(self, steps: int | None) -> None:
         """Another loop over timesteps begins, of so many steps where that is known."""

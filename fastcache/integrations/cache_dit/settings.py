@@ -1,0 +1,93 @@
+"""cache-dit's configs, adapters and patterns as recipes and block adapters of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...configs import DBCacheConfig
+from ...models.adapter import ENCODER, HIDDEN, Block, BlockAdapter
+from ...models.table import BLOCKS
+from ...predictors import DMD, Predictor, Taylor
+from ...recipe import Recipe
+
+DIFFERENCES = 3  # the first step after which cache-dit's calibrator takes differences
+FIELDS = tuple(DBCacheConfig.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class LateTaylor(Taylor):
+    """TaylorSeer as cache-dit has it: no difference is taken before the fourth step of a run."""
+
+    def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
+        """Of the values computed from there on, and of the one before.
+
+        Args:
+            steps: of the values, newest first.
+            step: to forecast.
+        Returns:
+            A weight per value that counts.
+        """
+        late = sum(s >= DIFFERENCES for s in steps)
+        return super().weights(steps[: late + 1], step)
+
+
+class Elsewhere(ValueError):
+    """What has no counterpart here, and runs in cache-dit itself."""
+
+
+def recipe_of(kwargs: dict[str, Any]) -> Recipe:
+    """The recipe that the context of a block list stands for.
+
+    Args:
+        kwargs: of cache-dit's context: `cache_config`, `calibrator_config`.
+    Returns:
+        A recipe.
+    Raises:
+        Elsewhere: it has no counterpart here.
+        TypeError, ValueError: a field is wrong; the message names it.
+    """
+    config = kwargs["cache_config"]
+    if config.cache_type.name != "DBCache":
+        raise Elsewhere(f"cache_type {config.cache_type.name}")
+    if not config.cfg_diff_compute_separate and config.enable_separate_cfg:
+        raise Elsewhere("cfg_diff_compute_separate=False")
+    given = {name: getattr(config, name) for name in FIELDS} | {"cfg_diff_compute_separate": True}
+    return DBCacheConfig(**given).recipe(forecast_of(kwargs.get("calibrator_config")))
+
+
+def forecast_of(calibrator: Any) -> Predictor | None:
+    """The predictor that a calibrator stands for; None for plain reuse."""
+    if calibrator is None or not calibrator.enable_calibrator:
+        return None
+    kind = calibrator.calibrator_type
+    if calibrator.calibrator_cache_type != "residual":
+        raise Elsewhere(f"calibrator_cache_type {calibrator.calibrator_cache_type!r}")
+    if kind == "taylorseer":
+        return LateTaylor(order=calibrator.taylorseer_order)
+    if kind == "dmd":
+        return DMD(keep=calibrator.dmd_history, ridge=calibrator.dmd_ridge)
+    raise Elsewhere(f"calibrator {kind!r}")
+
+
+def adapter_of(
+    names: Sequence[str], blocks: Sequence[Any], patterns: Sequence[Any]
+) -> BlockAdapter:
+    """How the block lists of a transformer are found and driven.
+
+    Args:
+        names: of the lists, in the order in which they run, the ones that cache-dit joins included.
+        blocks: those lists.
+        patterns: cache-dit's, of each.
+    Returns:
+        A BlockAdapter.
+    """
+    kinds = {kind.__name__ for found in blocks for block in found for kind in type(block).__mro__}
+    if kinds & BLOCKS.keys() or len({pattern.Out for pattern in patterns}) > 1:
+        return BlockAdapter(blocks=tuple(names))  # by class, or as a first call shows
+    streams = {"hidden_states": HIDDEN, "encoder_hidden_states": ENCODER}
+    returns: Any = tuple(streams[name] for name in patterns[0].Out)
+    return BlockAdapter(
+        blocks=tuple(names), block=Block(returns=returns if len(returns) > 1 else None)
+    )
