@@ -9,6 +9,7 @@ from .misfit import Misfit
 from .output_slope import OutputSlope
 from .schedule import Broadcast, Growing, Interval, Mask, TimestepRange
 from .sensitivity import Sensitivity
+from .spread import Spread
 
 __all__ = [
     "COMPUTE",
@@ -28,6 +29,7 @@ __all__ = [
     "Policy",
     "Run",
     "Sensitivity",
+    "Spread",
     "Step",
     "TimestepRange",
     "steps_mask",
