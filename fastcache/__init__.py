@@ -68,6 +68,8 @@ from .targets.spec import Guidance, Modules, Output, Stack, Target
 from .tools.batching import split_batch
 from .tools.inspect import inspect_model as inspect
 from .tools.measure import calibrate
+from .tuning.result import Tuning
+from .tuning.tune import tune
 
 __version__ = "0.1.0"
 
@@ -123,6 +125,7 @@ __all__ = [
     "TaylorTable",
     "TeaCacheConfig",
     "TimestepRange",
+    "Tuning",
     "Zeros",
     "backend",
     "backends",
@@ -140,4 +143,5 @@ __all__ = [
     "register_target",
     "split_batch",
     "steps_mask",
+    "tune",
 ]
