@@ -100,7 +100,7 @@ class Candidate:
 
 def _kind(rule: Rule) -> str:
     if rule.where.scope in ("stack", "output"):
-        return f"{type(rule.what).__name__} {rule.what.guide} {rule.where.scope} {rule.when.signal}"
+        return f"{rule.what.guide} {rule.where.scope} {rule.when.signal}"
     return repr(rule)  # what such a step still computes differs from rule to rule
 
 

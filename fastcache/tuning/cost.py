@@ -11,7 +11,6 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-ENOUGH = 3  # runs of a kind from which on the first, which loads and compiles things, is left out
 GUESS = 0.05  # a reused step, in computed ones, while none was measured
 
 
@@ -53,9 +52,7 @@ class Cost:
 
     def reused(self, kind: str) -> float:
         """What a reused step of a kind costs."""
-        runs = self.cached.get(kind, [])
-        if len(runs) >= ENOUGH:
-            runs = runs[1:]
+        runs = self.cached.get(kind, [])[1:]  # the first one loads and compiles things
         fixed, step = self.fixed, self.step
         found = [(r - fixed - step * c) / n for c, n, r in runs if n]
         return max(statistics.median(found), 0.0) if found else GUESS * step

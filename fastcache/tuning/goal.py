@@ -65,4 +65,4 @@ class Goal:
     def __str__(self) -> str:
         if self.speedup is not None:
             return f"nearest at {self.speedup:g} times the speed"
-        return f"cheapest within {self.error:g} dB"
+        return f"fastest within {self.error:g} dB"

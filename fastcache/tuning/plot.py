@@ -40,5 +40,6 @@ def plot_rows(rows: Sequence[Row], wish: str, path: str | Path) -> Path:
     axes.set_title(wish, loc="left", fontsize=11, color=INK)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8.5)
+    if rows:
+        axes.legend(frameon=False, fontsize=8.5)
     return save_figure(figure, path)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..calibration.errors import CalibrationError
+from ..policies import Interval
 from ..predictors import Predictor, Reuse, Taylor
 from ..recipe import Recipe
 from ..tools.measure import calibrate
@@ -209,7 +210,8 @@ class Search:
     def deciding(self, steps: int) -> None:
         """Methods that decide while they run, at thresholds from one calibration run."""
         taken = self.lab.taken(steps)
-        share = max(self.lab.cost.affordable("Reuse", taken, self.most) / taken, 1.5 / taken)
+        kind = Candidate("", Recipe(Interval(2)), steps).kind
+        share = max(self.lab.cost.affordable(kind, taken, self.most) / taken, 1.5 / taken)
         entry = self.lab.remembered(f"calibration {steps}", lambda: self._calibrated(steps, share))
         rows = ((name, Recipe.from_dict(rules)) for name, rules in entry["recipes"])
         self.try_all(Candidate(name, recipe, steps) for name, recipe in rows)
