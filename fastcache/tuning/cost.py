@@ -11,6 +11,9 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+PAIR = (
+    2  # timings of shorter runs without a cache, from which on what is constant in them is believed
+)
 GUESS = 0.05  # a reused step, in computed ones, while none was measured
 
 
@@ -39,11 +42,13 @@ class Cost:
     def fixed(self) -> float:
         """What a run costs besides its steps."""
         found = [
-            (statistics.median(ratios) - steps / self.usual) / (1 - steps / self.usual)
+            (ratio - steps / self.usual) / (1 - steps / self.usual)
             for steps, ratios in self.uncached.items()
+            for ratio in ratios
             if steps < self.usual
         ]
-        return min(max(statistics.median(found), 0.0), 0.9) if found else 0.0
+        # other work on the machine only ever adds to a time
+        return min(max(min(found), 0.0), 0.9) if len(found) >= PAIR else 0.0
 
     @property
     def step(self) -> float:

@@ -143,6 +143,7 @@ class Search:
             taken = self.lab.cost.affordable("", self.lab.taken(usual), self.most)
             steps = max(round(taken * usual / self.lab.taken(usual)), 1)
             self.lab.measure(without(steps), self.first)
+            self.lab.measure(without(steps), self.first, again=True)
 
     def bisect_fewer(self, usual: int) -> None:
         """The fewest steps without a cache that meet the wished error."""

@@ -75,7 +75,7 @@ guards = {
 }
 dtypes = optional(st.sampled_from([torch.bfloat16, torch.float32, torch.float8_e4m3fn]))
 ratios = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9).map(tuple)
-guides = st.sampled_from(["residual", "modulated", "input"])
+guides = st.sampled_from(["residual", "modulated", "input", "auto"])
 
 POLICIES = {
     FirstBlock: {"threshold": positive, "per_sample": st.booleans()},
