@@ -11,6 +11,7 @@ NAMES = {
     "engines": "Python cost of a reused step under cache-dit",
     "steps": "latency and memory of computed and reused steps",
     "quality": "speed and quality of every method on the trained model",
+    "tune": "what fastcache.tune finds: against the full sweep, and against solvers at equal time",
     "graphs": "torch.compile: graphs, breaks, recompiles",
     "guards": "what warm-up, last step and cap are worth on the trained model",
     "soak": "memory of a long run with requests coming and going",

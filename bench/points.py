@@ -22,6 +22,7 @@ class Point:
     setting: str
     attach: Callable[[nn.Module], Attached] | None = None
     steps: int | None = None
+    config: Any = None  # of fastcache, where it is one
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -32,7 +33,7 @@ def ours(method: str, predictor: str, setting: str, config: Any) -> Point:
     def attach(model: nn.Module) -> Attached:
         return systems.attach_fastcache(model, config)
 
-    return Point("fastcache", method, predictor, setting, attach)
+    return Point("fastcache", method, predictor, setting, attach, config=config)
 
 
 def theirs(method: str, predictor: str, setting: str, name: str, **fields: Any) -> Point:

@@ -44,6 +44,7 @@ from .policies import (
     Planned,
     Policy,
     Sensitivity,
+    Spread,
     Step,
     TimestepRange,
     Widening,
@@ -72,6 +73,8 @@ from .targets.spec import Guidance, Modules, Output, Stack, Target
 from .tools.batching import split_batch
 from .tools.inspect import inspect_model as inspect
 from .tools.measure import calibrate
+from .tuning.result import Tuning
+from .tuning.tune import tune
 
 __version__ = "0.1.0"
 
@@ -121,6 +124,7 @@ __all__ = [
     "SeaCacheConfig",
     "SenCacheConfig",
     "Sensitivity",
+    "Spread",
     "Stack",
     "Stats",
     "Step",
@@ -130,6 +134,7 @@ __all__ = [
     "TaylorTable",
     "TeaCacheConfig",
     "TimestepRange",
+    "Tuning",
     "Widening",
     "Zeros",
     "backend",
@@ -148,4 +153,5 @@ __all__ = [
     "register_target",
     "split_batch",
     "steps_mask",
+    "tune",
 ]

@@ -12,6 +12,7 @@ from torch import nn
 from .checks import whole
 from .configs.given import settings_of
 from .configs.resolve import callback_of
+from .made_for import class_of_scheduler
 from .models.adapter import BlockAdapter
 from .models.pipeline import denoisers_of, scheduler_name
 from .models.registry import adapter_for
@@ -101,6 +102,9 @@ class Cache(Telling):
         LOG.debug("%s attached to %s", recipe.name, [denoiser.name for denoiser in denoisers])
         if warning:
             warn(warning)
+        given = {"model": self.model_names, "scheduler": class_of_scheduler(self.target)}
+        for differing in recipe.made_for.differs(**given) if recipe.made_for else ():
+            warn(f"fastcache: the recipe was tuned for {differing}; tune it on this one")
 
     # --- driving ------------------------------------------------------------------------------------------
 

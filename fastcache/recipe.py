@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from dataclasses import field as field_of
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from .checks import whole
 from .files import FileError
+from .made_for import MADE_FOR, MadeFor
 from .misfits import refuse_misfits
 from .parts import FILE, NEEDED, rows_of, rules_in
 from .plan import Plan
@@ -63,6 +65,7 @@ class Recipe:
 
     rules: tuple[Rule, ...]
     name: str
+    made_for: MadeFor | None = field_of(default=None, compare=False, repr=False)
 
     def __init__(
         self, when: Policy, what: Predictor | None = None, where: Target | None = None
@@ -80,6 +83,7 @@ class Recipe:
         refuse_misfits(when, what, where)
         object.__setattr__(self, "rules", (Rule(when.guarded(**guards_of(what)), what, where),))
         object.__setattr__(self, "name", "Recipe")
+        object.__setattr__(self, "made_for", None)
 
     @property
     def when(self) -> Policy:
@@ -102,12 +106,15 @@ class Recipe:
         return Recipe.of((*self.rules, *other.rules), self.name)
 
     @classmethod
-    def of(cls, rules: Sequence[Rule], name: str = "Recipe") -> Recipe:
+    def of(
+        cls, rules: Sequence[Rule], name: str = "Recipe", made_for: MadeFor | None = None
+    ) -> Recipe:
         """A recipe of several rules, taken as they are: no guard is filled in.
 
         Args:
             rules: at least one; a rule for guidance is moved to the front.
             name: what summaries and pictures call the recipe.
+            made_for: what it was found on; None: nothing in particular.
         Returns:
             The recipe.
         Raises:
@@ -125,6 +132,7 @@ class Recipe:
         recipe = object.__new__(cls)
         object.__setattr__(recipe, "rules", tuple(rules))
         object.__setattr__(recipe, "name", name)
+        object.__setattr__(recipe, "made_for", made_for)
         return recipe
 
     # --- files --------------------------------------------------------------------------------------------
@@ -133,12 +141,14 @@ class Recipe:
         """The recipe as plain JSON values.
 
         Returns:
-            An object with `format`, `version`, `name` and `rules`.
+            An object with `format`, `version`, `name` and `rules`, and `made_for` where that is known.
         Raises:
             ValueError: a field holds what no file can, such as a function, or a class is not registered (see
                 `fastcache.register_part`); the message names it.
         """
         values = rows_of(self.rules, self.name)
+        if self.made_for is not None:
+            values[MADE_FOR] = asdict(self.made_for)
         if Recipe.from_dict(values) != self:
             raise FileError("recipe: a field is changed by a file: give tuples, not lists")
         return values
@@ -192,7 +202,9 @@ class Recipe:
             guards = {k: v for k, v in guards_of(what).items() if k not in given}
             rules.append(Rule(when.guarded(**guards), what, where))
         try:
-            return cls.of(rules, name)
+            return cls.of(rules, name, MadeFor.read(values.get(MADE_FOR)))
+        except FileError:
+            raise
         except ValueError as error:  # a reason of ours, in which nothing of the file stands
             raise FileError(f"recipe: {str(error).removeprefix('Recipe: ')}") from None
 

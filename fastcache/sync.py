@@ -138,3 +138,14 @@ def extreme(timesteps: Tensor, ascending: bool) -> tuple[float, Any]:
     low, high, mean = torch.stack([flat.amin(), flat.amax(), flat.mean()]).tolist()
     number = low if ascending else high
     return number, number if low == high else (low, high, mean)
+
+
+def wait(device: torch.device) -> None:
+    """Until everything that was launched on a device is done: for clocks."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def on_host(values: Tensor) -> Tensor:
+    """Values as float32 in host memory: for pictures, after a run."""
+    return values.detach().to("cpu", torch.float32)

@@ -17,10 +17,12 @@ def _calibrate(options: argparse.Namespace) -> int:
     import torch
 
     from ..tools.measure import calibrate
-    from .parse import DEMO
+    from .parse import DEMO, made_by
 
     torch.set_num_threads(options.threads)
-    target, run = _demo_run(options) if options.model == DEMO else _own_run(options.model)
+    target, run = (
+        _demo_run(options) if options.model == DEMO else made_by("calibrate", options.model, "run")
+    )
     calibration = calibrate(
         run,
         target,
@@ -62,20 +64,6 @@ def _demo_run(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
         )
 
     return model, run
-
-
-def _own_run(name: str) -> tuple[Any, Callable[..., Any]]:
-    from .parse import object_from
-
-    if ":" not in name:
-        raise ValueError(
-            f"calibrate: model is {name!r}, must be `demo` or module:callable that returns "
-            "(target, run), run(cache) being one generation"
-        )
-    made = object_from(name)()
-    if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
-        raise ValueError(f"calibrate: {name} must return (target, run), run(cache) one generation")
-    return made
 
 
 def _blocks(target: Any) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .calibrate import calibrate_arguments
+from .tune import tune_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,6 +144,9 @@ def make_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     calibrate_arguments(
         commands.add_parser("calibrate", help="measure a model, pick thresholds, save as JSON")
+    )
+    tune_arguments(
+        commands.add_parser("tune", help="find the best recipe for a model by whole runs of it")
     )
     _inspect_arguments(
         commands.add_parser("inspect", help="what a config would hook, skip and hold in memory")

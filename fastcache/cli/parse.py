@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,19 @@ def object_from(text: str) -> Any:
     if not hasattr(found, name):
         raise ValueError(f"model: {module or 'diffusers'} has no {name!r}; {MEANT}")
     return getattr(found, name)
+
+
+def made_by(command: str, name: str, what: str) -> tuple[Any, Callable[..., Any]]:
+    """The pair of target and one generation that module:callable returns; `what` names the generation."""
+    if ":" not in name:
+        raise ValueError(
+            f"{command}: model is {name!r}, must be `demo` or module:callable that returns (target, {what}), "
+            f"{what} being one generation"
+        )
+    made = object_from(name)()
+    if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
+        raise ValueError(f"{command}: {name} must return (target, {what}), {what} one generation")
+    return made
 
 
 def model_from(text: str, init: dict[str, Any] | None = None) -> Any:

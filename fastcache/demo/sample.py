@@ -1,4 +1,4 @@
-"""Euler flow-matching sampler for the demo model, plain or under a cache."""
+"""Flow-matching sampler for the demo model, plain or under a cache."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from torch import Tensor, nn
 
 from .data import CHANNELS, IMAGE_TOKENS, NULL_LABEL, unpack
 from .model import denoise
+from .solvers import SOLVERS, sigmas
 
 if TYPE_CHECKING:
     from .. import Cache
 
+__all__ = ["GUIDANCE", "generate", "initial_noise", "integrate", "sigmas"]
+
 # the guidance scale of every guided number in this package
 GUIDANCE = 2.5
-
-
-def sigmas(steps: int) -> list[float]:
-    """Noise levels from 1 down to 1/steps, then 0: [steps + 1]."""
-    return [*torch.linspace(1.0, 1.0 / steps, steps).tolist(), 0.0]
 
 
 def initial_noise(batch: int, seed: int) -> Tensor:
@@ -42,6 +40,7 @@ def generate(
     cache: Cache | None = None,
     progress: Callable[[int], object] | None = None,
     dtype: torch.dtype = torch.float32,
+    solver: str = "euler",
 ) -> Tensor:
     """Images [B, 1, 16, 16] for labels [B], from the noise of `seed`.
 
@@ -50,9 +49,10 @@ def generate(
     cache: every denoiser call runs inside its context, named "cond", "uncond" or "cond_uncond".
     progress: called with 1 after each step.
     dtype: what the model is called in; the image itself is kept in fp32 between the steps.
+    solver: a name in `fastcache.demo.solvers.SOLVERS`.
     """
     noise, call = initial_noise(len(labels), seed), partial(denoise, model)
-    options = (steps, guidance, batched_guidance, cache, progress, dtype)
+    options = (steps, guidance, batched_guidance, cache, progress, dtype, solver)
     return unpack(integrate(call, noise, labels, *options))
 
 
@@ -67,9 +67,11 @@ def integrate(
     cache: Cache | None = None,
     progress: Callable[[int], object] | None = None,
     dtype: torch.dtype = torch.float32,
+    solver: str = "euler",
 ) -> Tensor:
-    """Euler's method from noise to clean latents of any shape [B, ...]; options as in `generate`."""
-    levels = sigmas(steps)
+    """From noise to clean latents of any shape [B, ...]; options as in `generate`."""
+    solve = SOLVERS[solver](steps)
+    levels = solve.levels
 
     def velocity(name: str, step: int, latents: Tensor, labels: Tensor) -> Tensor:
         with _context(cache, name, step, steps, levels[step]):
@@ -83,7 +85,7 @@ def integrate(
             call = _both_halves if batched_guidance else _one_by_one
             cond, uncond = call(velocity, step, latents, labels)
             v = uncond + guidance * (cond - uncond)
-        latents = latents + (levels[step + 1] - levels[step]) * v
+        latents = solve.step(step, latents, v)
         if progress is not None:
             progress(1)
     return latents

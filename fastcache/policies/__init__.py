@@ -11,6 +11,7 @@ from .output_slope import OutputSlope
 from .planned import Planned
 from .schedule import Broadcast, Growing, Interval, Mask, TimestepRange
 from .sensitivity import Sensitivity
+from .spread import Spread
 from .widening import Widening
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Policy",
     "Run",
     "Sensitivity",
+    "Spread",
     "Step",
     "TimestepRange",
     "Widening",

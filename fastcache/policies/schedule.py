@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from math import isqrt
+from math import inf, isqrt
 
 from ..checks import flag, interval_of, marks_of, real, whole
 from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
+from .spread import stretched
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,8 @@ class Mask(Policy):
     Args:
         compute: one entry per step, True (1) for a computed and False (0) for a reused one;
             `fastcache.steps_mask` writes some by name.
+        scaled: whether a run of another length, where that is known, computes as large a share of its steps at
+            the same shares of the way; else its steps go by their number.
         warmup, max_skips, last: guards of every `Policy`, none unless given: the mask says it all.
     Raises:
         TypeError: a field is of another type; the message names it.
@@ -233,15 +236,19 @@ class Mask(Policy):
     """
 
     compute: Sequence[bool | int] = ()
+    scaled: bool = False
     warmup: int | None = field(default=0, kw_only=True)
     last: bool | None = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "compute", marks_of("Mask", "compute", self.compute))
+        flag("Mask", "scaled", self.scaled)
 
     @property
     def oldest(self) -> float:
+        if self.scaled:
+            return self.max_skips or inf
         rows = (len(list(row)) for computed, row in groupby(self.compute) if not computed)
         longest = max(rows, default=0)
         return min(longest, self.max_skips or longest)
@@ -250,7 +257,11 @@ class Mask(Policy):
     def never_reuses(self) -> bool:
         return all(self.compute)
 
+    def begin(self, total: int | None = None) -> Run:
+        marks = tuple(map(bool, self.compute))
+        return Run(memory=stretched(marks, total) if self.scaled and total else marks)
+
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
-        if guard or step.index >= len(self.compute):
+        if guard or step.index >= len(run.memory):
             return Decision(COMPUTE, reason=guard or "past the mask")
-        return Decision(COMPUTE if self.compute[step.index] else REUSE, reason="mask")
+        return Decision(COMPUTE if run.memory[step.index] else REUSE, reason="mask")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 MAX_ORDER = 4
 
-GuideName = Literal["residual", "modulated", "input"]
+GuideName = Literal["residual", "modulated", "input", "auto"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,16 @@ class Predictor:
     def max_misfit(self) -> float | None:
         """The misfit of a reused step, unitless, above which the next step is computed; None: no limit."""
         return None
+
+    def on_block(self, modulated: bool) -> Predictor:
+        """The predictor for one model, what it leaves to the first block filled in.
+
+        Args:
+            modulated: whether the block's modulated input is known.
+        Returns:
+            Itself, unless something is left to the block.
+        """
+        return self
 
     def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
         """Weights of the kept values in the sum that stands in for the value at `step`.

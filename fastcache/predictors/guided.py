@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from ..checks import real, whole
@@ -20,7 +20,8 @@ class Guided(Predictor):
         order: differences used, 1 or 2; order + 1 values are kept and needed.
         guide: "residual" of the first block, which then runs on every step; "modulated", the
             normalised and timestep-modulated input of the first block; "input", what enters it.
-            Each is [B, tokens, width].
+            Each is [B, tokens, width]. "auto": "modulated" where the model's first block is known to have
+            that, else "residual".
         ridge: pull toward the weights of Taylor order 1, unitless, relative to the mean square
             of the guide's differences.
         tokens: every how many-th token the guide keeps, a count >= 1.
@@ -44,7 +45,7 @@ class Guided(Predictor):
         object.__setattr__(self, "order", whole("Guided", "order", self.order, 1, 2))
         if self.guide not in get_args(GuideName):
             raise ValueError(
-                f"Guided: guide is {self.guide!r}, must be 'residual', 'modulated' or 'input'"
+                f"Guided: guide is {self.guide!r}, must be 'residual', 'modulated', 'input' or 'auto'"
             )
         object.__setattr__(self, "ridge", real("Guided", "ridge", self.ridge, 0.0))
         object.__setattr__(self, "tokens", whole("Guided", "tokens", self.tokens, 1))
@@ -57,6 +58,11 @@ class Guided(Predictor):
     def depth(self) -> int:  # type: ignore[override]
         """Values kept and needed."""
         return self.order + 1
+
+    def on_block(self, modulated: bool) -> Predictor:
+        if self.guide != "auto":
+            return self
+        return replace(self, guide="modulated" if modulated else "residual")
 
     def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
         """The prior that the ridge pulls toward: Taylor's weights of the differences, order 1.

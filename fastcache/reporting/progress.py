@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from ..policies import REUSE
@@ -43,6 +43,38 @@ def progress(cache: Counted, total: int | None = None, **options: Any) -> Iterat
         yield bar
     finally:
         cache.stats.watch = before
+        bar.close()
+
+
+@contextlib.contextmanager
+def work(expected: float, what: str, shown: bool) -> Iterator[Callable[[float, str], None]]:
+    """A line with the share of the work that is done and the time left; a context manager.
+
+    Args:
+        expected: the work, in a unit of its own; what turns out to be more lengthens it.
+        what: the name of the line.
+        shown: False shows nothing, and so does a machine without tqdm.
+    Returns:
+        A function to call with the work that was done and what it was, as the target of `with`.
+    """
+    try:
+        made = _tqdm() if shown else None
+    except ImportError:
+        made = None
+    if made is None:
+        yield lambda done, name: None
+        return
+    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+    bar = made(total=expected, desc=what, bar_format=form, mininterval=0.2)
+
+    def tick(done: float, name: str) -> None:
+        bar.total = max(bar.total, bar.n + done)
+        bar.set_postfix_str(name, refresh=False)
+        bar.update(done)
+
+    try:
+        yield tick
+    finally:
         bar.close()
 
 

@@ -26,14 +26,14 @@ from .patch import ForwardPatch, place_of
 from .runs import ALL, Runs, abandon
 from .settings import Settings
 from .stats import known
-from .verdict import verdict
+from .verdict import other_length, verdict
 
 
 def on_model(recipe: Recipe, model: nn.Module, scheduler: str) -> Recipe:
     """A recipe with what its policies leave to the model filled in, by the names of its classes."""
     classes = [kind.__name__ for kind in type(model).__mro__]
     rules = [replace(rule, when=rule.when.on_model(classes, scheduler)) for rule in recipe.rules]
-    return Recipe.of(rules, recipe.name)
+    return Recipe.of(rules, recipe.name, recipe.made_for)
 
 
 class Denoiser:
@@ -72,7 +72,7 @@ class Denoiser:
         for nothing in bound.missing.values():
             warn(f"fastcache: {nothing}")
         fitting = [rule for i, rule in enumerate(recipe.rules) if i not in bound.missing]
-        self.recipe = Recipe.of(fitting, recipe.name)
+        self.recipe = Recipe.of(fitting, recipe.name, recipe.made_for)
         self.pool = Slots(
             [rule.what.depth for rule in fitting],
             [target.decider.new_slots for target in bound.targets],
@@ -157,7 +157,10 @@ class Denoiser:
                 key = (self.name, run.key[1])
                 self.settings.calibrated.setdefault(key, []).append((run.measured, run.computed))
                 continue
-            kind, message = verdict(known(run.records), self.recipe)
+            records = known(run.records)
+            if said := other_length(run.total or len(records), self.recipe):
+                self.settings.notices.later(said, f"fastcache: {said}")
+            kind, message = verdict(records, self.recipe)
             if message:
                 self.settings.notices.later(kind, f"fastcache: {message}")
 

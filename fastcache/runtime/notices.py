@@ -6,6 +6,9 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -23,8 +26,23 @@ class FastcacheWarning(UserWarning):
     """Every warning of fastcache is one, so that a filter can name them."""
 
 
+_quiet: ContextVar[bool] = ContextVar("fastcache_quiet", default=False)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Nothing is warned of or logged as a warning: around runs of settings that are only tried."""
+    before = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(before)
+
+
 def warn(message: str) -> None:
     """Warn, and log the same; the place it names is the first one outside fastcache and torch."""
+    if _quiet.get():
+        return
     LOG.warning(message)
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(WITHIN):

@@ -48,6 +48,17 @@ def verdict(records: Sequence[Record], recipe: Recipe) -> tuple[str, str]:
     return "", ""
 
 
+def other_length(steps: int, recipe: Recipe) -> str:
+    """What there is to say of a run of so many steps with a recipe that was made for another number; "" for nothing."""
+    made_for = recipe.made_for
+    if made_for is None or not (differing := made_for.differs(steps=steps)):
+        return ""
+    return (
+        f"the recipe was tuned for {differing[0]}: what it computes there says little of what is best here; tune it "
+        "for this number of steps"
+    )
+
+
 def _signal(record: Record) -> float:
     return record.signal if record.signal is not None else math.nan
 

@@ -67,7 +67,9 @@ class Slots:
         """Note that the run of a state is over, if it had a step."""
         if state.index:
             pushes = state.timelines[0].pushes
-            self.ended.append(EndedRun(state.key, state.records, state.measured, pushes))
+            self.ended.append(
+                EndedRun(state.key, state.records, state.measured, pushes, state.total)
+            )
 
     def begin_anew(self, state: State) -> None:
         """Begin another run in the storage that a state has."""

@@ -29,6 +29,7 @@ class EndedRun(NamedTuple):
     records: Sequence[Any]  # of its latest steps
     measured: list[Tensor]  # of a calibration
     computed: int  # values that the first rule has stored
+    total: int | None = None  # steps, where their number was known
 
 
 class State:

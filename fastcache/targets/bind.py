@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models.adapter import BlockAdapter
 from ..models.attention import block_lists, list_names
+from ..models.block_io import BlockIO
 from ..models.table import LIST_NAMES
 from ..policies import Policy
 from ..predictors import Predictor
@@ -125,6 +126,8 @@ def _stack(binding: Binding, where: Stack) -> StackTarget:
             f"{', '.join(LIST_NAMES)}; found lists: {list_names(model)}. Name yours with "
             "adapter=fastcache.BlockAdapter(blocks=(...))"
         )
+    modulated = BlockIO(lists[0][1][0], adapter.block).modulation is not None
+    part = part._replace(what=part.what.on_block(modulated))
     guide = part.what.guide
     count, always = sum(len(m) for _, m in lists), where.first + where.last
     if count <= always:
@@ -145,7 +148,7 @@ def _stack(binding: Binding, where: Stack) -> StackTarget:
         adapter.encoder_read,
         binding.make_store,
     )
-    if target.lists[0].first_io.modulation is None:
+    if not modulated:
         needed = "needs the normalisation with the timestep in it of"
         block, named = (
             type(lists[0][1][0]).__name__,

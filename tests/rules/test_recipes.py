@@ -45,6 +45,7 @@ from fastcache import (
     Reuse,
     Rule,
     Sensitivity,
+    Spread,
     Stack,
     Taylor,
     TaylorTable,
@@ -78,7 +79,7 @@ guards = {
 }
 dtypes = optional(st.sampled_from([torch.bfloat16, torch.float32, torch.float8_e4m3fn]))
 ratios = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9).map(tuple)
-guides = st.sampled_from(["residual", "modulated", "input"])
+guides = st.sampled_from(["residual", "modulated", "input", "auto"])
 
 POLICIES = {
     DualBlock: {
@@ -109,9 +110,13 @@ POLICIES = {
     },
     Interval: {"n": counts, "phase": optional(counts), "stop": optional(counts)},
     Growing: {"n": counts, "first": counts},
+    Spread: {"share": st.floats(0.01, 1), "first": counts, "growth": st.floats(0.25, 4)},
     TimestepRange: {"n": counts, "timesteps": ranges, "conditional_only": st.booleans()},
     Broadcast: {"timesteps": st.lists(reals, min_size=1, max_size=4).map(tuple), "steps": counts},
-    Mask: {"compute": st.lists(st.booleans() | st.sampled_from([0, 1]), min_size=1, max_size=60)},
+    Mask: {
+        "compute": st.lists(st.booleans() | st.sampled_from([0, 1]), min_size=1, max_size=60),
+        "scaled": st.booleans(),
+    },
     Widening: {"window": st.floats(1, 9), "flex": st.floats(0, 9)},
     Planned: {
         "compute": st.lists(st.booleans(), min_size=1, max_size=60),
@@ -207,8 +212,9 @@ def combinations() -> list[Recipe]:
     """Every policy, predictor and target at least once, as they go together on a plain model."""
     found = []
     whens = [
-        FirstBlock(0.15), Interval(3), Growing(3, 2), Mask(toys.STEPS * (1, 0)), TimestepRange(2, (100, 900)),
-        Magnitude(0.1, mag_ratios=tuple(toys.RATIOS)), Broadcast((700, 300), 3), Misfit(0.5), Calibrate(),
+        FirstBlock(0.15), Interval(3), Growing(3, 2), Spread(0.4), Mask(toys.STEPS * (1, 0)),
+        TimestepRange(2, (100, 900)), Magnitude(0.1, mag_ratios=tuple(toys.RATIOS)),
+        Broadcast((700, 300), 3), Misfit(0.5), Calibrate(),
         InputChange(0.5, (0.9, 0.01), "model_input"), OutputSlope(0.5, 2), Sensitivity(3.0, 0.5, 1e-3),
     ]  # fmt: skip
     whats = [

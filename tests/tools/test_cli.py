@@ -45,6 +45,20 @@ def own_run():
     return model, run
 
 
+def own_tuning():
+    """What `fastcache tune module:callable` calls."""
+    model, _ = own_run()
+
+    def generate(cache, num_inference_steps=8, seed=0):
+        x = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(seed))
+        for i in range(num_inference_steps):
+            with cache.context(step_index=i, num_inference_steps=num_inference_steps):
+                x = x - model(x) / num_inference_steps
+        return x
+
+    return model, generate
+
+
 def not_a_run():
     return Plain()
 
@@ -330,11 +344,30 @@ def test_calibrate_says_what_a_model_must_be(capsys, name, tmp_path):
     assert "(target, run)" in error
 
 
+def test_tune_own_model(capsys, tmp_path):
+    out = tmp_path / "t.json"
+    args = (f"{__name__}:own_tuning", "--out", str(out), "--steps", "8,12", "--seeds", "3")
+    text = said(capsys, "tune", *args, "--error", "30", "--quiet")
+    found = fastcache.Tuning.load(out)
+    assert found.evidence["steps"] == [8, 12] and found.evidence["seeds"] == [3]
+    assert "fastest within 30 dB" in text and found.verdict in text
+    assert (tmp_path / "t.png").stat().st_size > 10_000 and not (tmp_path / "t.journal").exists()
+
+
+def test_tune_keeps_its_journal_where_time_is_over(capsys, tmp_path):
+    out = tmp_path / "t.json"
+    args = (f"{__name__}:own_tuning", "--out", str(out), "--steps", "8", "--quiet")
+    assert "more minutes" in said(capsys, "tune", *args, "--minutes", "0")
+    assert (tmp_path / "t.journal").exists()
+    assert "speed-up" in said(capsys, "tune", *args)
+    assert "(target, generate)" in said(capsys, "tune", f"{__name__}:not_a_run", status=1)
+
+
 # --- the rest -------------------------------------------------------------------------------------
 
 
 def test_every_command_has_help(capsys):
-    for command in ("demo", "bench", "info", "calibrate", "inspect", "plan"):
+    for command in ("demo", "bench", "info", "calibrate", "tune", "inspect", "plan"):
         try:
             assert cli.main([command, "--help"]) == 0
         except SystemExit as end:

@@ -30,10 +30,13 @@ class Pipeline:
         self.transformer = model
 
     @torch.no_grad()
-    def __call__(self, prompt: str, num_inference_steps: int = 28) -> SimpleNamespace:
+    def __call__(
+        self, prompt: str, num_inference_steps: int = 28, generator: torch.Generator | None = None
+    ) -> SimpleNamespace:
         from fastcache.demo.sample import initial_noise, sigmas
 
-        tokens, levels = initial_noise(1, seed=len(prompt)), sigmas(num_inference_steps)
+        seed = len(prompt) if generator is None else generator.initial_seed()
+        tokens, levels = initial_noise(1, seed=seed), sigmas(num_inference_steps)
         for sigma, following in pairwise(levels):
             with self.transformer.cache_context("cond"):
                 velocity = denoise(self.transformer, tokens, sigma, prompt)

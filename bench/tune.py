@@ -1,0 +1,198 @@
+"""What fastcache.tune finds on trained models: against the full sweep, and against solvers at equal time.
+
+    python -m bench tune --json bench/results/tune-cpu.jsonl
+    python -m bench tune --model video --part solvers
+
+Three parts. "curve": PSNR to the converged run by solver and steps, without a cache and with one. "solvers": the run
+that tune finds at twice the speed of 28 Euler steps, with the number of steps free, beside every solver at that time.
+"sweep": what tune finds at a speed-up, beside the best of all settings that `bench quality` sweeps, on the same seeds
+and by the same measured time. Seeds that no search has seen judge what was found.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastcache
+from fastcache import Guided, Recipe, Spread, Taylor
+from fastcache.configs.given import settings_of
+from fastcache.demo import metrics
+from fastcache.demo.solvers import SOLVERS
+from fastcache.tuning.candidates import Candidate
+from fastcache.tuning.generation import Generation
+from fastcache.tuning.goal import Goal
+from fastcache.tuning.journal import Journal
+from fastcache.tuning.lab import Lab
+
+from . import common
+from .common import Row
+from .quality import calibrate
+from .subjects import SUBJECTS, Cell, Subject
+from .sweeps import points
+
+PARTS = ("curve", "solvers", "sweep")
+USUAL, LONG = 28, 50  # steps
+SEEDS = (0, 1)  # that a search sees
+UNSEEN = (5, 6, 7, 8)
+CONVERGED = 400  # steps of the second-order solver that stand for the exact solution
+COUNTS = (7, 10, 14, 16, 20, 28)
+SPEEDUPS = (1.5, 2.0, 2.5, 3.0)
+
+
+class Bench:
+    """One model and its converged pictures."""
+
+    def __init__(self, name: str, batch: int) -> None:
+        self.name, self.subject = name, SUBJECTS[name]()
+        self.model, self.labels = self.subject.load(), torch.arange(batch) % 10
+        self.exact = {s: self.sample(CONVERGED, s, "ab2") for s in UNSEEN}
+
+    def sample(self, steps: int, seed: int, solver: str = "euler", cache: Any = None) -> Tensor:
+        return self.subject.generate(
+            self.model, self.labels, steps=steps, seed=seed, cache=cache, solver=solver
+        )
+
+    def generation(self, solver: str) -> Callable[..., Tensor]:
+        """What tune is given."""
+
+        def generate(cache: Any, num_inference_steps: int = USUAL, seed: int = 0) -> Tensor:
+            return self.sample(num_inference_steps, seed, solver, cache)
+
+        return generate
+
+    def nearness(self, reference: dict[int, Tensor], run: Callable[[int], Tensor]) -> float:
+        """Mean PSNR to a reference over the seeds that no search has seen."""
+        return statistics.fmean(metrics.psnr(run(s), reference[s]) for s in UNSEEN)
+
+    def cached(self, recipe: Recipe | None, steps: int, solver: str) -> Callable[[int], Tensor]:
+        def run(seed: int) -> Tensor:
+            if recipe is None:
+                return self.sample(steps, seed, solver)
+            with fastcache.enable(self.model, recipe) as cache:
+                return self.sample(steps, seed, solver, cache)
+
+        return run
+
+
+# --- against solvers ----------------------------------------------------------------------------------------
+
+
+def curve(bench: Bench) -> Iterator[Row]:
+    """PSNR to the converged run, by solver and computed steps; cached: 50 steps, spread evenly."""
+    for solver in SOLVERS:
+        for steps in COUNTS:
+            found = bench.nearness(bench.exact, bench.cached(None, steps, solver))
+            yield {"solver": solver, "steps": steps, "computed": steps, "recipe": "", "psnr": found}
+        recipes = {
+            "modulated guide, order 1": Guided(1, "modulated"),
+            "modulated guide, order 2": Guided(2, "modulated"),
+            "Taylor 2": Taylor(2, "exact"),
+        }
+        for name, what in recipes.items():
+            for computed in COUNTS[:-1]:
+                recipe = Recipe(Spread(computed / LONG, 2), what)
+                found = bench.nearness(bench.exact, bench.cached(recipe, LONG, solver))
+                yield {
+                    "solver": solver, "steps": LONG, "recipe": name, "psnr": found,
+                    "computed": len(recipe.plan(LONG).computed),
+                }  # fmt: skip
+
+
+def solvers(bench: Bench) -> Iterator[Row]:
+    """What tune finds at twice the speed of 28 steps, and every solver at that time."""
+    usual = bench.nearness(bench.exact, bench.cached(None, USUAL, "euler"))
+    for solver in ("euler", "ab2"):
+        found = fastcache.tune(
+            bench.generation(solver), bench.model, speedup=2, steps="any", reference="converged",
+            seeds=SEEDS, progress=False,
+        )  # fmt: skip
+        row = found.rows[0]
+        # so many uncached steps take as long; a whole one more where it is no whole number
+        steps = -int(-USUAL / row.speedup // 1)
+        at_time = {s: bench.nearness(bench.exact, bench.cached(None, steps, s)) for s in SOLVERS}
+        yield {
+            "solver": solver, "found": row.name, "steps": row.steps, "computed": row.computed,
+            "speedup": row.speedup, "psnr_seen": row.psnr, "usual": usual, "steps_at_that_time": steps,
+            "psnr": bench.nearness(bench.exact, bench.cached(found.best, row.steps, solver)),
+            "at_that_time": at_time, "recipe": found.best.to_dict() if found.best else None,
+            "seconds": found.evidence["seconds_of_the_tuning"],
+        }  # fmt: skip
+
+
+# --- against the sweep --------------------------------------------------------------------------------------
+
+
+def sweep(bench: Bench) -> Iterator[Row]:
+    """What tune finds at each speed-up, and the best of the sweep at that cost."""
+    generation = Generation(bench.generation("euler"), bench.model)
+    journal = Journal(None, {})
+    lab = Lab(generation, USUAL, USUAL, SEEDS, journal, None, lambda done, name: None)
+    start = time.thread_time()
+    lab.begin()
+    work = list(_swept(bench.name, bench.subject))
+    with common.bar(len(work), f"{bench.name}: sweep") as progress:
+        for candidate in work:
+            for seed in SEEDS:
+                lab.measure(candidate, seed)
+            progress.update()
+    spent = time.thread_time() - start
+    reference = {s: bench.sample(USUAL, s) for s in UNSEEN}
+    for speedup in SPEEDUPS:
+        start = time.thread_time()
+        found = fastcache.tune(
+            bench.generation("euler"), bench.model, speedup=speedup, seeds=SEEDS, progress=False
+        )
+        seconds = time.thread_time() - start
+        goal = Goal(speedup)
+        best = max((t for t in lab.trials.values() if t.psnr), key=lambda t: goal.rank(lab, t))
+        row = found.rows[0]
+        swept = bench.cached(best.candidate.recipe, best.candidate.steps, "euler")
+        yield {
+            "speedup": speedup, "found": row.name, "computed": row.computed, "psnr": row.psnr,
+            "found_speedup": row.speedup, "best": best.candidate.name, "best_computed": best.computed,
+            "best_psnr": best.quality, "best_speedup": 1 / lab.expected(best),
+            "unseen": bench.nearness(reference, bench.cached(found.best, row.steps, "euler")),
+            "best_unseen": bench.nearness(reference, swept),
+            "points": len(work), "seconds": seconds, "sweep_seconds": spent, "runs": found.evidence["runs"],
+        }  # fmt: skip
+
+
+def _swept(name: str, subject: Subject) -> Iterator[Candidate]:
+    cell = Cell(name, "fp32", USUAL, "none")
+    for point in points(cell, calibrate(subject, cell), subject.output):
+        label = " ".join(part for part in point.key[1:] if part)
+        if point.steps is not None:
+            yield Candidate(label, None, point.steps)
+        elif point.config is not None:
+            yield Candidate(label, settings_of(point.config)[0], USUAL)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = common.parser("tune", __doc__)
+    p.add_argument("--model", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
+    p.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    p.add_argument("--batch", type=int, default=4, help="pictures of a run")
+    args = p.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    rows = common.read_lines(args.json) if args.resume else []
+    makers = {"curve": curve, "solvers": solvers, "sweep": sweep}
+    for name in args.model:
+        bench = Bench(name, args.batch)
+        for part in args.part:
+            for row in makers[part](bench):
+                head = {"bench": "tune", "part": part, "model": name, "batch": args.batch}
+                rows.append({**head, **row, **common.environment()})
+                print({k: v for k, v in row.items() if k != "recipe"}, flush=True)
+                if args.json:
+                    common.write_lines(args.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

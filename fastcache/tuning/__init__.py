@@ -1,0 +1,1 @@
+"""The best recipe for a model, found on that model."""

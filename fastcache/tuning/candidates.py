@@ -1,0 +1,200 @@
+"""What a tuning tries: predictors, schedules for a number of computed steps, presets, and thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..calibration.calibration import Calibration
+from ..calibration.errors import CalibrationError
+from ..configs.given import settings_of
+from ..configs.presets import preset, presets
+from ..policies import (
+    COMPUTE,
+    FirstBlock,
+    InputChange,
+    Magnitude,
+    Mask,
+    OutputSlope,
+    Policy,
+    Spread,
+    Step,
+)
+from ..predictors import Guided, Hermite, Predictor, Reuse, Taylor
+from ..recipe import Recipe, Rule
+from ..targets.spec import Output, Target
+
+# What predicts, the likeliest first.
+PREDICTORS: dict[str, Predictor] = {
+    "modulated guide, order 1": Guided(1, "modulated"),
+    "Taylor 2, step 0 forgotten": Taylor(2, skip_first=True),
+    "Taylor 2, exact, step 0 forgotten": Taylor(2, "exact", skip_first=True),
+    "modulated guide, order 2": Guided(2, "modulated"),
+    "Taylor 1, exact": Taylor(1, "exact"),
+    "Taylor 2, exact": Taylor(2, "exact"),
+    "Taylor 3, exact": Taylor(3, "exact"),
+    "residual guide": Guided(),
+    "residual guide, order 1": Guided(1),
+    "half slope": Hermite(1),
+    "reuse": Reuse(),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Where the computed steps of a run lie, however many they are: fields of `Spread`."""
+
+    name: str
+    first: int
+    growth: float = 1.0
+    last: bool = True
+
+    def policy(self, steps: int, computed: int) -> Policy:
+        """The schedule of so many computed steps of a run."""
+        return Spread(computed / steps, self.first, self.growth, last=self.last)
+
+
+# Those that all predictors are tried on, and those that the best are tried on.
+FIRST_SHAPES = (
+    Shape("early start", 2),
+    Shape("warm-up 4", 4),
+    Shape("growing gaps", 4, 1.35, last=False),
+)
+SHAPES = (
+    *FIRST_SHAPES,
+    Shape("even", 1),
+    Shape("warm-up 3", 3),
+    Shape("warm-up 5", 5),
+    Shape("early start, no last", 2, last=False),
+    Shape("warm-up 4, no last", 4, last=False),
+    Shape("warm-up 3, growing", 3, 1.2),
+    Shape("warm-up 3, growing, no last", 3, 1.35, last=False),
+    Shape("growing gaps, last", 4, 1.35),
+    Shape("early start, growing", 2, 1.2),
+    Shape("gaps that shrink", 2, 0.85),
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing to try.
+
+    Args:
+        name: in words.
+        recipe: None is a run without a cache.
+        steps: what `num_inference_steps` is.
+    """
+
+    name: str
+    recipe: Recipe | None
+    steps: int
+
+    @property
+    def kind(self) -> str:
+        """What candidates whose reused steps cost the same have in common; "" without a cache."""
+        if self.recipe is None:
+            return ""
+        return "; ".join(map(_kind, self.recipe.rules))
+
+
+def _kind(rule: Rule) -> str:
+    if rule.where.scope in ("stack", "output"):
+        return f"{rule.what.guide} {rule.where.scope} {rule.when.signal}"
+    return repr(rule)  # what such a step still computes differs from rule to rule
+
+
+def without(steps: int) -> Candidate:
+    """A run of so many steps without a cache."""
+    return Candidate(f"{steps} steps, no cache", None, steps)
+
+
+def shaped(predictor: str, shape: Shape, steps: int, taken: int, computed: int) -> Candidate | None:
+    """A predictor on a schedule that computes at most `computed` of the `taken` steps; None where none does."""
+    for asked in range(min(computed, taken), shape.first + shape.last, -1):
+        # a guide may have more steps computed than its schedule asks for
+        recipe = Recipe(shape.policy(taken, asked), PREDICTORS[predictor])
+        if len(recipe.plan(taken).computed) <= computed:
+            return Candidate(f"{predictor}, {shape.name}", recipe, steps)
+    return None
+
+
+def masked(
+    marks: Sequence[bool], what: Predictor, where: Target, name: str, steps: int
+) -> Candidate:
+    """A predictor on exactly these computed steps."""
+    return Candidate(name, Recipe(Mask(tuple(marks), scaled=True), what, where), steps)
+
+
+def named(model: str, steps: int) -> Iterator[Candidate]:
+    """Presets: budgets, masks of this many steps, and what others have published for a family of models."""
+    for name, row in presets().items():
+        family = name.split("/")[0]
+        budget = "config" not in row and family != "mask"
+        fits = row["steps"] == steps if family == "mask" else family in model.lower()
+        if budget or fits:
+            recipe, _ = settings_of(preset(name))
+            yield Candidate(f"preset {name}", recipe, steps)
+
+
+# --- thresholds, from one calibration run ------------------------------------------------------------------
+
+
+def thresholds(calibration: Calibration, share: float, steps: int) -> Iterator[Candidate]:
+    """Rules that decide while they run, at thresholds that compute about a share of the calibrated steps."""
+    four: dict[str, Any] = {"warmup": 4, "last": True}
+    two: dict[str, Any] = {"warmup": 2, "last": True}
+    reuse, order_1 = Reuse(), Taylor(1)
+
+    def first_block(what: Predictor, **guards: Any) -> Recipe:
+        threshold = calibration.first_block_threshold(share, **guards)
+        return Recipe(FirstBlock(threshold, **guards), what)
+
+    def magnitude(what: Predictor, **guards: Any) -> Recipe:
+        fields: dict[str, Any] = {"retention_ratio": 0.1, "max_skip_steps": 8}
+        threshold = calibration.mag_threshold(share, **fields)
+        steps, ratios = calibration.steps, calibration.mag_ratios
+        when = Magnitude(
+            threshold, num_inference_steps=steps, mag_ratios=ratios, **fields, **guards
+        )
+        return Recipe(when, what)
+
+    makers: tuple[tuple[str, Callable[[], Recipe]], ...] = (
+        ("FirstBlock, guided", lambda: first_block(Guided(), **two)),
+        ("FirstBlock, Taylor 1", lambda: first_block(order_1, **four)),
+        ("FirstBlock, reuse", lambda: first_block(reuse)),
+        ("MagCache, Taylor 1", lambda: magnitude(order_1, **four)),
+        ("MagCache, reuse", lambda: magnitude(reuse)),
+        ("TeaCache, Taylor 1", lambda: Recipe(_input_change(calibration, share), order_1)),
+        ("TeaCache, reuse", lambda: Recipe(_input_change(calibration, share), reuse)),
+    )
+    for name, make in makers:
+        try:
+            yield Candidate(name, make(), steps)
+        except CalibrationError:
+            continue  # nothing was measured that it needs, or no threshold computes so few steps
+
+
+def easy_cache(threshold: float, what: Predictor, steps: int) -> Candidate:
+    """EasyCache's rule, whose threshold no calibration tells."""
+    when = OutputSlope(threshold, warmup=3, last=True)
+    name = "reuse" if not what.forecasts else "Taylor 1"
+    return Candidate(f"EasyCache, {name}", Recipe(when, what, Output()), steps)
+
+
+def _input_change(calibration: Calibration, share: float) -> Policy:
+    """TeaCache's rule at the threshold that computes about a share of the steps along the calibrated run."""
+    fit = calibration.input_fit()
+    changes = [x for x, _ in next(iter(calibration.input_changes.values()))]
+    steps = len(changes) + 1
+    low, high = 0.0, 1e3
+    for _ in range(40):
+        threshold = (low + high) / 2
+        policy = InputChange(threshold, fit.coefficients)
+        run = policy.begin(steps)
+        computed = [
+            policy.decide(run, Step(i, steps), changes[i - 1] if i else None).action == COMPUTE
+            for i in range(steps)
+        ]
+        low, high = (low, threshold) if sum(computed) < share * steps else (threshold, high)
+    return InputChange(float(f"{high:.4g}"), fit.coefficients)

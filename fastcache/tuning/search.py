@@ -1,0 +1,260 @@
+"""The order in which candidates are tried: successive halving over predictors, schedules, steps and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from ..calibration.errors import CalibrationError
+from ..policies import Interval
+from ..predictors import Predictor, Reuse, Taylor
+from ..recipe import Recipe
+from ..tools.measure import calibrate
+from .candidates import (
+    FIRST_SHAPES,
+    PREDICTORS,
+    SHAPES,
+    Candidate,
+    Shape,
+    easy_cache,
+    named,
+    shaped,
+    thresholds,
+    without,
+)
+from .goal import Goal
+from .lab import Lab, Trial
+from .moves import improve
+
+MIDDLE = 0.45  # the cost at which predictors are compared where none is wished for
+STARTED = (MIDDLE, 0.3, 0.65, 0.2, 0.8)  # and others, where none meets the wished error there
+COMBINATIONS = 5  # predictors with schedules that go on to other step counts
+PREDICTORS_KEPT = 2  # that are tried on every schedule
+FINALISTS = 12  # that are judged on a second seed; half of them on a third
+CONFIRMED = 4  # whose time is measured again
+ROUNDS = 3  # times
+MARGIN = 0.1  # dB by which a cache must be nearer than a run without one of equal cost,
+EXACT = 90.0  # dB beyond which runs differ by rounding alone
+CHEAPER = 0.01  # or the share by which it must be cheaper than one of equal error
+
+
+class Search:
+    """One tuning, from the first run to the best.
+
+    Args:
+        lab: where candidates are measured.
+        goal: what is wished for.
+        counts: `num_inference_steps` to try, the usual one first.
+    """
+
+    def __init__(self, lab: Lab, goal: Goal, counts: Sequence[int]) -> None:
+        self.lab, self.goal, self.counts = lab, goal, tuple(counts)
+        self.combinations: dict[tuple[Recipe | None, int], tuple[str, Shape]] = {}
+        self.most = goal.most if goal.most is not None else MIDDLE
+        self.first = lab.seeds[0]
+        self.converges: float | None = (
+            None  # how near a run of half as many steps comes to the reference, dB
+        )
+
+    # --- what was found -----------------------------------------------------------------------------------------
+
+    def trials(self) -> list[Trial]:
+        """All that were run, the best first."""
+        run = [t for t in self.lab.trials.values() if t.psnr]
+        return sorted(run, key=self._rank, reverse=True)
+
+    def _rank(self, trial: Trial) -> tuple[Any, ...]:
+        return self.goal.rank(self.lab, trial)
+
+    def best(self) -> Trial | None:
+        """The best of those that were judged on most seeds; without a cache where nothing is better."""
+        trials = self.trials()
+        # a run that some seeds have not seen may owe its lead to the others
+        widest = max((len(t.psnr) for t in trials if t.candidate.recipe is not None), default=0)
+        judged = [t for t in trials if len(t.psnr) >= widest]
+        best = max(judged, key=self._rank, default=None)
+        plain = max((t for t in judged if t.candidate.recipe is None), key=self._rank, default=None)
+        if best is not None and plain is not None and self._as_good(plain, best):
+            return plain
+        return best
+
+    def _as_good(self, plain: Trial, best: Trial) -> bool:
+        """Whether a run without a cache is as good as the best within what nobody sees."""
+        if not self.goal.met(self.lab, plain) or not self.goal.met(self.lab, best):
+            return plain is best
+        if self.goal.most is not None:
+            return min(best.quality, EXACT) - min(plain.quality, EXACT) < MARGIN
+        return self.lab.expected(plain) < self.lab.expected(best) * (1 + CHEAPER)
+
+    # --- the search -----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Try everything. An OutOfTime leaves what was measured until then."""
+        usual = self.counts[0]
+        self.lab.begin()
+        self.lab.uncached_usual()
+        if self.lab.many != usual:
+            self.lab.measure(without(usual), self.first)
+            self.converges = self.lab.converged_to()
+        self.fewer()
+        if self.goal.most is not None:
+            self.compare(usual)
+        else:
+            for self.most in STARTED:
+                if self.compare(usual):
+                    break
+            self.narrow(usual)
+        steps = self.other_counts()
+        self.all_shapes(steps)
+        self.deciding(steps)
+        self.fewer()
+        self.judge()
+        best = self.best()
+        if best is not None:
+            improve(self.lab, self.goal, best)
+        self.confirm()
+
+    def try_all(self, candidates: Iterable[Candidate | None]) -> list[Trial]:
+        """Run candidates with the first seed; the best first."""
+        trials = [self.lab.measure(c, self.first) for c in candidates if c is not None]
+        return sorted((t for t in trials if t.psnr), key=self._rank, reverse=True)
+
+    def fit(self, predictor: str, shape: Shape, steps: int, less: int = 0) -> Candidate | None:
+        """A predictor on a schedule, with as many computed steps as the wished cost allows, less some."""
+        taken = self.lab.taken(steps)
+        made = shaped(predictor, shape, steps, taken, taken)
+        if made is None:
+            return None
+        computed = self.lab.cost.affordable(made.kind, taken, self.most) - less
+        made = shaped(predictor, shape, steps, taken, computed)
+        if made is not None:
+            self.combinations[made.recipe, steps] = predictor, shape
+        return made
+
+    def fewer(self) -> None:
+        """Runs without a cache at the wished cost, which a cache has to be better than."""
+        if "num_inference_steps" not in self.lab.generation.takes:
+            return
+        usual = self.counts[0]
+        if self.goal.most is None:
+            self.bisect_fewer(usual)
+            return
+        for _ in range(2):  # the first shows what a run costs besides its steps
+            taken = self.lab.cost.affordable("", self.lab.taken(usual), self.most)
+            steps = max(round(taken * usual / self.lab.taken(usual)), 1)
+            self.lab.measure(without(steps), self.first)
+            self.lab.measure(without(steps), self.first, again=True)
+
+    def bisect_fewer(self, usual: int) -> None:
+        """The fewest steps without a cache that meet the wished error."""
+        low, high = 0, usual
+        while high - low > 1:
+            steps = (low + high) // 2
+            trial = self.lab.measure(without(steps), self.first)
+            low, high = (low, steps) if self.goal.met(self.lab, trial) else (steps, high)
+
+    def compare(self, steps: int) -> bool:
+        """Presets, and all predictors on a few schedules; whether one is as was wished."""
+        tried = self.try_all(named(self.lab.generation.model_name, steps))
+        two = [self.fit(p, s, steps) for s in FIRST_SHAPES[:2] for p in PREDICTORS]
+        tried += self.try_all(two)
+        better = list(dict.fromkeys(p for p, _ in self.leading(steps)))[: len(PREDICTORS) // 2]
+        tried += self.try_all(self.fit(p, s, steps) for p in better for s in FIRST_SHAPES[2:])
+        return any(self.goal.met(self.lab, t) for t in tried)
+
+    def leading(self, steps: int) -> Iterator[tuple[str, Shape]]:
+        """Predictors with schedules, the best first."""
+        for trial in self.trials():
+            found = self.combinations.get((trial.candidate.recipe, trial.candidate.steps))
+            if found is not None and trial.candidate.steps == steps:
+                yield found
+
+    def narrow(self, steps: int) -> None:
+        """The lowest cost at which one of the leading combinations meets the wished error."""
+        for predictor, shape in list(dict.fromkeys(self.leading(steps)))[:COMBINATIONS]:
+            taken = self.lab.taken(steps)
+            low, high = shape.first + shape.last, taken
+            while high - low > 1:
+                computed = (low + high) // 2
+                made = shaped(predictor, shape, steps, taken, computed)
+                met = False
+                if made is not None:
+                    trial = self.lab.measure(made, self.first)
+                    self.combinations[made.recipe, steps] = predictor, shape
+                    met = self.goal.met(self.lab, trial)
+                low, high = (low, computed) if met else (computed, high)
+        best = self.best()
+        if best is not None and self.goal.met(self.lab, best):
+            self.most = self.lab.expected(best)
+
+    def other_counts(self) -> int:
+        """The leading combinations at other step counts; the one with the best of all."""
+        usual = self.counts[0]
+        leading = list(dict.fromkeys(self.leading(usual)))[:COMBINATIONS]
+        for steps in self.counts[1:]:
+            self.try_all(self.fit(p, s, steps) for p, s in leading)
+        cached = (t for t in self.trials() if t.candidate.recipe is not None)
+        return next((t.candidate.steps for t in cached), usual)
+
+    def all_shapes(self, steps: int) -> None:
+        """The leading predictors on every schedule; towards an error with a step less as long as that will do."""
+        leading = list(dict.fromkeys(p for p, _ in self.leading(steps)))[:PREDICTORS_KEPT]
+        shapes = [(p, s) for p in leading for s in SHAPES]
+        trials = self.try_all(self.fit(p, s, steps) for p, s in shapes)
+        while self.goal.most is None and trials and self.goal.met(self.lab, trials[0]):
+            met = [t for t in trials if self.goal.met(self.lab, t)]
+            keys = [(t.candidate.recipe, t.candidate.steps) for t in met]
+            shapes = [self.combinations[key] for key in keys]
+            self.most = self.lab.expected(met[0]) - self.lab.cost.step / 2
+            trials = self.try_all(self.fit(p, s, steps) for p, s in shapes)
+
+    def deciding(self, steps: int) -> None:
+        """Methods that decide while they run, at thresholds from one calibration run."""
+        taken = self.lab.taken(steps)
+        kind = Candidate("", Recipe(Interval(2)), steps).kind
+        share = max(self.lab.cost.affordable(kind, taken, self.most) / taken, 1.5 / taken)
+        entry = self.lab.remembered(f"calibration {steps}", lambda: self._calibrated(steps, share))
+        rows = ((name, Recipe.from_dict(rules)) for name, rules in entry["recipes"])
+        self.try_all(Candidate(name, recipe, steps) for name, recipe in rows)
+        for what in (Taylor(1), Reuse()):
+            self.bisect_easy_cache(what, steps, share)
+
+    def _calibrated(self, steps: int, share: float) -> dict[str, Any]:
+        generation, seed = self.lab.generation, self.first
+        try:
+            found = calibrate(
+                lambda cache: generation.call(cache, steps, seed), generation.target, model="tuned"
+            )
+        except CalibrationError:  # nothing is known of where the blocks of this model are
+            return {"recipes": []}
+        made = thresholds(found, share, steps)
+        return {"recipes": [(c.name, c.recipe.to_dict()) for c in made if c.recipe is not None]}
+
+    def bisect_easy_cache(self, what: Predictor, steps: int, share: float) -> None:
+        """EasyCache's threshold for a share of computed steps, in three runs."""
+        low, high = 0.01, 1.0
+        for _ in range(3):
+            middle = (low * high) ** 0.5
+            trial = self.lab.measure(easy_cache(float(f"{middle:.2g}"), what, steps), self.first)
+            few = trial.computed <= share * trial.taken
+            low, high = (low, middle) if few else (middle, high)
+
+    # --- the final ----------------------------------------------------------------------------------------------
+
+    def judge(self) -> None:
+        """The better ones with every other seed, half as many of them with each."""
+        kept = self.trials()[:FINALISTS]
+        plain = [t for t in self.trials() if t.candidate.recipe is None][:2]
+        for seed in self.lab.seeds[1:]:
+            for trial in [*kept, *(t for t in plain if t not in kept)]:
+                self.lab.measure(trial.candidate, seed)
+            kept = sorted(kept, key=self._rank, reverse=True)[: max(len(kept) // 2, 3)]
+
+    def confirm(self) -> None:
+        """Time the best again, so that what is chosen was measured and not only expected."""
+        for _ in range(CONFIRMED):
+            best = self.best()
+            if best is None or best.candidate.recipe is None or len(best.ratios) >= ROUNDS + 2:
+                return
+            for _ in range(ROUNDS):
+                self.lab.measure(best.candidate, self.first, again=True)
