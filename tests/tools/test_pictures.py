@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -16,7 +17,8 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench.pictures import data, train, words  # noqa: E402
+from bench import points, quality, subjects, sweeps  # noqa: E402
+from bench.pictures import data, picture, train, words  # noqa: E402
 from bench.pictures import model as pictures  # noqa: E402
 from bench.pictures.training import Recipe, Trainer, learning_rate  # noqa: E402
 
@@ -198,3 +200,53 @@ def test_program_trains_goes_on_and_exports(splits, tmp_path, monkeypatch):
     assert [step for step, _ in record["history"]["held_out"]] == [2, 4]
     model = pictures.load_model("2M", assets / pictures.file_of("2M"))
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
+
+
+def awake() -> torch.nn.Module:
+    """A model that does something without having learnt it."""
+    model = pictures.build_model(pictures.architecture(heads=1, double=1, single=2)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1, generator=generator)
+    return model.requires_grad_(False)
+
+
+def test_quality_measures_pictures_with_and_without_guidance():
+    subject = dataclasses.replace(subjects.SUBJECTS["pictures"](), load=awake)
+    found = {}
+    for guidance in ("none", "sequential"):
+        cell = subjects.Cell("pictures", "fp32", 5, guidance)
+        bench = quality.Bench(subject, cell, 2)
+        assert bench.scale == (None if guidance == "none" else 4.0)
+        fewer = points.Point("uncached", "fewer steps", "", "3 steps", None, 3)
+        rows = [bench.row(p, bench.reference) for p in (fewer, *sweeps.growing_points(5))]
+        assert not any(r.get("error") for r in rows)
+        assert all(r["accuracy"] is None for r in rows)
+        assert rows[0]["compute"] == pytest.approx(0.6)
+        found[guidance] = bench.reference
+        quality.show([{**r, "bench": "quality"} for r in rows])
+    assert not torch.allclose(found["none"], found["sequential"])
+
+
+def test_growing_gaps():
+    for most, computed in (
+        (4, [0, 1, 2, 3, 5, 8, 12, 16, 20, 24]),
+        (2, [0, 1, 2, *range(3, 28, 2)]),
+    ):
+        plan = sweeps.growing(28, most)
+        assert [i for i, c in enumerate(plan) if c] == computed
+    assert sweeps.growing(3, 4) == [1, 1, 1]
+
+
+def test_picture_has_a_line_for_every_cost():
+    model = awake()
+    lines = (picture.Cached(2, 2, 2), picture.Cached(4, 7, 1))
+    before = picture.samples(model, 2)
+    figure = picture.draw(model, lines)
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles[:2] == ["uncached, 28 steps"] * 2
+    computed = [sum(line.plan) for line in lines]
+    assert titles[2].startswith(f"2x: cached, {computed[0]} of 28 computed: ")
+    assert titles[5].startswith(f"4x: {computed[1]} steps, uncached: ")
+    assert figure.axes[2].images[0].get_array().shape == (32, 32 * picture.SHOWN, 3)
+    assert torch.equal(picture.samples(model, 2), before), "the cache is gone again"
