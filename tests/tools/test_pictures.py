@@ -17,7 +17,7 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import points, quality, subjects, sweeps  # noqa: E402
+from bench import points, quality, quality_tables, subjects, sweeps  # noqa: E402
 from bench.pictures import data, picture, train, words  # noqa: E402
 from bench.pictures import model as pictures  # noqa: E402
 from bench.pictures.training import Recipe, Trainer, learning_rate  # noqa: E402
@@ -250,3 +250,34 @@ def test_picture_has_a_line_for_every_cost():
     assert titles[5].startswith(f"4x: {computed[1]} steps, uncached: ")
     assert figure.axes[2].images[0].get_array().shape == (32, 32 * picture.SHOWN, 3)
     assert torch.equal(picture.samples(model, 2), before), "the cache is gone again"
+
+
+def test_table_of_named_settings_has_leads_over_fewer_steps():
+    def row(model, guidance, key, compute, psnr, **more):
+        head = dict(zip(("system", "method", "predictor", "setting"), key, strict=True))
+        cell = {"bench": "quality", "kind": "cpu", "model": model, "dtype": "fp32", "steps": 28}
+        return {**cell, "guidance": guidance, **head, "compute": compute, "psnr": psnr, **more}
+
+    fast = quality_tables.NAMED['`preset("fast")`']
+    rows = [
+        row(model, guidance, key, compute, psnr)
+        for model, guidance in (("flux", "none"), ("pictures", "sequential"))
+        for key, compute, psnr in (
+            (("uncached", "fewer steps", "", "7 steps"), 0.25, 20.0),
+            (("uncached", "fewer steps", "", "14 steps"), 0.5, 30.0),
+            (fast, 0.35, 31.0 if model == "flux" else 23.0),
+        )
+    ]
+    rows.append(
+        row(
+            "pictures",
+            "sequential",
+            quality_tables.NAMED['`preset("quality")`'],
+            1.0,
+            None,
+            error="none",
+        )
+    )
+    table = quality_tables.named(rows).splitlines()
+    assert table[0] == "|  | compute | flux, no guidance | pictures, guidance |"
+    assert table[2:] == ['| `preset("fast")` | 35% | 31.0 (+7.0) | 23.0 (-1.0) |']
