@@ -4,7 +4,8 @@
     python -m bench.pictures.train --data emoji-datasource-google-16.0.0.tgz --size 7M --minutes 120
 
 Every few minutes the state, the loss curve and a sheet of samples are written into --out; the same command
-goes on from there. With --export the average is written as fp16 weights, with its record, into bench/assets.
+goes on from there. With --export the average is written as fp16 weights, with its record, into bench/assets;
+with --minutes 0 nothing else is done.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def run(
     from tqdm import tqdm
 
     start = saved = time.monotonic()
+    before = trainer.steps
     bar = tqdm(total=steps, initial=trainer.steps, desc="pictures", unit="step", mininterval=5)
     while trainer.steps < steps and time.monotonic() - start < 60 * minutes:
         trainer.step()
@@ -72,7 +74,8 @@ def run(
             keep(trainer, out)
             saved = time.monotonic()
     bar.close()
-    keep(trainer, out)
+    if trainer.steps > before:
+        keep(trainer, out)
 
 
 def keep(trainer: Trainer, out: Path) -> None:

@@ -189,7 +189,10 @@ def test_program_trains_goes_on_and_exports(splits, tmp_path, monkeypatch):
         "1",
     ]
     train.main([*common, "--steps", "2"])
-    train.main([*common, "--steps", "4", "--export", str(assets)])
+    train.main([*common, "--steps", "4"])
+    written = (out / "2M" / "state.pt").stat().st_mtime_ns
+    train.main([*common, "--minutes", "0", "--export", str(assets)])
+    assert (out / "2M" / "state.pt").stat().st_mtime_ns == written, "only exported"
     assert {p.name for p in (out / "2M").iterdir()} >= {
         "state.pt",
         "loss_curve.png",
