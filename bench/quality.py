@@ -14,6 +14,7 @@ import copy
 import functools
 import itertools
 import math
+import re
 from contextlib import contextmanager
 from typing import Any
 
@@ -165,6 +166,8 @@ def _sweep(args: Any, rows: list[Row], cell: Cell, environment: Row) -> None:
         work = list(kinds.values())
     if args.method:
         work = [p for p in work if p.method in args.method or p.system in args.method]
+    if args.setting:
+        work = [p for p in work if re.search(args.setting, " ".join(p.key))]
     have = {
         tuple(r[k] for k in KEY) for r in rows if (cell_of(r), r["seeds"]) == (cell, args.seeds)
     }
@@ -240,6 +243,7 @@ def _parser() -> Any:
     p.add_argument("--guidance", nargs="+", choices=MODES, default=["none", "sequential"])
     p.add_argument("--seeds", type=int, default=64, help="images, each with its own noise")
     p.add_argument("--method", nargs="+", help="only these methods or systems")
+    p.add_argument("--setting", help="only settings in whose whole name this expression is found")
     return p
 
 
