@@ -14,7 +14,13 @@ from .subjects import NAMES
 
 BENCHES = ("quality", "steps", "graphs", "ops", "overhead", "gpu")
 COMMANDS = {name: f"python -m bench {name}" for name in BENCHES} | {"gpu": "bash bench/gpu.sh"}
-QUALITY_IMAGES = {"flux": "quality", "video": "quality-video"}
+QUALITY_IMAGES = {
+    "flux": "quality",
+    "video": "quality-video",
+    "pictures": "quality-pictures",
+    "pictures-2m": "quality-pictures-2m",
+    "pictures-20m": "quality-pictures-20m",
+}
 
 
 @dataclass(frozen=True)
@@ -247,7 +253,7 @@ def _cell(title: str, rows: list[Row]) -> Iterator[Block]:
         "PSNR": lambda r: _digits(r["psnr"], 1),
         "rel. L2": lambda r: f"{r['relative_l2']:.4f}",
         "SSIM": lambda r: f"{r['ssim']:.4f}",
-        "judge": lambda r: f"{r['accuracy']:.1%}",
+        "judge": lambda r: "" if r["accuracy"] is None else f"{r['accuracy']:.1%}",
         "Fréchet": lambda r: _digits(r["frechet"], 2),
         "PSNR to 100 steps": lambda r: _digits(r["psnr_solution"], 1),
         "PSNR to fp32": lambda r: _digits(r.get("psnr_fp32"), 1),

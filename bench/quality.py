@@ -14,6 +14,7 @@ import copy
 import functools
 import itertools
 import math
+import re
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,12 +59,10 @@ class Bench:
     """A model, the noise and the reference samples of one cell."""
 
     def __init__(self, subject: Subject, cell: Cell, seeds: int) -> None:
-        from fastcache.demo.sample import GUIDANCE
-
         self.subject, self.cell = subject, cell
         self.model = subject.load()
-        self.labels = torch.arange(seeds) % 10
-        self.scale = None if cell.guidance == "none" else GUIDANCE
+        self.labels = torch.arange(seeds) % subject.labels
+        self.scale = None if cell.guidance == "none" else subject.guidance
         self.exact = None  # the uncached run in fp32, where rounding alone makes a difference
         if cell.dtype != "fp32":
             self.exact = self._generate(self.model, cell.steps, torch.float32)
@@ -118,12 +117,12 @@ class Bench:
         except Exception as error:
             return row | {"error": f"{type(error).__name__}: {error}"[:160], "psnr": None}
         quality = metrics.psnr(samples, self.reference)
-        frames, expected = (x.reshape(-1, *x.shape[-3:]) for x in (samples, self.reference))
+        planes, expected = (x.reshape(-1, 1, *x.shape[-2:]) for x in (samples, self.reference))
         row |= {
             "compute": flops / self.flops,
             "psnr": None if math.isinf(quality) else quality,
             "relative_l2": metrics.relative_l2(samples, self.reference),
-            "ssim": metrics.ssim(frames, expected),
+            "ssim": metrics.ssim(planes, expected),
             **self.subject.judge(samples, self.labels),
             "psnr_solution": metrics.psnr(samples, solution),
         }
@@ -167,6 +166,8 @@ def _sweep(args: Any, rows: list[Row], cell: Cell, environment: Row) -> None:
         work = list(kinds.values())
     if args.method:
         work = [p for p in work if p.method in args.method or p.system in args.method]
+    if args.setting:
+        work = [p for p in work if re.search(args.setting, " ".join(p.key))]
     have = {
         tuple(r[k] for k in KEY) for r in rows if (cell_of(r), r["seeds"]) == (cell, args.seeds)
     }
@@ -209,7 +210,8 @@ def show(rows: list[Row]) -> None:
                 table.append([row["system"], name, "", row["error"][:60]])
                 continue
             found = [f"{row['compute']:.1%}", _number(row["psnr"]), f"{row['relative_l2']:.4f}"]
-            found += [f"{row['ssim']:.4f}", f"{row['accuracy']:.1%}", _number(row["frechet"])]
+            judged = "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
+            found += [f"{row['ssim']:.4f}", judged, _number(row["frechet"])]
             bytes_ = row["cache_bytes"]
             found += [_number(row["psnr_solution"]), f"{bytes_ / 2**20:.2f}" if bytes_ else ""]
             table.append([row["system"], name, *found])
@@ -241,6 +243,7 @@ def _parser() -> Any:
     p.add_argument("--guidance", nargs="+", choices=MODES, default=["none", "sequential"])
     p.add_argument("--seeds", type=int, default=64, help="images, each with its own noise")
     p.add_argument("--method", nargs="+", help="only these methods or systems")
+    p.add_argument("--setting", help="only settings in whose whole name this expression is found")
     return p
 
 

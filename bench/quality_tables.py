@@ -8,8 +8,9 @@ from typing import Any
 from fastcache.configs.presets import presets
 
 from . import quality_claims
-from .cells import frontier
+from .cells import KEY, frontier
 from .common import Row
+from .subjects import SUBJECTS
 from .sweeps import ABLATED, INTERVALS, Guide
 from .tables import cell, digits, markdown
 
@@ -97,12 +98,12 @@ def _ours(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if r["system"] == "fastcache" and not r.get("error")]
 
 
-def leads(rows: Sequence[Row]) -> str:
-    """The video model: our best at a budget, and how far it is ahead."""
+def leads(rows: Sequence[Row], model: str = "video") -> str:
+    """A model's best of ours at a budget, and how far it is ahead."""
     others = {"diffusers": "diffusers' hooks", "cache-dit": "cache-dit", "uncached": "fewer steps"}
     lines = []
     for n, guidance in ((28, "none"), (28, "sequential"), (50, "none")):
-        here = cell(rows, n, guidance, model="video")
+        here = cell(rows, n, guidance, model=model)
         for f in frontier(here) if here else ():
             if f["fastcache"] is not None:
                 ahead = [None if f[k] is None else f["fastcache"] - f[k] for k in others]
@@ -112,6 +113,55 @@ def leads(rows: Sequence[Row]) -> str:
     columns = ("steps", "guidance", "compute at most", "best PSNR")
     columns += (*(f"over {name}" for name in others.values()), "with")
     return markdown(columns, lines) if lines else ""
+
+
+Named = tuple[str, ...]  # system, method, predictor, setting
+
+# settings that were named before any of the models was measured, or published, cheapest last
+NAMED: dict[str, Named] = {
+    '`preset("quality")`': ("fastcache", "Guided", "residual guide", "every 3, warm-up 2"),
+    '`preset("balanced")`': ("fastcache", "Interval", "order 2", "preset balanced"),
+    "every 4th from 4, modulated guide": ("fastcache", "Guided", "modulated guide", "every 4"),
+    "the same, order 1": ("fastcache", "Guided", "modulated guide, order 1", "every 4"),
+    "diffusers' lite mode, every 3rd": ("diffusers", "TaylorSeer", "order 1", "lite, every 3"),
+    "gaps up to 4, modulated guide": ("fastcache", "Guided", "modulated guide", "gaps up to 4"),
+    "the same, residual guide": ("fastcache", "Guided", "residual guide", "gaps up to 4"),
+    "the same, Taylor 1": ("fastcache", "Interval", "order 1", "gaps up to 4"),
+    '`preset("fast")`': ("fastcache", "Interval", "order 2", "preset fast"),
+    "diffusers' lite mode, every 4th": ("diffusers", "TaylorSeer", "order 1", "lite, every 4"),
+}
+
+
+def named(rows: Sequence[Row]) -> str:
+    """The same settings on every model, 28 steps: PSNR, and in brackets the lead over fewer steps."""
+    cells = {
+        f"{model}, {'guidance' if guidance == 'sequential' else 'no guidance'}": here
+        for model in SUBJECTS
+        for guidance in ("none", "sequential")
+        if (here := cell(rows, 28, guidance, model=model))
+    }
+    lines = []
+    for name, key in NAMED.items():
+        found = [next((r for r in here if _is(r, key)), None) for here in cells.values()]
+        if any(found):
+            shares = {f"{r['compute']:.0%}" for r in found if r}
+            pairs = zip(found, cells.values(), strict=True)
+            lines.append(
+                (name, " to ".join(sorted(shares)), *(_over(r, here) for r, here in pairs))
+            )
+    return markdown(("", "compute", *cells), lines) if lines else ""
+
+
+def _is(row: Row, key: Named) -> bool:
+    return tuple(row[k] for k in KEY) == key and row.get("psnr") is not None
+
+
+def _over(row: Row | None, here: Sequence[Row]) -> str:
+    """PSNR of a row, and its lead over fewer steps of its cell."""
+    if row is None:
+        return ""
+    ahead = quality_claims.above_fewer(row, [r for r in here if r["method"] == "fewer steps"])
+    return f"{row['psnr']:.1f}" + ("" if ahead is None else f" ({ahead:+.1f})")
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """One trained model; its samples are [B, ..., 1, 16, 16]."""
+    """One trained model; its samples are [B, ..., C, H, W] in [-1, 1]."""
 
     load: Callable[[], nn.Module]
     generate: Callable[..., Tensor]  # (model, labels, **options of fastcache.demo.sample.generate)
@@ -41,13 +42,15 @@ class Subject:
         [Tensor, Tensor], Row
     ]  # (samples, labels) -> columns; None where one means nothing
     output: dict[str, Any]  # tensor_format and grid of the model's output
+    labels: int  # how many there are, counted from 0
+    guidance: float  # scale of the cells with guidance
 
 
 def flux() -> Subject:
     from fastcache.demo import metrics
-    from fastcache.demo.data import GRID, load_digits
+    from fastcache.demo.data import GRID, NUM_CLASSES, load_digits
     from fastcache.demo.model import load_judge, load_model
-    from fastcache.demo.sample import generate
+    from fastcache.demo.sample import GUIDANCE, generate
 
     judge, real = load_judge(), load_digits()[0].images
 
@@ -58,11 +61,13 @@ def flux() -> Subject:
         }
 
     output = {"tensor_format": "BSC", "grid": (GRID, GRID)}
-    return Subject(load_model, generate, columns, output)
+    return Subject(load_model, generate, columns, output, NUM_CLASSES, GUIDANCE)
 
 
 def video() -> Subject:
+    from fastcache.demo.data import NUM_CLASSES
     from fastcache.demo.model import load_judge
+    from fastcache.demo.sample import GUIDANCE
 
     from . import video
 
@@ -73,8 +78,33 @@ def video() -> Subject:
         return {"accuracy": video.accuracy(judge, videos, labels), "frechet": None}
 
     output = {"tensor_format": "BCFHW"}
-    return Subject(video.load_model, video.generate, columns, output)
+    return Subject(video.load_model, video.generate, columns, output, NUM_CLASSES, GUIDANCE)
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {"flux": flux, "video": video}
-NAMES = {"flux": "the shipped model", "video": "a small Wan that draws moving digits"}
+def pictures(size: str) -> Subject:
+    from .pictures import model
+    from .pictures.words import PROMPTS
+
+    def columns(images: Tensor, labels: Tensor) -> Row:
+        # nothing was trained to judge them
+        return {"accuracy": None, "frechet": None}
+
+    output = {"tensor_format": "BSC", "grid": (model.GRID, model.GRID)}
+    load = partial(model.load_model, size)
+    return Subject(load, model.generate, columns, output, len(PROMPTS), model.GUIDANCE)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "flux": flux,
+    "video": video,
+    "pictures": partial(pictures, "7M"),
+    "pictures-2m": partial(pictures, "2M"),
+    "pictures-20m": partial(pictures, "20M"),
+}
+NAMES = {
+    "flux": "the shipped model",
+    "video": "a small Wan that draws moving digits",
+    "pictures": "a Flux of 7 M parameters that draws pictures from words",
+    "pictures-2m": "the same of 2 M parameters",
+    "pictures-20m": "the same of 20 M parameters",
+}

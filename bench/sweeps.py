@@ -107,6 +107,14 @@ COMPARED = (
 )
 
 
+# with guidance the longer warm-up is a candidate: trained models differ in it
+WARM = (Guide("residual"), Guide("modulated"), Guide("modulated", 1))
+
+
+# the largest gaps of the schedules whose gaps grow
+GROWN = (2, 3, 4, 5, 6)
+
+
 # and what each setting is worth, for which one number of steps has to do
 ABLATION_STEPS = 28
 
@@ -148,6 +156,7 @@ def points(cell: Cell, ratios: Sequence[float], output: Mapping[str, Any]) -> It
         return
     yield from stack_points(steps, ratios)
     yield from guided_points(cell)
+    yield from growing_points(steps)
     yield from module_points(guidance)
     if not systems.missing("diffusers"):
         yield from diffusers_points(steps, guidance, ratios)
@@ -216,11 +225,33 @@ def comparable_points(steps: int) -> Iterator[Point]:
             yield ours(method, label, f"every {n}{AFTER_THREE}", recipe)
 
 
+def growing(steps: int, most: int) -> list[int]:
+    """1 for the first four steps, and from there after gaps of 2, 3, ... up to `most`."""
+    plan, at, gap = [0] * steps, 0, 1
+    while at < steps:
+        plan[at] = 1
+        gap = 1 if at < 3 else min(most, gap + 1)
+        at += gap
+    return plan
+
+
+def growing_points(steps: int) -> Iterator[Point]:
+    """Predictors on schedules whose gaps grow, as they are and with the last step."""
+    for most in GROWN:
+        for ending, last in (("", 0), (", last", 1)):
+            plan = growing(steps, most)
+            plan[-1] = max(plan[-1], last)
+            for label, what in COMPARABLE.items():
+                recipe = Recipe(Mask(plan, warmup=0, last=False), what, Stack())
+                method = "Guided" if isinstance(what, Guided) else "Interval"
+                yield ours(method, label, f"gaps up to {most}{ending}", recipe)
+
+
 def guided_points(cell: Cell) -> Iterator[Point]:
     """Guided prediction, in some cells also what is no candidate for the frontier."""
     plain = cell.guidance == "none"
     ablation = (cell.dtype, cell.steps, cell.guidance) == ("fp32", ABLATION_STEPS, "none")
-    for guide in GUIDES + COMPARED * plain + ABLATIONS * ablation:
+    for guide in GUIDES + (COMPARED if plain else WARM) + ABLATIONS * ablation:
         for n in guide.intervals:
             setting = f"every {n}{guide.setting}"
             yield ours("Guided", guide.label, setting, guide.recipe(n, cell.steps))

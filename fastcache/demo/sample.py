@@ -68,8 +68,12 @@ def integrate(
     progress: Callable[[int], object] | None = None,
     dtype: torch.dtype = torch.float32,
     solver: str = "euler",
+    null: int = NULL_LABEL,
 ) -> Tensor:
-    """From noise to clean latents of any shape [B, ...]; options as in `generate`."""
+    """From noise to clean latents of any shape [B, ...]; options as in `generate`.
+
+    null: the label that stands for none.
+    """
     solve = SOLVERS[solver](steps)
     levels = solve.levels
 
@@ -83,7 +87,7 @@ def integrate(
             v = velocity("cond", step, latents, labels)
         else:
             call = _both_halves if batched_guidance else _one_by_one
-            cond, uncond = call(velocity, step, latents, labels)
+            cond, uncond = call(velocity, step, latents, labels, null)
             v = uncond + guidance * (cond - uncond)
         latents = solve.step(step, latents, v)
         if progress is not None:
@@ -95,16 +99,16 @@ Velocity = Callable[[str, int, Tensor, Tensor], Tensor]
 
 
 def _one_by_one(
-    velocity: Velocity, step: int, latents: Tensor, labels: Tensor
+    velocity: Velocity, step: int, latents: Tensor, labels: Tensor, null: int
 ) -> tuple[Tensor, Tensor]:
     cond = velocity("cond", step, latents, labels)
-    return cond, velocity("uncond", step, latents, torch.full_like(labels, NULL_LABEL))
+    return cond, velocity("uncond", step, latents, torch.full_like(labels, null))
 
 
 def _both_halves(
-    velocity: Velocity, step: int, latents: Tensor, labels: Tensor
+    velocity: Velocity, step: int, latents: Tensor, labels: Tensor, null: int
 ) -> tuple[Tensor, Tensor]:
-    both = torch.cat([torch.full_like(labels, NULL_LABEL), labels])
+    both = torch.cat([torch.full_like(labels, null), labels])
     uncond, cond = velocity("cond_uncond", step, torch.cat([latents, latents]), both).chunk(2)
     return cond, uncond
 

@@ -230,6 +230,14 @@ def test_rows_of_another_model_or_dtype_are_another_cell(tmp_path):
     assert len(titles) == len(cells)
 
 
+def test_settings_are_chosen_by_an_expression(tmp_path):
+    pytest.importorskip("diffusers")
+    rows = rows_of(
+        quality.main, tmp_path / "q.jsonl", "--quick", "--setting", "^fastcache Interval"
+    )
+    assert [r["method"] for r in rows] == ["uncached", "Interval"]
+
+
 def test_the_video_model_loads_and_is_what_its_record_says():
     pytest.importorskip("diffusers")
     from bench import train_video, video

@@ -1,0 +1,40 @@
+"""Contact sheets: samples under their prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .model import GUIDANCE, generate
+from .words import PROMPTS
+
+COLUMNS = 8
+
+
+def write_sheet(model: nn.Module, path: Path, steps: int = 20) -> None:
+    """All prompts with guidance as a PNG, eight in a row."""
+    images = generate(model, torch.arange(len(PROMPTS)), steps=steps, guidance=GUIDANCE)
+    draw({"": images}, path)
+
+
+def draw(sheets: dict[str, Tensor], path: Path) -> None:
+    """Sheets of images [B, 3, H, W] below each other, each image under its prompt."""
+    from ..figures import new, save
+
+    rows = [(title, chunk) for title, images in sheets.items() for chunk in images.split(COLUMNS)]
+    figure, axes = new(len(rows), COLUMNS, 1.25 * COLUMNS, 1.4 * len(rows))
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for title, images in sheets.items():
+        line = next(i for i, (name, _) in enumerate(rows) if name == title)
+        for i, image in enumerate(images):
+            axis = axes[line + i // COLUMNS][i % COLUMNS]
+            axis.imshow((image.permute(1, 2, 0).clamp(-1, 1) / 2 + 0.5).cpu().numpy())
+            axis.set_title(_short(PROMPTS[i]), fontsize=6)
+    save(figure, path)
+
+
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) < 28 else prompt[:25] + "…"
