@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ..checks import whole
-from ..policies import Planned, Policy
+from ..made_for import MadeFor
+from ..policies import Mask, Policy
 from ..predictors import Fitted, Predictor, Taylor
 from ..recipe import Recipe
 from .errors import CalibrationError
@@ -226,18 +227,20 @@ class Plans:
                 "final"; None: all as far.
             context: a name in `grams`; None takes all contexts together.
         Returns:
-            A recipe of `Planned` for this model, scheduler and length of run, and the predictor, on the stack.
+            A recipe of a `Mask` and the predictor, on the stack; elsewhere than on this model, scheduler and length of
+            run it says so.
         Raises:
             TypeError: an argument is of another type; the message names it.
             CalibrationError: an argument is out of its range, or nothing was measured.
         Source: DPCache (CVPR 2026); LeMiCa (arXiv 2511.00090).
         """
         what = Taylor(order=1) if what is None else what
-        Recipe(Planned((True,)), what)  # which names what does not go with a stack
+        Recipe(Mask((True,)), what)  # which names what does not go with a stack
         gram = gram_of(self.grams, context)
         steps = planned(gram, computed, what, cost, first, last, max_skips, lengths)
         marks = tuple(i in steps for i in range(len(gram)))
-        return Recipe(Planned(marks, model=self.model, scheduler=self.scheduler), what)
+        made_for = MadeFor(self.model, self.scheduler, len(marks))
+        return Recipe.of(Recipe(Mask(marks, scaled=True), what).rules, "plan", made_for)
 
     def fit(
         self, when: Policy, keep: int = 3, ridge: float = 1e-3, context: str | None = None

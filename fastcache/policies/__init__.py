@@ -8,7 +8,6 @@ from .magnitude import Calibrate, Magnitude
 from .masks import steps_mask
 from .misfit import Misfit
 from .output_slope import OutputSlope
-from .planned import Planned
 from .schedule import Broadcast, Growing, Interval, Mask, TimestepRange
 from .sensitivity import Sensitivity
 from .spread import Spread
@@ -30,7 +29,6 @@ __all__ = [
     "Mask",
     "Misfit",
     "OutputSlope",
-    "Planned",
     "Policy",
     "Run",
     "Sensitivity",

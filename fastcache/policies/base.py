@@ -167,16 +167,15 @@ class Policy:
         """Whether the settings ask for every step to be computed."""
         return False
 
-    def on_model(self: Self, classes: Sequence[str], scheduler: str = "") -> Policy:
+    def on_model(self: Self, classes: Sequence[str]) -> Policy:
         """The policy for one model, what it leaves to the model filled in.
 
         Args:
             classes: names of the model's class and of those that it derives from, nearest first.
-            scheduler: name of the class of its pipeline's scheduler; "" where there is none.
         Returns:
             Itself, unless something is left to the model.
         Raises:
-            ValueError: nothing is known for the model, or it is for another one; the message names the field.
+            ValueError: nothing is known for the model; the message names the field.
         """
         return self
 

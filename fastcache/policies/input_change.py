@@ -93,7 +93,7 @@ class InputChange(Accumulated):
         for name, value in set_to.items():
             object.__setattr__(self, name, value)
 
-    def on_model(self, classes: Sequence[str], scheduler: str = "") -> Policy:
+    def on_model(self, classes: Sequence[str]) -> Policy:
         if self.coefficients is not None:
             return self
         return replace(self, coefficients=published_for(classes))

@@ -29,10 +29,10 @@ from .stats import known
 from .verdict import other_length, verdict
 
 
-def on_model(recipe: Recipe, model: nn.Module, scheduler: str) -> Recipe:
+def on_model(recipe: Recipe, model: nn.Module) -> Recipe:
     """A recipe with what its policies leave to the model filled in, by the names of its classes."""
     classes = [kind.__name__ for kind in type(model).__mro__]
-    rules = [replace(rule, when=rule.when.on_model(classes, scheduler)) for rule in recipe.rules]
+    rules = [replace(rule, when=rule.when.on_model(classes)) for rule in recipe.rules]
     return Recipe.of(rules, recipe.name, recipe.made_for)
 
 
@@ -46,7 +46,6 @@ class Denoiser:
         model: the model; nothing in it is changed before `install`.
         recipe: the rules.
         adapter: how its blocks are found and driven.
-        scheduler: name of the class of its pipeline's; "" where there is none.
 
     Raises:
         ValueError: where nothing fits, see `bind_rules`.
@@ -60,10 +59,9 @@ class Denoiser:
         model: nn.Module,
         recipe: Recipe,
         adapter: BlockAdapter,
-        scheduler: str = "",
     ) -> None:
         self.owner, self.settings, self.name, self.model = owner, settings, name, model
-        recipe = on_model(recipe, model, scheduler)
+        recipe = on_model(recipe, model)
         self.adapter, self.lock = adapter, settings.lock
         bound = bind_rules(
             model, recipe.rules, adapter, settings.process_group, settings.cache_dtype

@@ -54,8 +54,8 @@ def other_length(steps: int, recipe: Recipe) -> str:
     if made_for is None or not (differing := made_for.differs(steps=steps)):
         return ""
     return (
-        f"the recipe was tuned for {differing[0]}: what it computes there says little of what is best here; tune it "
-        "for this number of steps"
+        f"the recipe was made for {differing[0]}: what it computes there says little of what is best here; tune or "
+        "plan one for this number of steps"
     )
 
 

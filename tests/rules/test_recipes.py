@@ -38,7 +38,6 @@ from fastcache import (
     Modules,
     Output,
     OutputSlope,
-    Planned,
     Policy,
     Predictor,
     Recipe,
@@ -118,10 +117,6 @@ POLICIES = {
         "scaled": st.booleans(),
     },
     Widening: {"window": st.floats(1, 9), "flex": st.floats(0, 9)},
-    Planned: {
-        "compute": st.lists(st.booleans(), min_size=1, max_size=60),
-        "model": st.text("AbcXyz", max_size=9), "scheduler": st.text("AbcXyz", max_size=9),
-    },
 }  # fmt: skip
 fitted_rows = st.lists(
     st.tuples(st.integers(9, 30), st.just((8, 6)), st.tuples(reals, reals)), max_size=5
