@@ -40,7 +40,7 @@ class Cache(Telling):
     As a context manager it is disabled where the block ends. One call runs at a time, whichever thread it comes from.
 
     Args:
-        target, config, adapter, backend, process_group, max_bytes, cache_dtype, offload: as for `enable`.
+        target, config, adapter, backend, process_group, max_bytes, cache_dtype, offload, ranks: as for `enable`.
 
     Raises:
         TypeError, ValueError: that names the argument; the model is left as it was.
@@ -56,6 +56,7 @@ class Cache(Telling):
         max_bytes: int | None,
         cache_dtype: torch.dtype | None,
         offload: bool,
+        ranks: str = "sum",
     ) -> None:
         if adapter is not None and not isinstance(adapter, BlockAdapter):
             raise TypeError(
@@ -69,6 +70,7 @@ class Cache(Telling):
         self.settings = Settings(
             backend=backend,
             process_group=process_group,
+            ranks=ranks,
             cache_dtype=cache_dtype,
             budget=budget,
             pools=pools,
@@ -291,6 +293,7 @@ def enable(
     max_bytes: int | None = None,
     cache_dtype: torch.dtype | None = None,
     offload: bool = False,
+    ranks: str = "sum",
 ) -> Cache:
     """Attach a cache to a diffusers pipeline (all its denoisers) or to any nn.Module.
 
@@ -308,8 +311,8 @@ def enable(
             run used least recently goes on without a cache until there is room again.
         cache_dtype: what floating values are kept in, torch.float32, torch.bfloat16, torch.float16 or
             torch.float8_e4m3fn (with one scale per token); None keeps them as they are.
-        offload: True has such a run wait in host memory for its next call instead (not in compiled models,
-            whose storage stays in place).
+        offload: True has such a run wait in host memory for its next call instead, but in compiled models.
+        ranks: of `process_group`: "sum" decides by the numbers of all of them, "first" by the first one's.
 
     Returns:
         The Cache.
@@ -317,4 +320,6 @@ def enable(
     Raises:
         TypeError, ValueError: that names the argument and says what was looked for.
     """
-    return Cache(target, config, adapter, backend, process_group, max_bytes, cache_dtype, offload)
+    return Cache(
+        target, config, adapter, backend, process_group, max_bytes, cache_dtype, offload, ranks
+    )
