@@ -40,7 +40,8 @@ class Cache(Telling):
     As a context manager it is disabled where the block ends. One call runs at a time, whichever thread it comes from.
 
     Args:
-        target, config, adapter, backend, process_group, max_bytes, cache_dtype, offload, ranks: as for `enable`.
+        target, config, adapter, max_bytes, offload: as for `enable`.
+        shared: its other arguments, which all denoisers share.
 
     Raises:
         TypeError, ValueError: that names the argument; the model is left as it was.
@@ -51,12 +52,9 @@ class Cache(Telling):
         target: Any,
         config: Any,
         adapter: BlockAdapter | None,
-        backend: str,
-        process_group: Any,
         max_bytes: int | None,
-        cache_dtype: torch.dtype | None,
         offload: bool,
-        ranks: str = "sum",
+        **shared: Any,
     ) -> None:
         if adapter is not None and not isinstance(adapter, BlockAdapter):
             raise TypeError(
@@ -67,14 +65,7 @@ class Cache(Telling):
         pools: list[Slots] = []
         budget = budget_of(max_bytes, offload, pools)
         self.target, self.adapter, self.models = target, adapter, models
-        self.settings = Settings(
-            backend=backend,
-            process_group=process_group,
-            ranks=ranks,
-            cache_dtype=cache_dtype,
-            budget=budget,
-            pools=pools,
-        )
+        self.settings = Settings(budget=budget, pools=pools, **shared)
         self.lock, self.stats = self.settings.lock, self.settings.stats
         self.denoisers: list[Denoiser] = []
         self.announcer = None if isinstance(target, nn.Module) else Announcer(target, self)
@@ -320,6 +311,10 @@ def enable(
     Raises:
         TypeError, ValueError: that names the argument and says what was looked for.
     """
-    return Cache(
-        target, config, adapter, backend, process_group, max_bytes, cache_dtype, offload, ranks
-    )
+    shared = {
+        "backend": backend,
+        "process_group": process_group,
+        "ranks": ranks,
+        "cache_dtype": cache_dtype,
+    }
+    return Cache(target, config, adapter, max_bytes, offload, **shared)
