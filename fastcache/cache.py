@@ -40,7 +40,8 @@ class Cache(Telling):
     As a context manager it is disabled where the block ends. One call runs at a time, whichever thread it comes from.
 
     Args:
-        target, config, adapter, backend, process_group, max_bytes, cache_dtype, offload: as for `enable`.
+        target, config, adapter, max_bytes, offload: as for `enable`.
+        shared: its other arguments, which all denoisers share.
 
     Raises:
         TypeError, ValueError: that names the argument; the model is left as it was.
@@ -51,11 +52,9 @@ class Cache(Telling):
         target: Any,
         config: Any,
         adapter: BlockAdapter | None,
-        backend: str,
-        process_group: Any,
         max_bytes: int | None,
-        cache_dtype: torch.dtype | None,
         offload: bool,
+        **shared: Any,
     ) -> None:
         if adapter is not None and not isinstance(adapter, BlockAdapter):
             raise TypeError(
@@ -66,13 +65,7 @@ class Cache(Telling):
         pools: list[Slots] = []
         budget = budget_of(max_bytes, offload, pools)
         self.target, self.adapter, self.models = target, adapter, models
-        self.settings = Settings(
-            backend=backend,
-            process_group=process_group,
-            cache_dtype=cache_dtype,
-            budget=budget,
-            pools=pools,
-        )
+        self.settings = Settings(budget=budget, pools=pools, **shared)
         self.lock, self.stats = self.settings.lock, self.settings.stats
         self.denoisers: list[Denoiser] = []
         self.announcer = None if isinstance(target, nn.Module) else Announcer(target, self)
@@ -290,6 +283,7 @@ def enable(
     max_bytes: int | None = None,
     cache_dtype: torch.dtype | None = None,
     offload: bool = False,
+    ranks: str = "sum",
 ) -> Cache:
     """Attach a cache to a diffusers pipeline (all its denoisers) or to any nn.Module.
 
@@ -307,8 +301,8 @@ def enable(
             run used least recently goes on without a cache until there is room again.
         cache_dtype: what floating values are kept in, torch.float32, torch.bfloat16, torch.float16 or
             torch.float8_e4m3fn (with one scale per token); None keeps them as they are.
-        offload: True has such a run wait in host memory for its next call instead (not in compiled models,
-            whose storage stays in place).
+        offload: True has such a run wait in host memory for its next call instead, but in compiled models.
+        ranks: of `process_group`: "sum" decides by the numbers of all of them, "first" by the first one's.
 
     Returns:
         The Cache.
@@ -316,4 +310,10 @@ def enable(
     Raises:
         TypeError, ValueError: that names the argument and says what was looked for.
     """
-    return Cache(target, config, adapter, backend, process_group, max_bytes, cache_dtype, offload)
+    shared = {
+        "backend": backend,
+        "process_group": process_group,
+        "ranks": ranks,
+        "cache_dtype": cache_dtype,
+    }
+    return Cache(target, config, adapter, max_bytes, offload, **shared)

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+SPEAKING = (
+    "sum",
+    "first",
+)  # whose numbers count where ranks share a sample: those of all, or of the first
 
-def relative_change(sums: Tensor, group: Any = None, mean: bool = False) -> float:
+
+class Ranks(NamedTuple):
+    """Ranks that share a sample, and decide alike."""
+
+    group: Any
+    speaks: bool  # whether this rank's numbers count
+    voices: int  # ranks whose numbers do
+
+
+def ranks_of(group: Any, speaking: str) -> Ranks | None:
+    """How the ranks of a process group come to one number; None without one."""
+    if group is None:
+        return None
+    if speaking == "first":
+        return Ranks(group, torch.distributed.get_rank(group) == 0, 1)
+    return Ranks(group, True, torch.distributed.get_world_size(group))
+
+
+def relative_change(sums: Tensor, group: Ranks | None = None, mean: bool = False) -> float:
     """First over second of the two sums of `ops.residual_l1`, summed over the ranks of `group` first.
 
     Of sums per sample, [B, 2], the largest ratio, or their mean. One device read. NaN or infinity comes back as
@@ -24,7 +46,7 @@ def relative_change(sums: Tensor, group: Any = None, mean: bool = False) -> floa
     return sum(ratios) / len(ratios) if mean else largest(ratios)
 
 
-def expected_change(sums: Tensor, group: Any = None) -> float:
+def expected_change(sums: Tensor, group: Ranks | None = None) -> float:
     """Of sums |x - x'|, |v' - v''|, |x' - x''| and |v'|, first times second over third times fourth.
 
     Summed over the ranks of `group` first; of sums per sample, [B, 4], the largest. One device read.
@@ -40,7 +62,7 @@ def _expected(moved: float, changed: float, before: float, size: float) -> float
     return moved * changed / (before * size) if before * size else _of_nothing(moved * changed)
 
 
-def norm(squares: Tensor, group: Any = None) -> float:
+def norm(squares: Tensor, group: Ranks | None = None) -> float:
     """The root of a sum of squares, summed over the ranks of `group` first; of several the largest. One device
     read."""
     if group is not None:
@@ -58,18 +80,21 @@ def _of_nothing(change: float) -> float:
     return float("nan") if change == 0 or change != change else float("inf")
 
 
-def agreed(sums: Tensor, group: Any) -> Tensor:
-    """The sums over all ranks of `group`, in one packed reduction. Every rank gets the same bits."""
-    total = sums.clone()
-    _meet(total, group, torch.distributed.ReduceOp.SUM)
+def agreed(sums: Tensor, group: Ranks, veto: bool = False) -> Tensor:
+    """The sums over the ranks of `group` whose numbers count, in one packed reduction. Every rank gets the same bits.
+
+    veto: what this rank says counts whichever it is.
+    """
+    total = sums.clone() if group.speaks or veto else torch.zeros_like(sums)
+    _meet(total, group.group, torch.distributed.ReduceOp.SUM)
     return total
 
 
-def mean(value: Tensor, group: Any = None) -> float:
+def mean(value: Tensor, group: Ranks | None = None) -> float:
     """A one-element tensor as a float; its mean over the ranks of `group`, where there is one."""
     if group is None:
         return scalar(value)
-    return scalar(agreed(value, group)) / torch.distributed.get_world_size(group)
+    return scalar(agreed(value, group)) / group.voices
 
 
 def unanimous(digest: bytes, group: Any, device: torch.device) -> bool:

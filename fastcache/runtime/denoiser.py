@@ -14,6 +14,7 @@ from ..ops import dispatch
 from ..recipe import Recipe
 from ..storage.pool import Slots
 from ..storage.state import State
+from ..sync import ranks_of
 from ..targets.bind import bind_rules
 from .ahead import Ahead
 from .commit import Committer
@@ -64,7 +65,11 @@ class Denoiser:
         recipe = on_model(recipe, model)
         self.adapter, self.lock = adapter, settings.lock
         bound = bind_rules(
-            model, recipe.rules, adapter, settings.process_group, settings.cache_dtype
+            model,
+            recipe.rules,
+            adapter,
+            ranks_of(settings.process_group, settings.ranks),
+            settings.cache_dtype,
         )
         self.control, self.targets = bound.control, bound.targets
         for nothing in bound.missing.values():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import sync
 from ..ops import dispatch
 from ..storage.allocate import FP8
 from ..storage.budget import Budget
@@ -30,6 +31,7 @@ class Settings:
     Args:
         backend: the kernels to use, see `fastcache.backends()`.
         process_group: ranks that share a sample.
+        ranks: whose numbers they decide by: "sum", those of all, or "first".
         cache_dtype: what cached values are kept in; None keeps them as they are.
         budget: the bytes that cached tensors may take; None is no limit.
         timestep_callback: the running timestep, from a config.
@@ -45,6 +47,7 @@ class Settings:
 
     backend: str = dispatch.AUTO
     process_group: Any = None
+    ranks: str = sync.SPEAKING[0]
     cache_dtype: torch.dtype | None = None
     budget: Budget | None = None
     timestep_callback: Callable[[], Any] | None = None
@@ -60,6 +63,8 @@ class Settings:
             raise TypeError(
                 f"process_group is {self.process_group!r}, must be a torch.distributed.ProcessGroup or None"
             )
+        if self.ranks not in sync.SPEAKING:
+            raise ValueError(f"ranks is {self.ranks!r}, must be one of {sync.SPEAKING}")
         dtype = self.cache_dtype
         if dtype is not None and dtype not in KEPT_IN:
             kind = ValueError if isinstance(dtype, torch.dtype) else TypeError

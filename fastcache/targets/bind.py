@@ -72,7 +72,7 @@ def bind_rules(
         model: the denoiser.
         rules: those of a recipe, in the order in which they decide.
         adapter: how the blocks of the model are found and driven.
-        group: the process group whose ranks share a sample.
+        group: the ranks that share a sample, `sync.Ranks`.
         dtype: what cached values are kept in; None for their own.
 
     Raises:

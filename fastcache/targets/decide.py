@@ -220,7 +220,8 @@ class RuleDecider:
         assert meter is not None
         if group is not None and (measured is None or not self.ready(state)):
             # the other ranks wait for a number: join them with none, so that all compute
-            sync.agreed(torch.full(meter.shape(state), math.nan, device=state.device), group)
+            nothing = torch.full(meter.shape(state), math.nan, device=state.device)
+            sync.agreed(nothing, group, veto=True)
             return None
         return None if measured is None else meter.read(measured, group)
 

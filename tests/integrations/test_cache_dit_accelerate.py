@@ -47,6 +47,16 @@ MASK = [1, 1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0]
 SETTINGS = {
     "F1B0": ({"Fn_compute_blocks": 1}, None),
     "F2B1": ({"Fn_compute_blocks": 2, "Bn_compute_blocks": 1}, None),
+    "limits": (
+        {
+            "Fn_compute_blocks": 1,
+            "max_cached_steps": 4,
+            "max_continuous_cached_steps": 1,
+            "max_accumulated_residual_diff_threshold": 1.5,
+        },
+        None,
+    ),
+    "warm-up with gaps": ({"Fn_compute_blocks": 1, "warmup_interval": 2}, None),
     "taylor 1": ({"Fn_compute_blocks": 1}, taylor(1)),
     "F2B1, taylor 2": ({"Fn_compute_blocks": 2, "Bn_compute_blocks": 1}, taylor(2)),
     "taylor 3, hidden states": (

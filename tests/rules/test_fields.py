@@ -500,6 +500,7 @@ def test_an_unknown_field_is_refused_and_named():
         ({"backend": None}, "backend"),
         ({"backend": ["cpp"]}, "backend"),
         ({"process_group": "world"}, "process_group"),
+        ({"ranks": "last"}, "ranks"),
     ],
 )
 def test_bad_arguments_of_enable(change, named):

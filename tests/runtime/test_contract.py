@@ -59,6 +59,7 @@ SIGNATURES = {
         ("max_bytes", None, True),
         ("cache_dtype", None, True),
         ("offload", False, True),
+        ("ranks", "sum", True),
     ],
     "Cache.context": [
         ("name", "default", False),

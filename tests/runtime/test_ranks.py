@@ -31,6 +31,7 @@ def rank_main(rank: int, world: int, path: str, job: str, results: Any) -> None:
         timeout=datetime.timedelta(seconds=DEADLINE),
     )
     jobs = {"decide": decide, "named": named, "vote": vote, "refuse": refuse, "die": die}
+    jobs |= {"led": led, "led vote": led_vote}
     results.put((rank, jobs[job](rank, world)))
     results.close()
     results.join_thread()
@@ -65,9 +66,11 @@ def shards(seed: int, world: int) -> list[dict[str, Any]]:
     return toys.inputs(6, seed, batch=world, speed=0.05 + 0.01 * (seed % 7))
 
 
-def first_block(calls: list[dict[str, Any]], seed: int, group: Any) -> list[tuple]:
+def first_block(
+    calls: list[dict[str, Any]], seed: int, group: Any, ranks: str = "sum"
+) -> list[tuple]:
     target, config = toys.Model(seed=seed), toys.config("first_block", threshold=threshold(seed))
-    with fastcache.enable(target, config, process_group=group) as cache:
+    with fastcache.enable(target, config, process_group=group, ranks=ranks) as cache:
         toys.run(cache, target, calls, num_inference_steps=len(calls))
         return [(r.action, r.signal) for r in cache.stats]
 
@@ -96,11 +99,19 @@ NAMED: dict[str, Any] = {
 }
 
 
-def one_named(method: str, calls: list[dict[str, Any]], group: Any, odd: bool = False) -> list:
+def one_named(
+    method: str,
+    calls: list[dict[str, Any]],
+    group: Any,
+    odd: bool = False,
+    ranks: str = "sum",
+) -> list:
     """odd: this rank alone does not know the sigma of one step."""
     target = ModulatedModel() if method == "tea" else toys.Model()
     adapter = ADAPTER if method == "tea" else None
-    with fastcache.enable(target, NAMED[method], process_group=group, adapter=adapter) as cache:
+    with fastcache.enable(
+        target, NAMED[method], process_group=group, adapter=adapter, ranks=ranks
+    ) as cache:
         for i, call in enumerate(calls):
             sigma = None if odd and i == 7 else 1 - i / len(calls)
             with cache.context(num_inference_steps=len(calls), sigma=sigma):
@@ -127,6 +138,22 @@ def vote(rank: int, world: int) -> list:
     """A rank that does not know a fact has all of them compute."""
     calls = mine(toys.inputs(12, batch=world, speed=0.02), rank)
     return one_named("sea", calls, dist.group.WORLD, odd=rank == world - 1)
+
+
+def led(rank: int, world: int) -> list[Any]:
+    """Per run: what the first rank decides for all, and what this rank would have decided alone."""
+    found = []
+    for seed in range(RUNS // 4):
+        calls = mine(shards(seed, world), rank)
+        shared = first_block(calls, seed, dist.group.WORLD, ranks="first")
+        found.append((shared, first_block(calls, seed, None)))
+    return found
+
+
+def led_vote(rank: int, world: int) -> list:
+    """A rank that follows and does not know a fact has all of them compute all the same."""
+    calls = mine(toys.inputs(12, batch=world, speed=0.02), rank)
+    return one_named("sea", calls, dist.group.WORLD, odd=rank == world - 1, ranks="first")
 
 
 def refuse(rank: int, world: int) -> list[str]:
@@ -217,6 +244,23 @@ def test_a_rank_without_a_fact_has_all_of_them_compute(tmp_path):
     alone = [action for action, _ in one_named("sea", toys.inputs(12, batch=2, speed=0.02), None)]
     assert actions[:7] == alone[:7] and "reuse" in alone[7:9]
     assert actions[7:9] == ["compute", "compute"]
+
+
+def test_the_first_rank_decides_for_all_and_exactly_as_it_would_alone(tmp_path):
+    ranks, parted = together(2, "led", tmp_path), 0
+    for shared, alone in ranks[0]:
+        assert shared == alone
+    for (first, _), (second, alone) in zip(*ranks, strict=True):
+        assert first == second, "a rank does not follow"
+        parted += [a for a, _ in alone] != [a for a, _ in second]
+    assert parted > 2, "the data never made a rank want something else: nothing was tested"
+
+
+def test_a_rank_that_follows_may_still_have_all_compute(tmp_path):
+    one, other = together(2, "led vote", tmp_path)
+    actions = [action for action, _ in one]
+    assert actions == [action for action, _ in other]
+    assert actions[7:9] == ["compute", "compute"] and "reuse" in actions
 
 
 def test_ranks_with_different_plans_all_raise(tmp_path):

@@ -82,6 +82,7 @@ def accelerate() -> None:
     stack, manager = base.CachedBlocks_Pattern_Base, contexts.CachedContextManager
     state = taylor.TaylorSeerState
     theirs = SimpleNamespace(
+        manager=manager,
         similarity=manager.similarity,
         can_cache=manager.can_cache,
         apply_cache=manager.apply_cache,

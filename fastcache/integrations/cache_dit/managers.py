@@ -31,15 +31,70 @@ def residual(theirs: Any) -> Callable[..., Any]:
 
 
 def can_cache(theirs: Any) -> Callable[..., bool]:
-    """`can_cache` that lets go of the pair."""
+    """`can_cache` that asks its context for facts once, and lets go of the pair."""
 
-    def decided(self: Any, *args: Any, **kwargs: Any) -> bool:
+    def decided(
+        self: Any,
+        states_tensor: Tensor,
+        parallelized: bool = False,
+        threshold: float | None = None,
+        prefix: str = "Fn",
+    ) -> bool:
         try:
-            return bool(theirs.can_cache(self, *args, **kwargs))
+            context = self.current_context
+            if type(self) is not theirs.manager or context.extra_cache_config.downsample_factor > 1:
+                given = (states_tensor, parallelized, threshold, prefix)
+                return bool(theirs.can_cache(self, *given))
+            if (fixed := settled(context)) is not None:
+                return fixed
+            if threshold is None or threshold <= 0.0:
+                threshold = context.get_residual_diff_threshold()
+                if threshold <= 0.0:
+                    return False
+            if "Bn" in prefix:
+                before = self.get_Bn_buffer(prefix)
+            else:
+                suffix = "buffer_cfg" if context.is_separate_cfg_step() else "buffer"
+                before = context.get_buffer(f"{prefix}_{suffix}")
+            return before is not None and self.similarity(
+                before,
+                states_tensor,
+                threshold=threshold,
+                parallelized=parallelized,
+                prefix=prefix,
+            )
         finally:
             vars(self).pop(PAIR, None)
 
     return decided
+
+
+def settled(context: Any) -> bool | None:
+    """What warm-up, mask and limits of a context say of its step; None where the change is to be looked at."""
+    config = context.cache_config
+    if context.is_in_warmup():
+        return False
+    if config.steps_computation_mask is not None:
+        if context.is_in_full_compute_steps():
+            return False
+        if config.steps_computation_policy == "static":
+            return True
+    if context.is_separate_cfg_step():
+        cached, row = context.cfg_cached_steps, context.cfg_continuous_cached_steps
+        total = context.cfg_accumulated_residual_diff
+    else:
+        cached, row = context.cached_steps, context.continuous_cached_steps
+        total = context.accumulated_residual_diff
+    if cached and cached[-1] == context.get_current_step():
+        row -= 1
+    most = config.max_accumulated_residual_diff_threshold
+    if (
+        0 <= config.max_cached_steps <= len(cached)
+        or 0 <= config.max_continuous_cached_steps <= row
+        or (most is not None and 0.0 < most <= total)
+    ):
+        return False
+    return None
 
 
 def similarity(theirs: Any) -> Callable[..., bool]:
