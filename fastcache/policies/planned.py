@@ -17,6 +17,7 @@ class Planned(Mask):
 
     Args:
         compute: one entry per step of the run, True (1) for a computed and False (0) for a reused one.
+        scaled: of no use here: a run of another length is computed.
         model: name of the class of the model, or of one that it derives from; "" for any.
         scheduler: name of the class of the pipeline's scheduler; "" for any. Not asked where there is no pipeline.
         warmup, max_skips, last: guards of every `Policy`, none unless given.
@@ -55,11 +56,8 @@ class Planned(Mask):
                 )
         return self
 
-    def begin(self, total: int | None = None) -> Run:
-        return Run(memory=total)
-
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
-        total = step.total if step.total is not None else run.memory
+        total = step.total if step.total is not None else run.memory[0]
         if not guard and total is not None and total != len(self.compute):
             return Decision(
                 COMPUTE, reason=f"planned for {len(self.compute)} steps, and this run has {total}"
