@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from . import claims, common, figures, quality_figures, snippets
+from . import claims, common, figures, quality_figures, snippets, tune_tables
 from .common import RESULTS, ROOT, Row
 from .page import QUALITY_IMAGES, blocks, plain
 from .render import to_html
@@ -35,6 +35,9 @@ def draw(rows: list[Row], folder: Path) -> None:
     def first(rows: list[Row]) -> list[Row]:
         return [r for r in of("flux", plain(rows)) if r["steps"] == 28]
 
+    def curves(rows: list[Row]) -> list[Row]:
+        return tune_tables.of_part(rows, "curve", "flux")
+
     makers = {
         "ops": ("ops", figures.ops_figure, list),
         "overhead": ("overhead", figures.overhead_figure, list),
@@ -42,6 +45,7 @@ def draw(rows: list[Row], folder: Path) -> None:
         "own": ("steps", figures.own_figure, figures.own_rows),
         "guided": ("quality", quality_figures.guided_figure, plain),
         "frontier": ("quality", quality_figures.frontier_figure, first),
+        "more-steps": ("tune", tune_tables.more_steps_figure, curves),
     }
     for model, name in QUALITY_IMAGES.items():
         makers[name] = ("quality", quality_figures.quality_figure, partial(of, model))

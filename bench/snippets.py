@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from . import claims, quality_tables, speed_tables
+from . import claims, quality_tables, speed_tables, tune_tables
 from .common import Row
 from .tables import markdown
 
@@ -55,5 +55,8 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "overhead": speed_tables.overhead,
     "steps": speed_tables.steps,
     "graphs": speed_tables.graphs,
+    "more_steps": tune_tables.more_steps,
+    "tuned": tune_tables.tuned,
+    "tune_sweep": tune_tables.against_sweep,
     "promises": promises,
 }

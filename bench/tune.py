@@ -48,10 +48,12 @@ SPEEDUPS = (1.5, 2.0, 2.5, 3.0)
 class Bench:
     """One model and its converged pictures."""
 
-    def __init__(self, name: str, batch: int) -> None:
+    def __init__(self, name: str, batch: int, quick: bool = False) -> None:
         self.name, self.subject = name, SUBJECTS[name]()
         self.model, self.labels = self.subject.load(), torch.arange(batch) % 10
-        self.exact = {s: self.sample(CONVERGED, s, "ab2") for s in UNSEEN}
+        self.counts, self.long = ((4, 6, 8), 10) if quick else (COUNTS, LONG)
+        converged = 2 * self.long if quick else CONVERGED
+        self.exact = {s: self.sample(converged, s, "ab2") for s in UNSEEN}
 
     def sample(self, steps: int, seed: int, solver: str = "euler", cache: Any = None) -> Tensor:
         return self.subject.generate(
@@ -86,7 +88,7 @@ class Bench:
 def curve(bench: Bench) -> Iterator[Row]:
     """PSNR to the converged run, by solver and computed steps; cached: 50 steps, spread evenly."""
     for solver in SOLVERS:
-        for steps in COUNTS:
+        for steps in bench.counts:
             found = bench.nearness(bench.exact, bench.cached(None, steps, solver))
             yield {"solver": solver, "steps": steps, "computed": steps, "recipe": "", "psnr": found}
         recipes = {
@@ -95,12 +97,12 @@ def curve(bench: Bench) -> Iterator[Row]:
             "Taylor 2": Taylor(2, "exact"),
         }
         for name, what in recipes.items():
-            for computed in COUNTS[:-1]:
-                recipe = Recipe(Spread(computed / LONG, 2), what)
-                found = bench.nearness(bench.exact, bench.cached(recipe, LONG, solver))
+            for computed in bench.counts[:-1]:
+                recipe = Recipe(Spread(computed / bench.long, 2), what)
+                found = bench.nearness(bench.exact, bench.cached(recipe, bench.long, solver))
                 yield {
-                    "solver": solver, "steps": LONG, "recipe": name, "psnr": found,
-                    "computed": len(recipe.plan(LONG).computed),
+                    "solver": solver, "steps": bench.long, "recipe": name, "psnr": found,
+                    "computed": len(recipe.plan(bench.long).computed),
                 }  # fmt: skip
 
 
@@ -182,8 +184,10 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     rows = common.read_lines(args.json) if args.resume else []
     makers = {"curve": curve, "solvers": solvers, "sweep": sweep}
+    if args.quick:
+        args.model, args.part, args.batch = args.model[:1], ["curve"], 1
     for name in args.model:
-        bench = Bench(name, args.batch)
+        bench = Bench(name, args.batch, args.quick)
         for part in args.part:
             for row in makers[part](bench):
                 head = {"bench": "tune", "part": part, "model": name, "batch": args.batch}

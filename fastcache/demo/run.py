@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import require
 from .metrics import accuracy, psnr, relative_l2, ssim
 from .model import load_judge, load_model
+from .nearer import nearer
 from .rows import Row, Run, Settings, reference_of
 from .sample import generate
 from .table import print_table
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     runs, curves = measure(model, labels, settings)
     rows = summarise(runs, curves, judge, labels)
     print_table(rows, settings)
+    gain = nearer(model, settings.steps, settings.seed)
+    print(gain)
 
     from .picture import draw
 
@@ -68,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json is not None:
         seconds = time.perf_counter() - start
         record = _record(rows, curves, settings, len(runs[0].seconds), seconds)
+        record["nearer"] = vars(gain)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=2) + "\n")
         print(f"numbers: {args.json}")

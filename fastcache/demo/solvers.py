@@ -63,15 +63,15 @@ class Multistep:
         import diffusers
 
         made: Any = getattr(diffusers, name)
-        self.scheduler = made(
+        self.multistep = made(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
         )
-        self.scheduler.set_timesteps(steps)
-        self.levels = self.scheduler.sigmas.tolist()
+        self.multistep.set_timesteps(steps)
+        self.levels = self.multistep.sigmas.tolist()
 
     def step(self, i: int, latents: Tensor, velocity: Tensor) -> Tensor:
-        time = self.scheduler.timesteps[i]
-        stepped: Tensor = self.scheduler.step(velocity, time, latents, return_dict=False)[0]
+        time = self.multistep.timesteps[i]
+        stepped: Tensor = self.multistep.step(velocity, time, latents, return_dict=False)[0]
         return stepped
 
 

@@ -259,9 +259,10 @@ class Mask(Policy):
 
     def begin(self, total: int | None = None) -> Run:
         marks = tuple(map(bool, self.compute))
-        return Run(memory=stretched(marks, total) if self.scaled and total else marks)
+        return Run(memory=(total, stretched(marks, total) if self.scaled and total else marks))
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
-        if guard or step.index >= len(run.memory):
+        _, marks = run.memory
+        if guard or step.index >= len(marks):
             return Decision(COMPUTE, reason=guard or "past the mask")
-        return Decision(COMPUTE if run.memory[step.index] else REUSE, reason="mask")
+        return Decision(COMPUTE if marks[step.index] else REUSE, reason="mask")

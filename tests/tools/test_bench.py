@@ -34,6 +34,8 @@ from bench import (  # noqa: E402
     snippets,
     soak,
     systems,
+    tune,
+    tune_tables,
 )
 from bench import cells as split  # noqa: E402
 from bench import steps as steps_bench  # noqa: E402
@@ -99,6 +101,17 @@ def test_soak(tmp_path):
     rows = rows_of(soak.main, tmp_path / "soak.jsonl", "--quick")
     assert len(rows) == len(soak.configs())
     assert all(0 < r["most_bytes"] <= r["max_bytes"] and r["reused"] for r in rows)
+
+
+def test_tune(tmp_path):
+    pytest.importorskip("diffusers")
+    rows = rows_of(tune.main, tmp_path / "tune.jsonl", "--quick")
+    assert {r["solver"] for r in rows} == set(tune_tables.SOLVERS)
+    euler = [r["psnr"] for r in rows if r["solver"] == "euler" and not r["recipe"]]
+    assert euler == sorted(euler) and len(euler) == 3
+    table = tune_tables.more_steps(rows)
+    assert f"| {euler[0]:.1f} |" in table and table.count("**") >= 4
+    figures.save(tune_tables.more_steps_figure(rows), tmp_path / "tune.png")
 
 
 def test_graphs(tmp_path):

@@ -231,7 +231,10 @@ def test_demo_writes_table_numbers_and_picture(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert run.PICTURE_FILE in printed and str(numbers) in printed
     assert (tmp_path / run.PICTURE_FILE).stat().st_size > 10_000
-    rows = json.loads(numbers.read_text())["rows"]
+    written = json.loads(numbers.read_text())
+    rows, nearer = written["rows"], written["nearer"]
+    assert f"{nearer['cached']:.1f} with {nearer['cached_steps']} second-order steps" in printed
+    assert nearer["steps"] == 20 and 25 < nearer["usual"] < 60 and 0.2 < nearer["share"] < 1
     assert not [row["name"] for row in rows if row["name"] not in printed]
     assert "…" not in printed
     uncached = rows[0]
