@@ -14,7 +14,7 @@ from .configs.given import settings_of
 from .configs.resolve import callback_of
 from .made_for import class_of_scheduler
 from .models.adapter import BlockAdapter
-from .models.pipeline import denoisers_of, scheduler_name
+from .models.pipeline import denoisers_of
 from .models.registry import adapter_for
 from .reporting.telling import Telling
 from .runtime.announce import Announcer
@@ -84,7 +84,7 @@ class Cache(Telling):
         recipe, own = settings_of(config)
         settings = replace(self.settings, timestep_callback=callback_of(own, self.target))
         warning = getattr(own, "warning", None)
-        scheduler = scheduler_name(self.target)
+        scheduler = class_of_scheduler(self.target)
         denoisers = [
             Denoiser(self, settings, name, m, recipe, self.adapter or adapter_for(m), scheduler)
             for name, m in self.models

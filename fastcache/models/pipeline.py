@@ -32,12 +32,6 @@ def denoisers_of(target: Any) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def scheduler_name(target: Any) -> str:
-    """The name of the class of a pipeline's scheduler; "" where there is none."""
-    scheduler = getattr(target, "scheduler", None)
-    return "" if scheduler is None else type(scheduler).__name__
-
-
 class Schedule:
     """What a pipeline says about the loop over timesteps that it runs: its length, and where it is.
 

@@ -17,6 +17,7 @@ class Planned(Mask):
 
     Args:
         compute: one entry per step of the run, True (1) for a computed and False (0) for a reused one.
+        scaled: False.
         model: name of the class of the model, or of one that it derives from; "" for any.
         scheduler: name of the class of the pipeline's scheduler; "" for any. Not asked where there is no pipeline.
         warmup, max_skips, last: guards of every `Policy`, none unless given.
@@ -37,6 +38,10 @@ class Planned(Mask):
                     f"Planned: {name} is {getattr(self, name)!r}, must be the name of a class"
                 )
         super().__post_init__()
+        if self.scaled:
+            raise ValueError(
+                "Planned: scaled is True, must be False: the steps are those of one length of run"
+            )
 
     @property
     def num_inference_steps(self) -> int:
@@ -55,13 +60,10 @@ class Planned(Mask):
                 )
         return self
 
-    def begin(self, total: int | None = None) -> Run:
-        return Run(memory=total)
-
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
-        total = step.total if step.total is not None else run.memory
-        if not guard and total is not None and total != len(self.compute):
+        planned, total = len(run.memory), step.total
+        if not guard and total is not None and total != planned:
             return Decision(
-                COMPUTE, reason=f"planned for {len(self.compute)} steps, and this run has {total}"
+                COMPUTE, reason=f"planned for {planned} steps, and this run has {total}"
             )
         return super()._judge(run, step, signal, guard)

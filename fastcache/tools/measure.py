@@ -15,8 +15,8 @@ from ..calibration.collect import collect, measured
 from ..calibration.fields import MAX_STEPS
 from ..checks import whole
 from ..configs import MagCacheConfig
+from ..made_for import class_of_scheduler
 from ..models.adapter import BlockAdapter
-from ..models.pipeline import scheduler_name
 from ..runtime.compiling import eagerly
 from .first_block import watch_first_blocks
 from .input_change import watch_inputs
@@ -87,7 +87,7 @@ def calibrate(
                 cache.reset()
     names = {
         "model": model or cache.model_names,
-        "scheduler": scheduler or scheduler_name(target),
+        "scheduler": scheduler or class_of_scheduler(target),
     }
     runs = measured(cache.settings.calibrated, cache.denoisers)
     return collect(runs, watched, contexts, expected, inputs, grams, source=source, **names)

@@ -119,7 +119,7 @@ POLICIES = {
     },
     Widening: {"window": st.floats(1, 9), "flex": st.floats(0, 9)},
     Planned: {
-        "compute": st.lists(st.booleans(), min_size=1, max_size=60),
+        "compute": st.lists(st.booleans(), min_size=1, max_size=60), "scaled": st.just(False),
         "model": st.text("AbcXyz", max_size=9), "scheduler": st.text("AbcXyz", max_size=9),
     },
 }  # fmt: skip

@@ -184,6 +184,11 @@ def test_another_model_or_scheduler_is_refused_and_left_alone():
         pass
 
 
+def test_a_plan_cannot_be_scaled():
+    with pytest.raises(ValueError, match="scaled"):
+        Planned((1, 0), scaled=True)
+
+
 @pytest.mark.filterwarnings("ignore:fastcache. no step")
 def test_a_run_of_another_length_computes_and_says_so():
     model, recipe = toys.Model(), calibration().plan(6)
