@@ -45,6 +45,43 @@ class ModulatedModel(toys.Model):
         return self.proj_out(hidden)
 
 
-ADAPTER = fastcache.BlockAdapter(
-    blocks=("blocks",), block=fastcache.Block(modulation=("norm", "emb", "temb"))
-)
+class TabledBlock(toys.Block):
+    """Normalised without weights, and modulated by rows of a table and of the timestep, as Wan's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(toys.DIM, eps=1e-6, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(0.3 * torch.randn(1, 6, toys.DIM))
+
+    def forward(self, hidden_states, temb=None):  # type: ignore[override]
+        shift, scale = (self.scale_shift_table + temb).unbind(1)[:2]
+        normal = self.norm1(hidden_states) * (1 + scale[:, None]) + shift[:, None]
+        return hidden_states + self.change(normal)
+
+
+class TabledModel(toys.Model):
+    def __init__(self) -> None:
+        super().__init__(block=TabledBlock)
+
+    def forward(self, hidden_states, timestep=None):
+        hidden = self.embed(hidden_states)
+        for block in self._blocks():
+            hidden = block(hidden, temb=rows_of(timestep, hidden.dtype))
+        return self.proj_out(hidden)
+
+
+def rows_of(timestep: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows [B, 6, DIM] that the timestep adds to a table."""
+    wave = torch.sin(timestep.to(dtype).reshape(-1, 1, 1) / 300)
+    return wave * torch.linspace(0.2, 1.2, 6 * toys.DIM, dtype=dtype).reshape(1, 6, toys.DIM)
+
+
+ADAPTERS = {
+    "modulated": fastcache.BlockAdapter(
+        blocks=("blocks",), block=fastcache.Block(modulation=("norm", "emb", "temb"))
+    ),
+    "tabled": fastcache.BlockAdapter(
+        blocks=("blocks",), block=fastcache.Block(modulation=("norm1", "scale_shift_table", "temb"))
+    ),
+}
+ADAPTER = ADAPTERS["modulated"]

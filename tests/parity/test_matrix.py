@@ -88,6 +88,14 @@ METHODS: dict[str, Callable[..., Any]] = {
     "EasyCache": lambda: fastcache.EasyCacheConfig(0.2, warmup=2),
     "SeaCache": lambda: fastcache.SeaCacheConfig(0.2, raw_vision_callback=latents_of),
     "SenCache": lambda: fastcache.SenCacheConfig(0.2, 1.0, 1.0),
+    "DBCache": lambda: fastcache.DBCacheConfig(1, 1, 0.2, max_warmup_steps=2),
+    "Spectrum": lambda: fastcache.Recipe(
+        fastcache.Widening(warmup=2), fastcache.Chebyshev(1, ridge=0.0)
+    ),
+    "planned": lambda: fastcache.Recipe(
+        fastcache.Mask((1, 1, 0, 0, 1, 0)),
+        fastcache.Fitted(((2, (1, 0), (1.5, -0.5)), (5, (4, 1, 0), (2.0, -2.0, 1.0)))),
+    ),
 }
 LATENTS = ("hidden_states", "x", "vision_tokens", "bb_ca", "decoder_input_tokens")
 LAYOUTS = {4: "BCHW", 5: "BCFHW"}  # of outputs; a token sequence has none of FasterCache's layouts
@@ -126,6 +134,7 @@ ON_TOKENS = (
 )
 # its first block's modulated input is not known (tests/test_modulations.py says why, model by model)
 UNMODULATED = "needs the normalisation with the timestep in it"
+TURNS = "the model runs them in another order"  # its lists take turns, so it has no last blocks
 NO_LATENTS = (
     "looks at the latents that the model is called with"  # its first argument is a tuple of others
 )
@@ -135,8 +144,22 @@ for _name in ON_TOKENS:
 for _name in ("Cosmos3Omni", "ZImage"):
     REFUSED.setdefault(_name, {})["guidance"] = UNBATCHED
 REFUSED["T5Film"].update(EasyCache=NO_LATENTS, SenCache=NO_LATENTS)
+for _name in ("Latte", "LatteVideo"):
+    REFUSED.setdefault(_name, {})["DBCache"] = TURNS
 REFUSED["QwenImageControlNet"] = {
-    **dict.fromkeys(("FirstBlock", "MagCache", "TeaCache", "SeaCache", "SenCache"), COLLECTED),
+    **dict.fromkeys(
+        (
+            "FirstBlock",
+            "MagCache",
+            "TeaCache",
+            "SeaCache",
+            "SenCache",
+            "DBCache",
+            "Spectrum",
+            "planned",
+        ),
+        COLLECTED,
+    ),
     "guidance": TOKENS,
 }
 _flux2 = pytest.importorskip("diffusers.models.transformers.transformer_flux2")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import toys
-from modulated import ADAPTER, WAYS, ModulatedModel
+from modulated import ADAPTER, ADAPTERS, WAYS, ModulatedModel, TabledModel, rows_of
 from torch import Tensor, nn
 
 import fastcache
@@ -25,7 +25,11 @@ def compiled_anew():
     torch._dynamo.reset()
 
 
-MAKE: dict[str, Callable[[], nn.Module]] = {"modulated": ModulatedModel, "plain": toys.model}
+MAKE: dict[str, Callable[[], nn.Module]] = {
+    "modulated": ModulatedModel,
+    "tabled": TabledModel,
+    "plain": toys.model,
+}
 
 
 class Truth:
@@ -37,6 +41,8 @@ class Truth:
     def enter(self, call: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         hidden = self.model.embed(call["hidden_states"].double())
         wave = torch.sin(call["timestep"].double() / 300).reshape(-1, 1, 1)
+        if self.kind == "tabled":
+            return hidden, {"temb": rows_of(call["timestep"], torch.float64)}
         return (hidden, {"temb": wave}) if self.kind == "modulated" else (hidden + 0.1 * wave, {})
 
     def stack(self, hidden: Tensor, more: dict[str, Tensor]) -> Tensor:
@@ -47,16 +53,23 @@ class Truth:
     def modulated(self, call: dict[str, Any]) -> Tensor:
         hidden, more = self.enter(call)
         centred = hidden - hidden.mean(-1, keepdim=True)
-        normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        eps = 1e-6 if self.kind == "tabled" else 1e-5
+        normal = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        if self.kind == "tabled":
+            shift, scale = (self.model.blocks[0].scale_shift_table + more["temb"]).unbind(1)[:2]
+            return normal * (1 + scale[:, None]) + shift[:, None]
         return normal * (1 + more["temb"]) - more["temb"]
 
 
 class Tea:
     """A += poly(d) per step, d the relative change of m; at a computed step A = 0."""
 
-    kind, whole = "modulated", False
+    whole = False
 
-    def __init__(self, threshold: float, coefficients: tuple, first: int, last: bool) -> None:
+    def __init__(
+        self, threshold: float, coefficients: tuple, first: int, last: bool, kind: str = "modulated"
+    ) -> None:
+        self.kind = kind
         self.threshold, self.coefficients = threshold, coefficients
         self.first, self.last, self.total, self.before = first, last, 0.0, None
 
@@ -148,8 +161,7 @@ def played(rule: Any, calls: list[dict[str, Any]]) -> tuple[str, list[Tensor]]:
 
 def run(config: Any, calls: list[dict[str, Any]], kind: str, way: str = "eager") -> tuple:
     model = MAKE[kind]()
-    adapter = ADAPTER if kind == "modulated" else None
-    with fastcache.enable(model, config, adapter=adapter) as cache:
+    with fastcache.enable(model, config, adapter=ADAPTERS.get(kind)) as cache:
         outputs = toys.run(cache, WAYS[way](model), calls, num_inference_steps=STEPS)
         return toys.actions(cache), outputs
 
@@ -163,6 +175,10 @@ CASES: dict[str, tuple[Any, Callable[[], Any]]] = {
     "tea, polynomial, retention": (
         fastcache.TeaCacheConfig(0.5, POLY, retention_steps=3, last=False),
         lambda: Tea(0.5, POLY, 3, False),
+    ),
+    "tea, in one kernel": (
+        fastcache.TeaCacheConfig(0.3, (1, 0)),
+        lambda: Tea(0.3, (1, 0), 1, True, "tabled"),
     ),
     "easy": (fastcache.EasyCacheConfig(0.3, token_stride=2), lambda: Easy(0.3, 3, 2, 0.0, 1.0)),
     "easy, window": (
@@ -191,7 +207,7 @@ def test_decisions_and_outputs_are_those_of_the_formula(case):
 
 
 @pytest.mark.parametrize("way", [w for w in WAYS if w != "eager"])
-@pytest.mark.parametrize("case", ["tea", "easy", "sen"])
+@pytest.mark.parametrize("case", ["tea", "tea, in one kernel", "easy", "sen"])
 def test_compiled_steps_are_the_eager_ones(case, way):
     config, make = CASES[case]
     for seed in range(2):
@@ -216,7 +232,7 @@ def test_the_number_of_programs_and_none_later(case, graphs):
     config, make = CASES[case]
     kind = make().kind
     model = MAKE[kind]()
-    with fastcache.enable(model, config, adapter=ADAPTER if kind == "modulated" else None) as cache:
+    with fastcache.enable(model, config, adapter=ADAPTERS.get(kind)) as cache:
         compiled = fastcache.compile(model, backend=backend)
         for seed in range(3):
             for name in ("cond", "uncond"):
@@ -249,7 +265,7 @@ def test_contexts_and_requests_keep_to_themselves(case):
     """Interleaved branches of two requests act as each does alone."""
     config, make = CASES[case]
     kind = make().kind
-    adapter = ADAPTER if kind == "modulated" else None
+    adapter = ADAPTERS.get(kind)
     keys = [("a", "cond", 0), ("a", "uncond", 1), ("b", "cond", 2)]
     trips = {key: toys.inputs(STEPS, seed) for *key, seed in keys for key in [tuple(key)]}
     model, found = MAKE[kind](), {key: [] for key in trips}
@@ -271,7 +287,7 @@ def test_where_there_is_room_for_one_run_that_one_goes_on_as_alone(case):
     """The other one computes, or with offload waits in host memory and acts as alone too."""
     config, make = CASES[case]
     kind = make().kind
-    adapter = ADAPTER if kind == "modulated" else None
+    adapter = ADAPTERS.get(kind)
     trips = {request: toys.inputs(STEPS, request) for request in (0, 1)}
 
     def driven(**room: Any) -> tuple[dict[int, str], int]:

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import toys
-from ends import MASK, close, driven
+from ends import MASK, TWO, close, driven
 from torch import Tensor
 
 import fastcache
 from fastcache import (
     BlockAdapter,
+    Chebyshev,
     FirstBlock,
     Guided,
     Mask,
@@ -201,3 +202,61 @@ def test_a_head_that_ends_where_the_text_is_lost_is_refused():
     with fastcache.enable(model, Recipe(FirstBlock(0.1), Reuse(), Stack(4))):
         with pytest.raises(ValueError, match="give first at most 3"):
             toys.step(model, toys.inputs(text=True)[0])
+
+
+class Counts(toys.Model):
+    """Its loop does by number what it does to a block, and hands the output of early blocks to late ones."""
+
+    def through(self, hidden, text):
+        skips = []
+        for i, block in enumerate(self.blocks):
+            late = i >= len(self.blocks) // 2
+            hidden = block(hidden_states=hidden, scale=0.2 * (i + 1) + (skips.pop() if late else 0))
+            skips.append(0.1 * hidden.mean())
+        return hidden, text
+
+
+@pytest.mark.parametrize("way", ["eager", "fastcache.compile"])
+@pytest.mark.parametrize("ends", [(1, 1), (2, 2), (0, 1)])
+def test_blocks_behind_the_segment_keep_their_number(ends, way):
+    """What stands still is what the model gives, whatever is skipped."""
+    model, call = Counts(depth=6), toys.inputs(1)[0]
+    (wanted,) = toys.plain(model, [call])
+    with fastcache.enable(model, Recipe(Mask(MASK), Reuse(), Stack(*ends))) as cache:
+        run = model if way == "eager" else fastcache.compile(model, backend="aot_eager")
+        close(driven(cache, run, [call] * len(MASK)), [wanted] * len(MASK))
+        assert toys.actions(cache) == "".join("C" if m else "." for m in MASK)
+
+
+@pytest.mark.parametrize("depth", [4, 5])
+def test_a_model_that_keeps_what_each_block_returns_is_refused_with_ends_too(depth):
+    class Collects(toys.Model):
+        def through(self, hidden, text):
+            kept = []
+            for block in self.blocks:
+                hidden = block(hidden_states=hidden)
+                kept.append(hidden)
+            return sum(kept), text
+
+    model = Collects(depth=depth)
+    with fastcache.enable(model, Recipe(Mask(MASK), Reuse(), Stack(1, 1))):
+        with pytest.raises(ValueError, match="keeps what each block"):
+            toys.step(model, toys.inputs(1)[0])
+
+
+def test_what_was_cut_anew_counts_its_steps_anew():
+    """A loop that does more between its lists is seen to in the first call, which stores nothing."""
+
+    class Between(toys.Model):
+        def through(self, hidden, text):
+            for block in self.transformer_blocks:
+                hidden = block(hidden_states=hidden)
+            for block in self.single_transformer_blocks:
+                hidden = block(hidden_states=hidden) * 1.0
+            return hidden, text
+
+    model, calls = Between(**TWO), toys.inputs(8)
+    recipe = Recipe(Mask((1, 1, 0, 1, 0, 1, 0, 0)), Chebyshev(1))
+    with fastcache.enable(model, recipe) as cache:
+        driven(cache, model, calls)
+        assert toys.actions(cache) == "CC.C.C.."

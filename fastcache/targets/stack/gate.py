@@ -96,6 +96,7 @@ class BlockListHook(Player):
             probed=self.probed,
             loop_does_more=self.loop_does_more,
             asks=self.asks,
+            tailed=bool(self.tail),
             watched=self.stack.probed,
             opening=self.opening,
         )

@@ -75,6 +75,7 @@ class Recorder:
             left = Left(*io.taken_apart(output, hidden, encoder, positions))
             self.seen[at].left = self._kept(at, left)
             self.events.append((at, LEAVE))
+        if index == last and blocks.skips:
             ours = [(seen.entered, seen.left, seen.passed) for seen in self.seen]
             if collected(self.returned, (args, kwargs, ours)):
                 self._refuse_collected()

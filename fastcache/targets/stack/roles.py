@@ -50,6 +50,7 @@ def roles_of(
     probed: bool,
     loop_does_more: bool,
     asks: bool = False,
+    tailed: bool = False,
     watched: bool = False,
     opening: bool = False,
 ) -> list[str]:
@@ -60,10 +61,13 @@ def roles_of(
     action: anything but a reuse computes. opens, closes: the list opens or closes a segment. head: how many of its
     first blocks always run. probed: the last one of these is looked at. watched: some list's is. opening: what enters
     the first of them is looked at. asks: what enters the first block decides, where that is still open.
+    tailed: blocks of this list run after the segment.
     loop_does_more: the model's loop has to call every block.
     """
     always = _head_roles(phase, head, probed, watched, opening)
     if action == REUSE and not loop_does_more:
+        if opens and tailed:  # whose loop may count: blocks behind the segment keep their places
+            return [*always, "predict_segment"] + ["pass_through"] * (len(blocks) - len(always) - 1)
         return [*always, "predict_segment"] if opens else always
     roles = CALLED if action == REUSE else COMPUTED
     first, between, closing = roles

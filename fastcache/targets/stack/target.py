@@ -114,7 +114,8 @@ class StackTarget(BoundTarget):
         elif layout.loop_does_more:
             self._enter_none()
         if not held:
-            units.clear()  # what is there is from before the stack was cut anew
+            units.clear()  # what is there is from before the stack was cut anew, and so are the steps
+            control.state.timelines[rule].clear()
             assert self.way is not None
             self._watch(Recorder(self, self.lists, self.layout, self.way))
         elif self.recorder is not None:  # an exception has ended the call that it watched
