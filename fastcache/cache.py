@@ -25,8 +25,9 @@ from .runtime.frames import OWN, innermost
 from .runtime.generation import Generation, fresh
 from .runtime.notices import LOG, warn
 from .runtime.patch import refuse_enabled
-from .runtime.runs import ALL, abandon
+from .runtime.runs import abandon
 from .runtime.settings import Settings
+from .runtime.trips import ALL
 from .storage.budget import budget_of
 from .storage.pool import Slots
 

@@ -24,9 +24,10 @@ from .execution import Executor
 from .frames import Frame, Owner, innermost, latest, thread_request
 from .notices import LOG, warn
 from .patch import ForwardPatch, place_of
-from .runs import ALL, Runs, abandon
+from .runs import Runs, abandon
 from .settings import Settings
 from .stats import known
+from .trips import ALL
 from .verdict import other_length, verdict
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,7 +17,6 @@ from ..targets.base import BoundTarget
 from .always import AlwaysComputes
 from .context import Context
 from .experts import Experts
-from .frames import thread_request, when_thread_ends
 from .notices import LOG
 from .settings import Settings
 from .signature import call_signature
@@ -35,10 +32,7 @@ from .steps import (
     Moment,
     StepTracker,
 )
-from .trip import Trip
-
-ALL: Any = object()  # every request
-
+from .trips import ALL, Trips
 
 UNASKED: Any = object()  # nobody has asked yet what time it is
 
@@ -66,11 +60,8 @@ class Runs:
         self.steps = StepTracker(model)
         asking = adapter.always_compute
         self.always = AlwaysComputes(asking, self.steps.names) if asking else None
-        self.trips: weakref.WeakValueDictionary[Any, Trip] = weakref.WeakValueDictionary()
-        self.unnamed_trip: Trip | None = None  # the last one, kept until a state of its own does
-        self.gone: deque[Any] = deque()  # requests of threads that are no more
+        self.trips = Trips(self.steps, self.one_batch)
         self.timed = any(rule.when.needs_timestep for rule in recipe.rules)
-        self.several: set[tuple[Any, str]] = set()  # contexts that were around several calls
         totals = (rule.when.num_inference_steps for rule in recipe.rules)
         self.planned = next((n for n in totals if n), None)  # steps, as the recipe has it
 
@@ -99,18 +90,18 @@ class Runs:
                 value = steps.argument(args, kwargs) if needed else None
                 moment = steps.moment(told, generation, value)
         else:
-            value = steps.argument(args, kwargs)
+            value, several = steps.argument(args, kwargs), self.trips.several
             if value is not None or told is not None or generation is not None:
                 moment = steps.moment(told, generation, value)
             if (
                 context is not None
                 and not context.calls
-                and not (self.several and (context.request, context.name) in self.several)
+                and not (several and (context.request, context.name) in several)
             ):
                 call = context
                 call.first = moment, args, kwargs
             else:
-                call, unclear, first = self.unnamed(frame, moment, args, kwargs)
+                call, unclear, first = self.trips.unnamed(frame, moment, args, kwargs)
         if self.one_batch or torch.is_grad_enabled():
             self.refuse(call)
         key = (call.request, call.name)
@@ -132,59 +123,11 @@ class Runs:
 
     def add(self, key: tuple[Any, str]) -> State:
         """A state for a context of a request, which has none."""
-        while self.gone:
-            self.reset(self.gone.popleft())
-        request = key[0]
+        for request in self.trips.gone():
+            self.reset(request)
         state = self.pool.add(key)
-        state.trip = self.trip(request)
+        state.trip = self.trips.of(key[0])
         return state
-
-    def trip(self, request: Any) -> Trip:
-        found = self.trips.get(request)
-        if found is None:
-            found = self.trips[request] = Trip(request)
-            if request == thread_request():
-                when_thread_ends(self.gone.append)
-        return found
-
-    def unnamed(
-        self, frame: Any, moment: Moment, args: tuple, kwargs: dict
-    ) -> tuple[Context, bool, bool]:
-        """What stands for the context of a call without one of its own: the first branch of guidance, or another.
-
-        Returns it, whether nothing tells which branch it is, and whether it is the first of its step.
-        """
-        request, name = thread_request() if frame is None else frame.request, "default"
-        around = frame if frame is not None and frame.one_call else None
-        trip = self.unnamed_trip = self.trip(request)
-        if frame is not None and frame.generation is not None:
-            trip.enter(frame.generation.serial)
-        if around is not None:  # and around more than one call
-            name = around.name
-            if around.first is not None:  # nobody knew then that others would come
-                self.several.add((request, name))
-                trip.forget_branches()
-                before, *given = around.first
-                self.branch(trip, trip.again(before), *given)
-                around.first = None
-        again = trip.again(moment)
-        number = self.branch(trip, again, args, kwargs)
-        for target in self.one_batch if number else ():
-            target.refuse_branch()
-        call = trip.context(name, number)
-        call.compute = around is not None and around.compute
-        call.num_inference_steps = None if around is None else around.num_inference_steps
-        call.sigma = None if around is None else around.sigma
-        return call, trip.branches.unclear, not again
-
-    def branch(self, trip: Trip, again: bool | None, args: tuple, kwargs: dict) -> int:
-        """The branch of a call by what it is given."""
-        steps = self.steps
-        timestep = steps.argument(args, kwargs)
-        given = dict(kwargs)
-        latents = given.pop(steps.first, args[0] if args else None)
-        rest = [v for v in (*args, *given.values()) if v is not latents and v is not timestep]
-        return trip.branches.of(latents, timestep, rest, again)
 
     def step(
         self,
@@ -321,10 +264,8 @@ class Runs:
         """Forget the runs of one request, or all; their storage serves the next ones."""
         for key in [k for k in self.pool.states if request is ALL or k[0] == request]:
             self.pool.forget(key)
-        self.several -= {k for k in self.several if request is ALL or k[0] == request}
-        self.trips.pop(request, None)  # what it knows of branches is of runs that are gone
+        self.trips.forget(request)
         if request is ALL:
-            self.trips.clear()
             self.steps.clear()
 
 

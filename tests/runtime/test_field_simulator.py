@@ -27,7 +27,7 @@ from field_callers import make
 from field_driver import Driver
 from field_world import World
 
-from fastcache.runtime import frames, runs
+from fastcache.runtime import frames, runs, trips
 from fastcache.runtime.branches import BranchDetector
 from fastcache.runtime.steps import BEGINS, NEXT, StepTracker
 from fastcache.storage.unit import Unit
@@ -128,7 +128,7 @@ def test_requests_that_are_mixed_are_found(monkeypatch):
         self.request = one
 
     monkeypatch.setattr(frames.Frame, "push", mixed)
-    monkeypatch.setattr(runs, "thread_request", lambda: one)
+    monkeypatch.setattr(trips, "thread_request", lambda: one)
     assert found("which is of")
 
 

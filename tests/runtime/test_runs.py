@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -479,11 +480,12 @@ def test_a_reset_forgets_one_request_or_all():
 def test_a_trip_lives_as_long_as_a_state_of_it():
     of, _ = runs()
     state = of.add(("job", "cond"))
-    assert of.add(("job", "uncond")).trip is state.trip is of.trips["job"]
+    assert of.add(("job", "uncond")).trip is state.trip is of.trips.of("job")
+    trip = weakref.ref(state.trip)
     del state
     of.reset("job")
     gc.collect()
-    assert "job" not in of.trips
+    assert trip() is None
 
 
 # --- the whole way -------------------------------------------------------------------------------
