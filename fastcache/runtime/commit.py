@@ -35,24 +35,14 @@ class Committer:
             (i, rule.what.feeds_back, target.commit, target.decider.halves)
             for i, (rule, target) in enumerate(zip(recipe.rules, targets, strict=True))
         )
+        self.after_reuse = any(feeds_back or always for _, feeds_back, _, always in self.rows)
 
     def commit(self, state: State, step: Step) -> None:
         """Account for the step that `control` holds."""
         control, index = self.control, step.index
         decisions = control.decisions
-        if not state.uncached_step:
-            for i, feeds_back, commit, always in self.rows:
-                action = decisions[i].action
-                if action == REUSE and not (feeds_back or always):
-                    continue
-                if action == COMPUTE or feeds_back:
-                    timeline = state.timelines[i]
-                    for unit in state.units[i].values():
-                        if unit.touched:
-                            unit.stored(timeline.pushes, control.may_be_compiled)
-                    timeline.push(index)
-                if action == COMPUTE or always:
-                    commit(state, action)
+        if not state.uncached_step and (self.after_reuse or COMPUTE in control.actions):
+            self._note_stored(state, index)
         state.index = index + 1
         decision = decisions[0]
         if len(decisions) > 1:
@@ -67,8 +57,19 @@ class Committer:
                 "computed. Give the run's length with cache.context(num_inference_steps=...)"
             )
         request, context = state.key
-        told = request, context, index, action, signal, threshold, reason, step.timestep
-        record: Record = tuple.__new__(Record, (*told, tuple(control.actions), self.name))
+        actions = tuple(control.actions)
+        record = Record(
+            request,
+            context,
+            index,
+            action,
+            signal,
+            threshold,
+            reason,
+            step.timestep,
+            actions,
+            self.name,
+        )
         state.records.append(record)
         self.stats.add(record)
         if state.total is not None or self.pool.finished:
@@ -78,6 +79,20 @@ class Committer:
                 f"fastcache: max_bytes is {self.budget.limit}, one context of {self.name} alone takes {alone}; "
                 "it is computed without a cache"
             )
+
+    def _note_stored(self, state: State, index: int) -> None:
+        """What this step has left in storage is in order from now on."""
+        control = self.control
+        for i, feeds_back, commit, always in self.rows:
+            action = control.decisions[i].action
+            if action == COMPUTE or feeds_back:
+                timeline = state.timelines[i]
+                for unit in state.units[i].values():
+                    if unit.touched:
+                        unit.stored(timeline.pushes, control.may_be_compiled)
+                timeline.push(index)
+            if action == COMPUTE or always:
+                commit(state, action)
 
     def _late_signal(self, state: State, decision: Decision) -> Any:
         """What a reused step was decided by, where only the device knows; None otherwise."""

@@ -54,6 +54,7 @@ class StackTarget(BoundTarget):
         first, last = always
         self.ordered, self.tailed = bool(first or last), bool(last)
         self.always = (first or int(self.probed), last)
+        self.early = self.probed and self.always[0] > 1  # blocks run before the decision
         self.make_store, self.keeps_text = make_store, encoder_read is not False or self.tailed
         self.meter = self.decider.meter if self.decider.inside else None
         self.every_step = self.meter is not None and self.meter.every_step
@@ -108,8 +109,7 @@ class StackTarget(BoundTarget):
         control, layout, rule = self.control, self.layout, self.rule
         units, action = control.state.units[rule], control.actions[rule]
         held, self.way = layout.number in units, None
-        early = self.always[0] > 1 and self.probed and action == PENDING
-        if early or action == COMPUTE or not held:
+        if action == COMPUTE or not held or (self.early and action == PENDING):
             self.start_way()
         elif layout.loop_does_more:
             self._enter_none()
