@@ -260,3 +260,31 @@ def test_what_was_cut_anew_counts_its_steps_anew():
     with fastcache.enable(model, recipe) as cache:
         driven(cache, model, calls)
         assert toys.actions(cache) == "CC.C.C.."
+
+
+class Flat(toys.Dual):
+    """Streams of [tokens, width], as Cosmos 3 has them."""
+
+    def forward(self, hidden_states, encoder_hidden_states, temb=None):
+        hidden, text = self.both(hidden_states[None], encoder_hidden_states[None])
+        return hidden[0], text[0]
+
+
+def test_a_step_in_two_parts_finds_the_text_of_streams_without_a_batch():
+    class Cosmos(toys.Model):
+        def forward(self, hidden_states, timestep=None, encoder_hidden_states=None):
+            hidden, text = self.embed(hidden_states[0]), encoder_hidden_states[0]
+            hidden = hidden[:2] + 0.1 * torch.sin(
+                timestep[0] / 300
+            )  # two tokens, and three of text
+            hidden, text = self.through(hidden, text)
+            return self.proj_out(hidden + text.mean(0))[None]
+
+    model, calls = Cosmos(block=Flat, depth=4, streams="he"), toys.inputs(text=True)
+    found = []
+    for way in ("eager", "compiled"):
+        with fastcache.enable(model, Recipe(FirstBlock(0.1), Reuse())) as cache:
+            run = model if way == "eager" else fastcache.compile(model, backend="aot_eager")
+            found.append((driven(cache, run, calls), toys.actions(cache)))
+    assert found[0][1] == found[1][1] and set(found[0][1]) == {"C", "."}
+    close(found[1][0], found[0][0])

@@ -157,7 +157,7 @@ def keep_output(slots: ProbeSlots, hidden: Tensor, encoder: Any, now: Tensor | N
 
 def kept_output(slots: ProbeSlots, x: Tensor, encoder: Any) -> tuple[Tensor, Any, Tensor | None]:
     """What `keep_output` has kept, for a call with these streams."""
-    if slots.encoder is not None:
-        encoder = tail(slots.encoder, x)
+    if slots.encoder is not None:  # streams without a batch differ in their first dimension
+        encoder = tail(slots.encoder, encoder if isinstance(encoder, Tensor) else x)
     now = None if slots.now is None else tail(slots.now, x)
     return tail(slots.hidden, x), encoder, now

@@ -1,0 +1,83 @@
+"""SeaCache's decisions on Cosmos 3 against diffusers' own hook, step by step.
+
+diffusers takes the residual after the model's last norms there, fastcache before them, so outputs are not compared.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from test_sea_cache import STEPS, sigmas, upstream
+
+pytest.importorskip("diffusers")
+
+import test_matrix
+
+import fastcache
+
+NAME = "Cosmos3Omni"
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"threshold": 0.6},
+    {"threshold": 0.3, "max_consecutive_cached": 3, "residual_order": 0},
+]
+
+
+def calls(seed: int) -> list[dict[str, Any]]:
+    """A run whose latents turn, with their noise as the timestep."""
+    _, inputs = test_matrix.build(NAME)
+    g = torch.Generator().manual_seed(seed)
+    one, two = (torch.randn(inputs["vision_tokens"][0].shape, generator=g) for _ in range(2))
+    found = []
+    for i, sigma in enumerate(sigmas()):
+        angle = 0.05 * i * (1 + 0.3 * math.sin(i + seed))
+        latents = [math.cos(angle) * one + math.sin(angle) * two]
+        now = {"vision_tokens": latents, "vision_timesteps": torch.tensor([sigma])}
+        found.append({**inputs, **now, "return_dict": False})
+    return found
+
+
+def theirs(config: Any, run: list[dict[str, Any]]) -> str:
+    model, _ = test_matrix.build(NAME)
+    model.enable_cache(config)
+    ran: list[int] = []
+    last = list(model.layers)[-1]
+    linear = next(m for m in last.modules() if isinstance(m, torch.nn.Linear))
+    linear.register_forward_hook(lambda *_: ran.append(1))
+    marks = ""
+    for i, sigma in enumerate(sigmas()):
+        ran.clear()
+        with model.cache_context("cond", step_index=i, sigma=sigma, num_inference_steps=STEPS):
+            model(**run[i])
+        marks += "C" if ran else "."
+    return marks
+
+
+def ours(config: Any, run: list[dict[str, Any]]) -> str:
+    model, _ = test_matrix.build(NAME)
+    with fastcache.enable(model, config) as cache:
+        for i, sigma in enumerate(sigmas()):
+            with cache.context("cond", step_index=i, sigma=sigma, num_inference_steps=STEPS):
+                model(**run[i])
+        return "".join("C" if r.action == "compute" else "." for r in cache.stats)
+
+
+@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+def test_every_decision_is_that_of_diffusers_on_cosmos(fields):
+    hooks = upstream()
+    if not hasattr(test_matrix.diffusers, test_matrix.entry(NAME)["class"]):
+        pytest.skip("this diffusers has no Cosmos 3")
+    latents = {
+        "raw_vision_callback": lambda model, args, kwargs: [x[0] for x in kwargs["vision_tokens"]]
+    }
+    seen = set()
+    for seed in range(3):
+        run = calls(seed)
+        with torch.no_grad():
+            wanted = theirs(hooks.SeaCacheConfig(**fields), run)
+            assert ours(fastcache.SeaCacheConfig(**fields, **latents), run) == wanted, seed
+        seen |= set(wanted[1:-1])
+    assert seen == {"C", "."}
