@@ -197,18 +197,13 @@ def ablation(rows: Sequence[Row]) -> str:
 
 
 def budgets(rows: Sequence[Row]) -> str:
-    """The presets that were measured, the guided one with both guides, at 28 and 50 steps."""
+    """The presets that were measured, at 28 and 50 steps."""
     lines = []
     for name, row in presets().items():
         if "point" not in row:
             continue
-        points = {f'`preset("{name}")`': row["point"]}
-        if row["what"][0] == "Guided":
-            other = ["modulated guide", row["point"][1]]
-            points[f'`preset("{name}", guide="modulated")`'] = other
-        for call, point in points.items():
-            cells = [c for n in (28, 50) for c in _with_lead(rows, n, point)]
-            lines.append((call, *cells))
+        cells = [c for n in (28, 50) for c in _with_lead(rows, n, row["point"])]
+        lines.append((f'`preset("{name}")`', *cells))
     columns = ("", "28 steps: compute", "PSNR", "50 steps: compute", "PSNR")
     return markdown(columns, lines)
 

@@ -188,8 +188,11 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
             early = Interval(n, phase=(steps - 3) % n, warmup=2, last=True)
             recipe = Recipe(early, Taylor(order, skip_first=True), Stack())
             yield ours("Interval", f"order {order}", f"every {n}, early start", recipe)
-    for name in ("balanced", "fast"):
-        yield ours("Interval", "order 2", f"preset {name}", fastcache.preset(name))
+    for n in (3, 4):  # the early start of 28 steps, at any number of them
+        early = Interval(n, phase=1, warmup=2, last=True)
+        recipe = Recipe(early, Taylor(2, skip_first=True))
+        yield ours("Interval", "order 2", f"every {n}, phase 1", recipe)
+    yield ours("Guided", "modulated guide", "preset fast", fastcache.preset("fast"))
     seers = {
         "order 1": Taylor(1),
         "residual guide": Guided(),

@@ -41,7 +41,7 @@ SLOW = {
 # ... and single tests: those that compile, by what their names or parameters say, and a few long ones.
 LONG = re.compile(
     r"compile|frozen|graph|interpreter|inductor|triton_launcher|keep_their_lead|every_recipe_comes_back|"
-    r"loaded_recipe_gives|tunes_the_shipped|guided_beats|memory_is_flat|foretold_to_the_byte|shows_two_lists|several_rules",
+    r"loaded_recipe_gives|tunes_the_shipped|pipeline_is_tuned|guided_beats|memory_is_flat|foretold_to_the_byte|shows_two_lists|several_rules",
     re.IGNORECASE,
 )
 

@@ -98,7 +98,8 @@ class Search:
             self.converges = self.lab.converged_to()
         self.fewer()
         if self.goal.most is not None:
-            self.compare(usual)
+            for steps in self.compared():
+                self.compare(steps)
         else:
             for self.most in STARTED:
                 if self.compare(usual):
@@ -153,6 +154,15 @@ class Search:
             trial = self.lab.measure(without(steps), self.first)
             low, high = (low, steps) if self.goal.met(self.lab, trial) else (steps, high)
 
+    def compared(self) -> tuple[int, ...]:
+        """The step counts that all predictors are compared at.
+
+        Beside a converged reference the usual run's own error hides theirs: the longest run shows them.
+        """
+        if self.lab.many == self.lab.usual or len(self.counts) == 1:
+            return self.counts[:1]
+        return tuple(dict.fromkeys((max(self.counts), self.counts[0])))
+
     def compare(self, steps: int) -> bool:
         """Presets, and all predictors on a few schedules; whether one is as was wished."""
         tried = self.try_all(named(self.lab.generation.model_name, steps))
@@ -162,11 +172,11 @@ class Search:
         tried += self.try_all(self.fit(p, s, steps) for p in better for s in FIRST_SHAPES[2:])
         return any(self.goal.met(self.lab, t) for t in tried)
 
-    def leading(self, steps: int) -> Iterator[tuple[str, Shape]]:
-        """Predictors with schedules, the best first."""
+    def leading(self, steps: int | None) -> Iterator[tuple[str, Shape]]:
+        """Predictors with schedules, the best first; steps: that they ran with, None for any."""
         for trial in self.trials():
             found = self.combinations.get((trial.candidate.recipe, trial.candidate.steps))
-            if found is not None and trial.candidate.steps == steps:
+            if found is not None and steps in (None, trial.candidate.steps):
                 yield found
 
     def narrow(self, steps: int) -> None:
@@ -190,8 +200,8 @@ class Search:
     def other_counts(self) -> int:
         """The leading combinations at other step counts; the one with the best of all."""
         usual = self.counts[0]
-        leading = list(dict.fromkeys(self.leading(usual)))[:COMBINATIONS]
-        for steps in self.counts[1:]:
+        leading = list(dict.fromkeys(self.leading(None)))[:COMBINATIONS]
+        for steps in self.counts if len(self.counts) > 1 else ():
             self.try_all(self.fit(p, s, steps) for p, s in leading)
         cached = (t for t in self.trials() if t.candidate.recipe is not None)
         return next((t.candidate.steps for t in cached), usual)

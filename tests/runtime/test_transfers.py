@@ -304,6 +304,7 @@ ELSEWHERE = (
     "configs/",  # ratios, when a config is made
     "calibration/",
     "demo/",
+    "tuning/",  # pictures, after a run
 )
 
 
