@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..models.pipeline import DENOISERS
+from ..runtime.notices import warn
 from .attached import Attached, Slot
 from .engine import Swaps, engine
 from .from_fields import config_of, needs_steps
@@ -29,7 +30,8 @@ SWAPPED = Swaps()
 def register() -> None:
     """Let vLLM-Omni select fastcache by name, in this process. Calling it again does nothing.
 
-    Installed beside a version that is not known it changes nothing for other backends; asking for this one raises.
+    Installed beside a version that is not known it changes nothing for other backends: asking for this one raises, and
+    where there is nothing to select by a warning says so.
 
     Raises:
         ImportError: vLLM-Omni is not installed.
@@ -37,8 +39,15 @@ def register() -> None:
     """
     if SWAPPED:
         return
-    selector = engine(SELECTOR, "vllm-omni", ("",))
-    original = getattr(selector, SELECT)
+    engine("vllm_omni", "vllm-omni", ("",))
+    try:
+        original = getattr(engine(SELECTOR, "vllm-omni", ("",)), SELECT)
+    except (
+        ImportError,
+        AttributeError,
+    ) as error:  # who runs this may not have asked for fastcache at all
+        warn(f"fastcache: this vLLM-Omni has no {SELECTOR}.{SELECT}, and cannot select it: {error}")
+        return
     ours = _selecting(original)
     for path, module in list(sys.modules.items()):
         if path.split(".")[0] == "vllm_omni" and vars(module).get(SELECT) is original:

@@ -29,7 +29,11 @@ class LateTaylor(Taylor):
         Returns:
             A weight per value that counts.
         """
-        late = sum(s >= DIFFERENCES for s in steps)
+        late = 0
+        for computed in steps:  # no generator: this runs on every reused step
+            if computed < DIFFERENCES:
+                break
+            late += 1
         return super().weights(steps[: late + 1], step)
 
 
