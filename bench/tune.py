@@ -11,9 +11,11 @@ and by the same measured time. Seeds that no search has seen judge what was foun
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from fastcache.tuning.lab import Lab
 from . import common
 from .common import Row
 from .quality import calibrate
-from .subjects import SUBJECTS, Cell, Subject
+from .subjects import MODES, SUBJECTS, Cell, Subject
 from .sweeps import points
 
 PARTS = ("curve", "solvers", "sweep")
@@ -48,17 +50,19 @@ SPEEDUPS = (1.5, 2.0, 2.5, 3.0)
 class Bench:
     """One model and its converged pictures."""
 
-    def __init__(self, name: str, batch: int, quick: bool = False) -> None:
+    def __init__(self, name: str, batch: int, quick: bool = False, guidance: str = "none") -> None:
         self.name, self.subject = name, SUBJECTS[name]()
-        self.model, self.labels = self.subject.load(), torch.arange(batch) % 10
+        self.model, self.labels = self.subject.load(), torch.arange(batch) % self.subject.labels
+        self.scale = None if guidance == "none" else self.subject.guidance
         self.counts, self.long = ((4, 6, 8), 10) if quick else (COUNTS, LONG)
         converged = 2 * self.long if quick else CONVERGED
         self.exact = {s: self.sample(converged, s, "ab2") for s in UNSEEN}
 
     def sample(self, steps: int, seed: int, solver: str = "euler", cache: Any = None) -> Tensor:
         return self.subject.generate(
-            self.model, self.labels, steps=steps, seed=seed, cache=cache, solver=solver
-        )
+            self.model, self.labels, steps=steps, seed=seed, cache=cache, solver=solver,
+            guidance=self.scale,
+        )  # fmt: skip
 
     def generation(self, solver: str) -> Callable[..., Tensor]:
         """What tune is given."""
@@ -85,9 +89,11 @@ class Bench:
 # --- against solvers ----------------------------------------------------------------------------------------
 
 
-def curve(bench: Bench) -> Iterator[Row]:
-    """PSNR to the converged run, by solver and computed steps; cached: 50 steps, spread evenly."""
-    for solver in SOLVERS:
+def curve(
+    bench: Bench, solvers: Sequence[str] = tuple(SOLVERS), warmups: Sequence[int] = (2,)
+) -> Iterator[Row]:
+    """PSNR to the converged run, by solver and computed steps; cached: 50 steps, spread evenly after a warm-up."""
+    for solver in solvers:
         for steps in bench.counts:
             found = bench.nearness(bench.exact, bench.cached(None, steps, solver))
             yield {"solver": solver, "steps": steps, "computed": steps, "recipe": "", "psnr": found}
@@ -96,13 +102,13 @@ def curve(bench: Bench) -> Iterator[Row]:
             "modulated guide, order 2": Guided(2, "modulated"),
             "Taylor 2": Taylor(2, "exact"),
         }
-        for name, what in recipes.items():
+        for (name, what), warmup in itertools.product(recipes.items(), warmups):
             for computed in bench.counts[:-1]:
-                recipe = Recipe(Spread(computed / bench.long, 2), what)
+                recipe = Recipe(Spread(computed / bench.long, warmup), what)
                 found = bench.nearness(bench.exact, bench.cached(recipe, bench.long, solver))
                 yield {
-                    "solver": solver, "steps": bench.long, "recipe": name, "psnr": found,
-                    "computed": len(recipe.plan(bench.long).computed),
+                    "solver": solver, "steps": bench.long, "recipe": name + f", warm-up {warmup}" * (warmup != 2),
+                    "psnr": found, "computed": len(recipe.plan(bench.long).computed),
                 }  # fmt: skip
 
 
@@ -177,20 +183,30 @@ def _swept(name: str, subject: Subject) -> Iterator[Candidate]:
 
 def main(argv: list[str] | None = None) -> int:
     p = common.parser("tune", __doc__)
-    p.add_argument("--model", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
+    p.add_argument("--model", nargs="+", choices=list(SUBJECTS), default=["flux", "video"])
+    p.add_argument("--guidance", choices=MODES[:2], default="none")
+    p.add_argument(
+        "--solver", nargs="+", choices=list(SOLVERS), default=list(SOLVERS), help="of the curve"
+    )
+    p.add_argument("--warmup", nargs="+", type=int, default=[2], help="of the curve's cached runs")
     p.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     p.add_argument("--batch", type=int, default=4, help="pictures of a run")
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
     rows = common.read_lines(args.json) if args.resume else []
-    makers = {"curve": curve, "solvers": solvers, "sweep": sweep}
+    makers = {
+        "curve": partial(curve, solvers=args.solver, warmups=args.warmup),
+        "solvers": solvers,
+        "sweep": sweep,
+    }
     if args.quick:
         args.model, args.part, args.batch = args.model[:1], ["curve"], 1
     for name in args.model:
-        bench = Bench(name, args.batch, args.quick)
+        bench = Bench(name, args.batch, args.quick, args.guidance)
         for part in args.part:
             for row in makers[part](bench):
                 head = {"bench": "tune", "part": part, "model": name, "batch": args.batch}
+                head["guidance"] = args.guidance
                 rows.append({**head, **row, **common.environment()})
                 print({k: v for k, v in row.items() if k != "recipe"}, flush=True)
                 if args.json:

@@ -243,6 +243,18 @@ def test_rows_of_another_model_or_dtype_are_another_cell(tmp_path):
     assert len(titles) == len(cells)
 
 
+def test_tune_with_guidance_and_other_warmups(tmp_path):
+    pytest.importorskip("diffusers")
+    some = ("--quick", "--solver", "euler", "--warmup", "1", "2")
+    plain = rows_of(tune.main, tmp_path / "plain.jsonl", *some)
+    guided = rows_of(tune.main, tmp_path / "guided.jsonl", *some, "--guidance", "sequential")
+    names = [(r["solver"], r["recipe"]) for r in guided]
+    assert names == [(r["solver"], r["recipe"]) for r in plain]
+    assert {name for _, name in names} >= {"", "Taylor 2", "Taylor 2, warm-up 1"}
+    assert {r["guidance"] for r in guided} == {"sequential"}
+    assert all(a["psnr"] != b["psnr"] for a, b in zip(guided, plain, strict=True))
+
+
 def test_settings_are_chosen_by_an_expression(tmp_path):
     pytest.importorskip("diffusers")
     rows = rows_of(
