@@ -152,28 +152,22 @@ class Runs:
             index, how = self.steps.index(state, call, generation, moment)
         else:
             index, how = self.rejoins(state, call, generation, moment)
-        if how != NEXT or unclear or state.unclear or state.leapt:
+        if how != NEXT or not state.index or unclear or state.unclear or state.leapt:
             how = self._otherwise(state, call, generation, moment, how, unclear, first)
         state.indexed = known is not None
-        if not state.index:
-            if state.key in trip.members:
-                trip.began(call if first else None)
-            trip.members.add(state.key)
+        index -= state.start
         time = None
         if moment is not NEVER:
             time = moment.time
             if known is None:
                 index += trip.left_out(state, moment)
-        if not state.index:
-            self._begins(state, call, generation)
-        index -= state.start
+            self.note(state, moment)
         if call.num_inference_steps is not None:
             state.total = call.num_inference_steps - state.start
         state.armed_step, state.step_timestep, state.uncached_step = index, time, False
-        if moment is not NEVER:
-            self.note(state, moment)
-        again = how == EVALUATION
-        compute = compute or how == TURNING
+        again = False
+        if how != NEXT:
+            compute, again = compute or how == TURNING, how == EVALUATION
         # as Step(...) does it, without a call into Python
         return tuple.__new__(Step, (index, state.total, time, call.sigma, False, compute, again))
 
@@ -205,6 +199,12 @@ class Runs:
             self.notices.later("unclear", UNTOLD.format(model=self.name, name=call.name))
             state.unclear = True
         state.leapt = state.leapt and how in (BEGINS, TURNING)
+        if not state.index:
+            trip = state.trip
+            if state.key in trip.members:
+                trip.began(call if first else None)
+            trip.members.add(state.key)
+            self._begins(state, call, generation)
         return how
 
     def rejoins(

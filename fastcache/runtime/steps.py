@@ -156,10 +156,12 @@ class StepTracker:
         if known is None:
             if not index:
                 return 0, NEXT
-            how = BEGINS if state.indexed else self.follows(state, call, generation, moment)
+            if state.indexed:  # by somebody else, who does not say which step it is
+                return 0, BEGINS
+            how = self.follows(state, call, generation, moment)
             if how == NEXT:
                 return index, how
-            if how == BEGINS:  # by somebody else, where they are told which step it is
+            if how == BEGINS:
                 return 0, how
             return (index - 1 if how in (EVALUATION, UNCLEAR) else index), how
         if index and known == index - 1 and (len(state.records) > 1 or call.calls):

@@ -65,7 +65,7 @@ class BlockListHook(Player):
             return iter(self.recorder.items(self.blocks.index))
         if action == REUSE and not control.may_be_compiled:
             return iter(self._made_for_reuse() if self.reused is None else self.reused)
-        if self._undecided():
+        if self.skips and action not in (COMPUTE, REUSE) and control.phase == WHOLE:
             return self._route_undecided()
         return iter(self._items(self._roles()))
 
@@ -81,7 +81,7 @@ class BlockListHook(Player):
         """Whether it is still open, in this pass, what becomes of blocks of this list."""
         control = self.control
         undecided = control.actions[self.stack.rule] not in (COMPUTE, REUSE)
-        return undecided and control.phase == WHOLE and self.blocks.skips
+        return undecided and control.phase == WHOLE and self.skips
 
     def _roles(self) -> list[str]:
         """The roles of this step, its action being known."""

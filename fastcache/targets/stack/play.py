@@ -44,6 +44,10 @@ class Player:
         self.probed, self.head, self.tail = blocks.probed, blocks.head, blocks.tail
         self.first_io, self.last_io = blocks.first_io, blocks.last_io
         self.replaced_io, self.probed_io = blocks.replaced_io, blocks.probed_io
+        self.skips = blocks.skips
+        self.alone = (
+            blocks.head == 1 and not blocks.index
+        )  # what the head is given has entered the stack
 
     # --- roles on computed steps ------------------------------------------------------------------------
 
@@ -147,18 +151,18 @@ class Player:
 
     def run_first(self, *args: Any, **kwargs: Any) -> Any:
         """The last block of the head, where the policy or the predictor wants to see its change."""
-        stack, at = self.stack, self.head - 1
+        stack, control = self.stack, self.control
         given, text = self.probed_io.read(args, kwargs)
-        eager = not torch.compiler.is_compiling()
+        eager = not (control.may_be_compiled and torch.compiler.is_compiling())
         if eager and stack.way is not None:
-            self._note_arrival(at, given)
-        x = self._opened(given) if at or self.blocks.index else given
+            self._note_arrival(self.head - 1, given)
+        x = given if self.alone else self._opened()
         if self.writes_inputs and x is given:
             x = x.clone()
         output = self.blocks.looked_at()(*args, **kwargs)
         hidden, encoder = self.probed_io.streams(output, given, text, self.positions)
         look_at_output(stack, hidden, encoder, x, self.returns)
-        if self.control.actions[stack.rule] != REUSE:
+        if control.actions[stack.rule] != REUSE:
             if eager:
                 self._note_first(given, output, text)
             if self.opens:
@@ -173,7 +177,7 @@ class Player:
     def restore_first(self, *args: Any, **kwargs: Any) -> Any:
         """The last block of the head, where it has run already in the head region of this step."""
         given, encoder = self.probed_io.read(args, kwargs)
-        x = self._opened(given)
+        x = given if self.alone else self._opened()
         hidden, encoder, now = kept_output(
             self.control.state.slots[self.stack.rule].own, given, encoder
         )
@@ -186,11 +190,9 @@ class Player:
             self._enter(hidden, encoder)
         return output
 
-    def _opened(self, given: Any) -> Any:
-        """What entered the stack: what the last block of the head is given, where it is the only one."""
+    def _opened(self) -> Any:
+        """What entered the stack, where that is not what the last block of the head is given."""
         stack = self.stack
-        if self.head == 1 and not self.blocks.index:
-            return given
         x, stack.opening = stack.opening, None
         return x
 

@@ -26,11 +26,11 @@ def look_at_output(
     kept what the block returned.
     """
     control, guide = stack.control, stack.guide
-    image = hidden if stack.always[0] < 2 else without_text(hidden, x)
-    if control.phase == HEAD or control.actions[stack.rule] == PENDING:
+    image, head = hidden if stack.always[0] < 2 else without_text(hidden, x), control.phase == HEAD
+    if head or control.actions[stack.rule] == PENDING:
         stack.decider.measure(image, x)
     now = None if guide is None else guide.of(image, x)
-    if control.phase == HEAD:
+    if head:
         keep_output(control.state.slots[stack.rule].own, hidden, encoder, now)
         raise Stop
     action = control.actions[stack.rule]
