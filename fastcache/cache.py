@@ -184,8 +184,9 @@ class Cache(Telling):
         Returns:
             A bool: False where the call must run eagerly.
         """
-        watch_compiling()
         ready = True
+        if not watch_compiling():
+            return ready
         for denoiser in self.denoisers:
             ready &= denoiser.ahead.prepare(frame)
         return ready

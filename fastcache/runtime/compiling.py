@@ -21,14 +21,18 @@ class Listener(Protocol):
 listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
 
 
-def watch_compiling() -> None:
-    """Be told when torch.compile is about to trace something; torch._dynamo.reset() forgets who asked."""
+def watch_compiling() -> bool:
+    """Be told when torch.compile is about to trace something; torch._dynamo.reset() forgets who asked.
+
+    Returns whether anything can be traced yet.
+    """
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
-        return
+        return False
     handler = dynamo.callback_handler
     if _tell not in handler.start_callbacks:
         handler.register_start_callback(_tell)
+    return True
 
 
 def _tell(*_: Any) -> None:

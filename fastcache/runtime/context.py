@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -95,8 +94,6 @@ class Context(Frame):
         self._eager = self._locked = False
         if self.calls:
             self.calls, self.first = 0, None
-        if "torch._dynamo" not in sys.modules:
-            return
         try:
             if not self.cache.prepare(self):
                 eager.__enter__()

@@ -86,8 +86,7 @@ class Executor:
                     self.give_up(state, error)
             return self._without(state, args, kwargs, "no room for a cache")
         finally:
-            control.inside = False
-            control.end_step()
+            control.inside = control.active = False
 
     def _anew(self, state: State, args: tuple, kwargs: dict) -> Any:
         """What was to be reused does not fit this call, which has shown it half way: compute it, and learn anew."""

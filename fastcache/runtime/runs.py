@@ -73,7 +73,9 @@ class Runs:
         frame: what is open around it, a Frame or None. told: the timestep, where it was asked for before.
         """
         context: Context | None = None
-        generation, steps, moment, unclear, first = None, self.steps, NEVER, False, True
+        generation = None
+        steps, moment = self.steps, NEVER
+        unclear, first = False, True
         if frame is not None:
             generation = frame.generation
             if frame.one_call:

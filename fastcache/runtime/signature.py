@@ -18,7 +18,11 @@ def call_signature(args: tuple, kwargs: dict) -> tuple:
     comes alone may be the time.
     """
     found: list[Any] = []
-    _note(found, (*args, *kwargs.values()), False)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            found.append((value.shape, value.dtype, value.device))
+        else:
+            _note(found, (value,), False)
     return tuple(found)
 
 

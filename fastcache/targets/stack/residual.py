@@ -138,10 +138,11 @@ def predict(unit: Unit, hidden: Any, encoder: Any, weights: Any, returns: Return
     """
     base, text, extras = unit.template
     streams = unit.streams
-    if base is not True and hidden.shape[1:] != unit.entry[1:]:
-        raise Unfit(f"what enters has shape {tuple(hidden.shape)}, it had {tuple(unit.entry)}")
-    if isinstance(base, torch.Size):
-        hidden = turned(hidden, base)
+    if base is not True:
+        if hidden.shape[1:] != unit.entry[1:]:
+            raise Unfit(f"what enters has shape {tuple(hidden.shape)}, it had {tuple(unit.entry)}")
+        if isinstance(base, torch.Size):
+            hidden = turned(hidden, base)
     predicted = streams[0].predict(hidden if base else None, weights)
     if text:
         encoder = streams[1].predict(encoder, weights)

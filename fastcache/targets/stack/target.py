@@ -168,7 +168,7 @@ class StackTarget(BoundTarget):
 
     def ready(self, state: State) -> bool:
         units, timeline = state.units[self.rule], state.timelines[self.rule]
-        if self.control.batch == "full" and state.steps_until_full_batch:
+        if state.steps_until_full_batch and self.control.batch == "full":
             return False  # steps of the conditional half alone have left the other half behind
         if self.guide is not None and len(timeline.steps) < timeline.depth:
             return False
