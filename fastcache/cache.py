@@ -77,7 +77,6 @@ class Cache(Telling):
     def _attach(self, config: Any) -> None:
         recipe, own = settings_of(config)
         settings = replace(self.settings, timestep_callback=callback_of(own, self.target))
-        warning = getattr(own, "warning", None)
         denoisers = [
             Denoiser(self, settings, name, m, recipe, self.adapter or adapter_for(m))
             for name, m in self.models
@@ -93,7 +92,7 @@ class Cache(Telling):
         self.settings, self.denoisers = settings, denoisers
         settings.pools[:] = [denoiser.pool for denoiser in denoisers]
         LOG.debug("%s attached to %s", recipe.name, [denoiser.name for denoiser in denoisers])
-        if warning:
+        if warning := getattr(own, "warning", None):
             warn(warning)
         given = {"model": self.model_names, "scheduler": class_of_scheduler(self.target)}
         for differing in recipe.made_for.differs(**given) if recipe.made_for else ():
@@ -184,9 +183,9 @@ class Cache(Telling):
         Returns:
             A bool: False where the call must run eagerly.
         """
-        ready = True
         if not watch_compiling():
-            return ready
+            return True
+        ready = True
         for denoiser in self.denoisers:
             ready &= denoiser.ahead.prepare(frame)
         return ready

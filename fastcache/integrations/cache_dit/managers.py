@@ -15,7 +15,7 @@ from .forecast import combine, fits, terms
 
 PAIR = "fastcache_pair"  # the residual that was just taken, and what it was taken of
 l1 = direct("residual_l1")
-SINGLE, WORD = struct.Struct("<f"), struct.Struct("<I")
+HALF, SINGLE, WORD = struct.Struct("<e"), struct.Struct("<f"), struct.Struct("<I")
 
 
 def residual(theirs: Any) -> Callable[..., Any]:
@@ -156,7 +156,11 @@ def change(sums: Tensor, like: Tensor, parallelized: bool) -> float:
 def rounded(value: float, dtype: torch.dtype) -> float:
     """A number as a dtype holds it, to the nearest, ties to even."""
     if dtype is torch.float16:
-        return float(torch.tensor(value, dtype=dtype))
+        try:
+            (half,) = HALF.unpack(HALF.pack(value))
+        except OverflowError:
+            half = math.copysign(math.inf, value)
+        return float(half)
     (bits,) = WORD.unpack(SINGLE.pack(value))
     if dtype is torch.bfloat16 and math.isfinite(value):
         bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
