@@ -72,8 +72,9 @@ class Committer:
         )
         state.records.append(record)
         self.stats.add(record)
-        if state.total is not None or self.pool.finished:
-            self.pool.retire(state)
+        total, pool = state.total, self.pool
+        if (total is not None and index + 1 >= total) or pool.finished:
+            pool.retire(state)
         if self.budget is not None and (alone := self.budget.keep(self.pool, state)):
             self.notices.once(
                 f"fastcache: max_bytes is {self.budget.limit}, one context of {self.name} alone takes {alone}; "

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import sync
 from ..checks import flag, real, whole
 from .compiling import eager
-from .frames import OWN, Frame
+from .frames import OWN, Frame, close
 
 LONGEST = 600.0  # seconds that a thread waits for another one's compiled call
 
@@ -103,7 +103,8 @@ class Context(Frame):
             raise
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        self.pop()
+        token, self._token = self._token, None
+        close(token)
         try:
             if self._eager:
                 eager.__exit__()

@@ -79,6 +79,7 @@ class Frame:
 
 _open: ContextVar[Frame | None] = ContextVar("fastcache_frames", default=None)
 latest = _open.get  # what was opened last, of whichever cache; None where nothing is open
+close = _open.reset  # by the token of what is open
 
 
 def innermost(cache: Owner) -> Any:

@@ -170,7 +170,7 @@ class Stack(Protocol):
     weights where they come from this step's own blocks. decider: decides by the first block. meter: measures
     what is decided by, None where that is nothing inside the stack. every_step: a reused step is measured
     against too. measure: note the magnitude ratio of every residual. probed: the last block of the head is looked at.
-    always: blocks that always run, at the start and at the end. ordered: their number was asked for. tailed: blocks run
+    early: several blocks run before the decision. ordered: their number was asked for. tailed: blocks run
     after the segments. opening: what entered the first block, until it is looked at.
     way: how the running call goes through it, where it computes; None where that is not looked at.
     """
@@ -182,7 +182,7 @@ class Stack(Protocol):
     meter: Meter | None
     every_step: bool
     measure: bool
-    always: tuple[int, int]
+    early: bool
     probed: bool
     ordered: bool
     tailed: bool

@@ -26,7 +26,7 @@ def look_at_output(
     kept what the block returned.
     """
     control, guide = stack.control, stack.guide
-    image, head = hidden if stack.always[0] < 2 else without_text(hidden, x), control.phase == HEAD
+    image, head = without_text(hidden, x) if stack.early else hidden, control.phase == HEAD
     if head or control.actions[stack.rule] == PENDING:
         stack.decider.measure(image, x)
     now = None if guide is None else guide.of(image, x)

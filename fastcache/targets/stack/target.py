@@ -109,6 +109,9 @@ class StackTarget(BoundTarget):
         control, layout, rule = self.control, self.layout, self.rule
         units, action = control.state.units[rule], control.actions[rule]
         held, self.way = layout.number in units, None
+        unusual = self.early or layout.loop_does_more or control.may_be_compiled or self.recorder
+        if held and action != COMPUTE and not unusual:
+            return True
         if action == COMPUTE or not held or (self.early and action == PENDING):
             self.start_way()
         elif layout.loop_does_more:
