@@ -117,17 +117,21 @@ def leads(rows: Sequence[Row], model: str = "video") -> str:
 
 Named = tuple[str, ...]  # system, method, predictor, setting
 
-# settings that were named before any of the models was measured, or published, cheapest last
+# settings that were named before the picture models were measured
 NAMED: dict[str, Named] = {
-    '`preset("quality")`': ("fastcache", "Guided", "residual guide", "every 3, warm-up 2"),
-    '`preset("balanced")`': ("fastcache", "Interval", "order 2", "preset balanced"),
-    "every 4th from 4, modulated guide": ("fastcache", "Guided", "modulated guide", "every 4"),
+    **{
+        f'`preset("{name}")`': ("fastcache", row["what"][0], *row["point"])
+        for name, row in presets().items()
+        if "point" in row
+    },
+    "every 3rd from 1, Taylor 2": ("fastcache", "Interval", "order 2", "every 3, phase 1"),
+    "every 4th from 1, Taylor 2": ("fastcache", "Interval", "order 2", "every 4, phase 1"),
+    "every 4th, warm-up 4, modulated guide": ("fastcache", "Guided", "modulated guide", "every 4"),
     "the same, order 1": ("fastcache", "Guided", "modulated guide, order 1", "every 4"),
-    "diffusers' lite mode, every 3rd": ("diffusers", "TaylorSeer", "order 1", "lite, every 3"),
     "gaps up to 4, modulated guide": ("fastcache", "Guided", "modulated guide", "gaps up to 4"),
     "the same, residual guide": ("fastcache", "Guided", "residual guide", "gaps up to 4"),
     "the same, Taylor 1": ("fastcache", "Interval", "order 1", "gaps up to 4"),
-    '`preset("fast")`': ("fastcache", "Interval", "order 2", "preset fast"),
+    "diffusers' lite mode, every 3rd": ("diffusers", "TaylorSeer", "order 1", "lite, every 3"),
     "diffusers' lite mode, every 4th": ("diffusers", "TaylorSeer", "order 1", "lite, every 4"),
 }
 
