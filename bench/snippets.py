@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from . import claims, quality_tables, speed_tables, tune_tables
 from .common import Row
@@ -47,7 +46,6 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "ablation": quality_tables.ablation,
     "video": quality_tables.video,
     "leads": quality_tables.leads,
-    "pictures": partial(quality_tables.leads, model="pictures"),
     "named": quality_tables.named,
     "bf16": quality_tables.bf16,
     "presets": quality_tables.budgets,

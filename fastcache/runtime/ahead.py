@@ -57,6 +57,9 @@ class Ahead:
             if recipe.decides_inside
             else f"{recipe.name} decides by what the model is called with"
         )
+        self.calibrates = any(
+            rule.when.calibrates for rule in recipe.rules
+        )  # which is done eagerly
         self.owns_graphs = False  # fastcache.compile drives this model
         self.untraceable = False  # torch.compile(model) has given up on the forward
         self.prepared: Prepared | None = None
@@ -128,7 +131,7 @@ class Ahead:
         if state is None or state.uncached_step or state.away:
             self.withdraw()
             return False
-        if state.index and not compiled:
+        if state.index and not compiled and not self.calibrates:
             return True  # the last step has left storage; this is asked again where something is traced
         if not self._recorded(state):
             self.withdraw()
