@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastcache.demo.model import read_weights, zero_modulation
+from fastcache.demo.model import predicted, read_weights, zero_modulation
 from fastcache.demo.sample import integrate
 
 from .data import IMAGE_SIZE
@@ -93,16 +93,7 @@ def denoise(
     """Predicted velocity (noise - image): tokens [B, 64, 48], sigma [B] in [0, 1], labels [B] into `texts`."""
     text, pooled = (t[labels].to(tokens) for t in texts)
     image_ids, text_ids = (ids.to(tokens.device) for ids in position_ids())
-    velocity: Tensor = model(
-        hidden_states=tokens,
-        encoder_hidden_states=text,
-        pooled_projections=pooled,
-        timestep=sigma,
-        img_ids=image_ids,
-        txt_ids=text_ids,
-        return_dict=False,
-    )[0]
-    return velocity
+    return predicted(model, tokens, sigma, (text, pooled), (image_ids, text_ids))
 
 
 def generate(

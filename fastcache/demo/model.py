@@ -112,7 +112,18 @@ def read_weights(path: Path, trainer: str = "fastcache.demo.train") -> dict[str,
 def denoise(model: nn.Module, tokens: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
     """Predicted velocity (noise - image): tokens [B, 64, 4], sigma [B] in [0, 1], labels [B]."""
     text, pooled = (t.to(tokens.dtype) for t in encode_labels(labels))
-    image_ids, text_ids = position_ids()
+    return predicted(model, tokens, sigma, (text, pooled), position_ids())
+
+
+def predicted(
+    model: nn.Module,
+    tokens: Tensor,
+    sigma: Tensor,
+    texts: tuple[Tensor, Tensor],  # of the tokens, and pooled
+    ids: tuple[Tensor, Tensor],  # of the image and of the text
+) -> Tensor:
+    """What a Flux makes of tokens [B, T, C] at sigma [B]."""
+    (text, pooled), (image_ids, text_ids) = texts, ids
     velocity: Tensor = model(
         hidden_states=tokens,
         encoder_hidden_states=text,
