@@ -19,7 +19,8 @@ class Row:
         name: in words.
         recipe: None is a run without a cache.
         steps: `num_inference_steps` of the run, a count.
-        computed: steps of it that were computed, a count; a fraction where branches differ.
+        computed: steps of it that were computed, as the share of the model's calls: a fraction where branches
+            differ, or where a solver calls the model twice in a step.
         seconds: of the run.
         speedup: times as fast as the uncached run at the usual number of steps.
         psnr: to the reference, dB, mean over seeds; infinite where equal.
