@@ -30,11 +30,14 @@ class Change(Meter):
         slots: SignalSlots = state.slots[self.rule].signal
         if not slots.kept_reference:
             return None
-        y, x = self._pair(slots, y, x)
-        before = tail(slots.reference, y)
-        return (
-            _sums(y, x, before, self.per_sample) if before.shape == y.shape else None
-        )  # else of another length
+        if x is None or torch.is_grad_enabled():
+            y, x = self._pair(slots, y, x)
+        before = slots.reference
+        if before.shape != y.shape:
+            before = tail(before, y)
+            if before.shape != y.shape:  # of another length
+                return None
+        return _sums(y, x, before, self.per_sample)
 
     def keep(self, state: State, y: Tensor, x: Tensor | None) -> None:
         slots = self._slots(state)

@@ -10,7 +10,7 @@ import torch
 
 from ...policies import COMPUTE, REUSE
 from ...storage.allocate import Unfit
-from ..control import WHOLE
+from ..control import REST, WHOLE
 from .layout import BlockList, Layout, Stack
 from .play import Player
 from .probe import decide_by_input
@@ -50,9 +50,15 @@ class BlockListHook(Player):
         self.take_layout(layout, place)
         self.opener = hooks[place.opener]
         self._forget_handed_out()
+        for phase in (WHOLE, REST):
+            roles = self._roles(REUSE, phase)
+            self.reused[phase] = self._items(roles)
+            if self.tail or BLOCK in roles:
+                self.ready_made = False
 
     def _forget_handed_out(self) -> None:
-        self.reused: list | None = None  # handed out on reused steps, where nothing is compiled
+        self.reused: dict[str, list] = {}  # what is handed out on reused steps, by their phase
+        self.ready_made = True  # also for traced code, which is given the blocks themselves
         self.waiting: list | None = None  # until a step is decided
 
     # --- what the list hands out ------------------------------------------------------------------------
@@ -63,8 +69,8 @@ class BlockListHook(Player):
         action = control.actions[self.stack.rule]
         if self.recorder is not None:
             return iter(self.recorder.items(self.blocks.index))
-        if action == REUSE and not control.may_be_compiled:
-            return iter(self._made_for_reuse() if self.reused is None else self.reused)
+        if action == REUSE and self.reused and (self.ready_made or not control.may_be_compiled):
+            return iter(self.reused[control.phase])
         if self.skips and action not in (COMPUTE, REUSE) and control.phase == WHOLE:
             return self._route_undecided()
         return iter(self._items(self._roles()))
@@ -83,12 +89,11 @@ class BlockListHook(Player):
         undecided = control.actions[self.stack.rule] not in (COMPUTE, REUSE)
         return undecided and control.phase == WHOLE and self.skips
 
-    def _roles(self) -> list[str]:
-        """The roles of this step, its action being known."""
-        control = self.control
+    def _roles(self, action: str = "", phase: str = "") -> list[str]:
+        """The roles of a step, its action being known; by default of the one that runs."""
         return roles_of(
-            control.actions[self.stack.rule],
-            control.phase,
+            action or self.control.actions[self.stack.rule],
+            phase or self.control.phase,
             self.blocks.untailed,
             opens=self.opens,
             closes=self.closes,
@@ -118,11 +123,6 @@ class BlockListHook(Player):
             raise Unfit("blocks were added") from None
         return items + blocks[-self.tail :] if self.tail else items
 
-    def _made_for_reuse(self) -> list:
-        """What the list hands out on every reused step, until a recording call sees the stack anew."""
-        self.reused = self._items(self._roles())
-        return self.reused
-
     def _route_undecided(self) -> Iterator:
         """Where the decision falls in this list: before its first block, or after the head (eager only)."""
         if not (self.probed or self.asks):  # taking turns with the first list: not yet decided
@@ -134,7 +134,7 @@ class BlockListHook(Player):
         yield from self.waiting
         action = self.control.actions[self.stack.rule]
         if action == REUSE:
-            yield from (self._made_for_reuse() if self.reused is None else self.reused)[before:]
+            yield from (self.reused[WHOLE] if self.reused else self._items(self._roles()))[before:]
         elif action == COMPUTE:
             yield from self._items(self._roles())[before:]
         else:  # all blocks are asked for before the first one runs

@@ -57,6 +57,8 @@ class StackTarget(BoundTarget):
         self.early = self.probed and self.always[0] > 1  # blocks run before the decision
         self.make_store, self.keeps_text = make_store, encoder_read is not False or self.tailed
         self.meter = self.decider.meter if self.decider.inside else None
+        # compiled, a step computes its first block, waits for the decision, and goes on from what it has kept
+        self.in_parts = self.meter is not None and not self.meter.at_input
         self.every_step = self.meter is not None and self.meter.every_step
         # calibration: also measure the magnitude ratio of every residual
         self.measure = part.when.calibrates
@@ -64,8 +66,7 @@ class StackTarget(BoundTarget):
         self.lists = self._furnished(lists)
         self.opening: Any = None  # what entered the first block, until the head is looked at
         self.hooks = [BlockListHook(self, blocks) for blocks in self.lists]
-        self.segments = -1  # of the layout, -1 without any
-        self.layout = Layout()  # as the last recording call has seen it
+        self.go_by(Layout())
         self.recorder: Recorder | None = None  # of the running call
         self.way: Way | None = None  # how it goes through the stack, where it computes
 
@@ -101,31 +102,42 @@ class StackTarget(BoundTarget):
 
     # --- one call ---------------------------------------------------------------------------------------
 
+    def go_by(self, layout: Layout) -> None:
+        """Have at hand what every step asks of a layout, as the last recording call has seen it."""
+        self.layout, self.number = layout, layout.number
+        self.segments = len(layout.segments) or -1
+        self.unusual = self.early or layout.loop_does_more  # blocks are entered on reused steps too
+
     @property
     def layout_key(self) -> tuple:
         return self.layout.key
 
     def begin(self) -> bool:
-        control, layout, rule = self.control, self.layout, self.rule
-        units, action = control.state.units[rule], control.actions[rule]
-        held, self.way = layout.number in units, None
-        unusual = self.early or layout.loop_does_more or control.may_be_compiled or self.recorder
-        if held and action != COMPUTE and not unusual:
-            return True
+        control, rule = self.control, self.rule
+        state: State = control.state
+        held, self.way = self.number in state.units[rule], None
+        computes = control.actions[rule] == COMPUTE
+        if computes or not held or self.unusual or self.recorder is not None:
+            self._begin(held, state)
+            if self.measure or not held:
+                return False
+        return not (control.may_be_compiled and self.in_parts and lacks_slots(self, state))
+
+    def _begin(self, held: bool, state: State) -> None:
+        """A step that computes, or of a stack in which blocks are entered whatever is decided."""
+        rule = self.rule
+        action = self.control.actions[rule]
         if action == COMPUTE or not held or (self.early and action == PENDING):
             self.start_way()
-        elif layout.loop_does_more:
+        elif self.layout.loop_does_more:
             self._enter_none()
         if not held:
-            units.clear()  # what is there is from before the stack was cut anew, and so are the steps
-            control.state.timelines[rule].clear()
+            state.units[rule].clear()  # what is there is from before the stack was cut anew,
+            state.timelines[rule].clear()  # and so are the steps
             assert self.way is not None
             self._watch(Recorder(self, self.lists, self.layout, self.way))
         elif self.recorder is not None:  # an exception has ended the call that it watched
             self._watch(None)
-        if self.measure or not held:
-            return False
-        return not (control.may_be_compiled and lacks_slots(self, control.state))
 
     def start_way(self) -> Way:
         """The step computes: see how it goes through the stack, and whether that holds the blocks that it held."""
@@ -154,7 +166,7 @@ class StackTarget(BoundTarget):
                 f"target: {[blocks.name for blocks in self.lists]} hold no blocks any more that are skipped; call "
                 "cache.disable() before they are taken away"
             )
-        self.layout = Layout(used=self.layout.next_number)
+        self.go_by(Layout(used=self.layout.next_number))
         for hook, blocks in zip(self.hooks, self.lists, strict=True):
             hook.furnish(blocks)
 
@@ -165,9 +177,9 @@ class StackTarget(BoundTarget):
 
     def recorded(self, state: State) -> bool:
         """Whether storage exists, so that a graph may use it; a calibration measures eagerly."""
-        if self.measure or self.layout.number not in state.units[self.rule]:
+        if self.measure or self.number not in state.units[self.rule]:
             return False
-        return not (self.control.may_be_compiled and lacks_slots(self, state))
+        return not (self.control.may_be_compiled and self.in_parts and lacks_slots(self, state))
 
     def ready(self, state: State) -> bool:
         units, timeline = state.units[self.rule], state.timelines[self.rule]
@@ -175,7 +187,7 @@ class StackTarget(BoundTarget):
             return False  # steps of the conditional half alone have left the other half behind
         if self.guide is not None and len(timeline.steps) < timeline.depth:
             return False
-        if self.layout.number not in units:
+        if self.number not in units:
             return False
         for unit in units.values():
             if not unit.ready(timeline):
@@ -236,8 +248,7 @@ class StackTarget(BoundTarget):
         self.way = None  # nothing to hold it against
         if self.control.actions[self.rule] == REUSE:
             return
-        self.layout = recorder.finish()
-        self.segments = len(self.layout.segments) or -1
+        self.go_by(recorder.finish())
         for hook in self.hooks if self.layout.places else ():
             hook.arrange(self.layout, self.hooks)
         state, rule = self.control.state, self.rule
