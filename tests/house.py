@@ -135,8 +135,8 @@ def private_uses() -> list[str]:
 
 # Names of torch, diffusers and Python that only look private: they publish no other.
 OF_OTHERS = {
-    "_C", "_backward_hooks", "_base", "_cache_config", "_cdata", "_check", "_dynamo", "_fn_refs",
-    "_foreach_copy_", "_forward_hooks", "_getframe", "_hook_order", "_inductor",
+    "_C", "_backward_hooks", "_base", "_cache_config", "_cdata", "_check", "_compiled_call_impl", "_dynamo",
+    "_fn_refs", "_foreach_copy_", "_forward_hooks", "_getframe", "_hook_order", "_inductor",
     "_len_torch_dispatch_stack", "_module_ref", "_modules", "_orig_mod", "_replace",
     "_reset_stateful_cache", "_version",
 }  # fmt: skip

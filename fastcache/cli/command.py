@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .calibrate import calibrate_arguments
+from .doctor import doctor_arguments
 from .tune import tune_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +148,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     tune_arguments(
         commands.add_parser("tune", help="find the best recipe for a model by whole runs of it")
+    )
+    doctor_arguments(
+        commands.add_parser(
+            "doctor", help="whether a cache will work on a model, and what to write"
+        )
     )
     _inspect_arguments(
         commands.add_parser("inspect", help="what a config would hook, skip and hold in memory")

@@ -12,14 +12,14 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import parts
+from .. import parts, sync
 from ..calibration.calibration import Calibration
 from ..calibration.fields import FORMAT
 from ..configs import CONFIGS, FLUX_MAG_RATIOS, Config
@@ -149,10 +149,40 @@ def made_by(command: str, name: str, what: str) -> tuple[Any, Callable[..., Any]
             f"{command}: model is {name!r}, must be `demo` or module:callable that returns (target, {what}), "
             f"{what} being one generation"
         )
-    made = object_from(name)()
+    return pair(command, name, object_from(name)(), what)
+
+
+def pair(command: str, name: str, made: Any, what: str) -> tuple[Any, Callable[..., Any]]:
+    """A target and one generation with it. Raises ValueError where `made` is something else."""
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
         raise ValueError(f"{command}: {name} must return (target, {what}), {what} one generation")
     return made
+
+
+def written(text: str, config: Config | Recipe) -> str:
+    """How a config that was named on a command line is written in a program."""
+    kind = CONFIGS.get(type(config).__name__)
+    if text.endswith(ENDING):
+        form = _json(text).get("format")
+        if form == FORMAT:
+            return f"fastcache.Calibration.load({json.dumps(text)}).config()"
+        if form == parts.FORMAT:
+            return json.dumps(text)
+    if text in presets():
+        return json.dumps(text)
+    if kind is None:
+        return f"fastcache.Recipe.from_dict({config.to_dict()!r})"  # type: ignore[union-attr]
+    values = vars(config)
+    given = [
+        f"{f.name}={_spelled(values[f.name])}"
+        for f in fields(kind)  # type: ignore[arg-type]
+        if values[f.name] != (f.default if f.default is not MISSING else None)
+    ]
+    return f"fastcache.{kind.__name__}({', '.join(given)})"
+
+
+def _spelled(value: Any) -> str:
+    return repr(sync.numbers([value]) if isinstance(value, torch.Tensor) else value)
 
 
 def model_from(text: str, init: dict[str, Any] | None = None) -> Any:

@@ -50,7 +50,9 @@ def _announcing(base: type) -> type:
         own: dict[str, Any] = {
             name: wrap(getattr(base, name))
             for name, wrap in wraps.items()
-            if callable(getattr(base, name, None))
+            if any(
+                name in vars(kind) for kind in base.__mro__
+            )  # not the class's own, by its metaclass
         }
         named = {"__module__": base.__module__, "__qualname__": base.__qualname__}
         _MADE[base] = type(base.__name__, (base,), {**named, **own})

@@ -75,8 +75,8 @@ class Inspection:
         s = self.shapes
         lines = [("model", f"{self.model}, {self.parameters / 1e6:,.2f} M parameters")]
         for rule, hooked in zip(self.rules, self.hooked, strict=True):
-            lines += [("rule", rule), ("  hooks", _shortened(hooked))]
-        lines.append(("close by", _shortened(self.close_by) or "nothing"))
+            lines += [("rule", rule), ("  hooks", shortened(hooked))]
+        lines.append(("close by", shortened(self.close_by) or "nothing"))
         plan = self.plan or (
             f"{self.steps} steps, each decided while running, from what is seen there"
         )
@@ -148,7 +148,7 @@ def inspect_model(
         )
 
 
-def _shortened(names: Sequence[str]) -> str:
+def shortened(names: Sequence[str]) -> str:
     """The names, where those that differ in numbers alone are written once with their count."""
     shapes = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
     shown = [f"{name} ({n})" if n > 1 else name for name, n in shapes.items()]

@@ -367,7 +367,7 @@ def test_tune_keeps_its_journal_where_time_is_over(capsys, tmp_path):
 
 
 def test_every_command_has_help(capsys):
-    for command in ("demo", "bench", "info", "calibrate", "tune", "inspect", "plan"):
+    for command in ("demo", "bench", "info", "calibrate", "tune", "doctor", "inspect", "plan"):
         try:
             assert cli.main([command, "--help"]) == 0
         except SystemExit as end:
