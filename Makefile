@@ -25,7 +25,10 @@ CUDA_PYTHON ?= python3.12
 CUDA := .venv-cuda
 KIT := .gpu-kit
 
-.PHONY: demo test test-fast test-oldest test-torch lint report bench gpu-kit venv clean
+# other Pythons that the wheel must install on, where they are to be had
+PYTHONS ?= python3.10 python3.12 python3.13
+
+.PHONY: demo test test-fast test-oldest test-torch lint wheel wheel-test report bench gpu-kit venv clean
 
 demo: venv
 	$(RUN)fastcache demo
@@ -48,6 +51,16 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tests/house.py
+
+# dist/: one wheel for this platform, for every Python and every torch from 2.10 on, and the sdist
+wheel: venv
+	rm -rf dist build/lib build/bdist*
+	FASTCACHE_BUILD_CPU=1 $(BIN)/python -m pip --disable-pip-version-check wheel -q --no-build-isolation --no-deps -w dist .
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
+
+# in clean environments without a compiler, beside the versions of torch that CI has
+wheel-test: wheel $(TORCH)/.installed
+	$(BIN)/python tests/clean_environments.py dist/*.whl --beside $(VENV) $(TORCH) --python $(PYTHONS)
 
 # every setting that was measured, on one page
 report: venv

@@ -13,8 +13,10 @@ import torch
 
 from .. import __version__
 from ..ops import dispatch
-from ..ops.backends import cpp
+from ..ops.backends import cpp, cuda
 
+DISTRIBUTION = "fastcache-dit"
+LIBRARIES = {"C++ kernels": cpp.LIBRARY, "CUDA C++ kernels": cuda.LIBRARY}
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "numpy")
 
 
@@ -25,8 +27,31 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
+def _wheel() -> str:
+    """What was installed: the tags of its wheel, which say where it may be."""
+    for found in importlib.metadata.distributions(name=DISTRIBUTION):
+        if lines := (
+            found.read_text("WHEEL") or ""
+        ).splitlines():  # a checkout that was built has none
+            break
+    else:
+        return "not installed, imported from a folder"
+    tags = [line.removeprefix("Tag: ") for line in lines if line.startswith("Tag: ")]
+    editable = ", editable" * ('"editable": true' in (found.read_text("direct_url.json") or ""))
+    return f"{DISTRIBUTION} {found.version}, {' '.join(tags)}{editable}"
+
+
+def _held() -> str:
+    """The native libraries that came with it."""
+    held = [f"{name} ({path.name})" for name, path in LIBRARIES.items() if path.exists()]
+    lacking = [f"no {name}" for name, path in LIBRARIES.items() if not path.exists()]
+    return ", ".join([*held, *lacking])
+
+
 def _rows() -> Iterator[tuple[str, str]]:
     yield "fastcache", __version__
+    yield "wheel", _wheel()
+    yield "holds", _held()
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     for package in PACKAGES:
         yield package, _installed(package)

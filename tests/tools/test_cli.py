@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -379,6 +380,20 @@ def test_every_command_has_help(capsys):
 
 def test_info_prints_backends(capsys):
     assert "backend reference" in said(capsys, "info")
+
+
+def test_info_says_what_was_installed_and_what_it_holds(capsys, monkeypatch, tmp_path):
+    from fastcache.cli import info
+
+    row = re.search(r"^wheel +(.*)", said(capsys, "info"), re.MULTILINE)[1]
+    assert re.fullmatch(r"fastcache-dit \d\S+, py3-none-\w+(, editable)?", row)
+    (tmp_path / "held.so").touch()
+    monkeypatch.setattr(
+        info, "LIBRARIES", {"C++ kernels": tmp_path / "held.so", "CUDA": tmp_path / "x.so"}
+    )
+    assert re.search(r"^holds +C\+\+ kernels \(held.so\), no CUDA$", said(capsys, "info"), re.M)
+    monkeypatch.setattr(info, "DISTRIBUTION", "no-such-distribution")
+    assert "imported from a folder" in said(capsys, "info")
 
 
 def test_bench_without_a_checkout_says_where_it_is(capsys, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import clean_environments
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +82,12 @@ def test_a_wheel_with_the_extension_works_where_it_is_installed(sdist, tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         assert [n for n in archive.namelist() if n.endswith(".so")] == [LIBRARY]
         archive.extractall(tmp_path / "site")
+    symbols = ["nm", "-D", "--undefined-only", str(tmp_path / "site" / LIBRARY)]
+    needed = subprocess.run(symbols, capture_output=True, text=True, check=True).stdout
+    assert (
+        "aoti_torch_get_data_ptr" in needed
+    )  # the stable ABI, which is C; and none of C++'s, whose names are mangled
+    assert not [n for n in needed.split() if n.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "Py"))]
     code = """
 import fastcache.triton_kernels, torch
 from fastcache.ops.backends import cpp
@@ -93,6 +100,12 @@ print(cpp.LIBRARY, x.sum().item())
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert run.stdout.split() == [str(tmp_path / "site" / LIBRARY), "16.0"], run.stderr
+
+
+def test_only_a_wheel_for_every_python_is_checked(tmp_path):
+    for name in ("f-1-py3-none-any.whl", "f-1-cp311-cp311-linux_x86_64.whl"):
+        with pytest.raises(SystemExit, match="for every Python"):
+            clean_environments.main([str(tmp_path / name)])
 
 
 def test_without_a_compiler_the_wheel_is_pure_and_the_build_says_why(sdist, tmp_path):
