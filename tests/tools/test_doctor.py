@@ -2,98 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from typing import Any
-
 import pytest
 import torch
+from patients import (
+    Pipeline,
+    Plain,
+    Uncallable,
+    eval_model,
+    model,
+    past_it,
+    pipe,
+    raising,
+    with_a_run,
+)
 from torch import nn
 
 import fastcache
-from fastcache import cli
-from fastcache.cli.doctor import target_from
-from fastcache.cli.parse import config_from, written
 from fastcache.ops import dispatch
 from fastcache.ops.backends.table import BACKENDS
 from fastcache.tools.doctor import Diagnosis, diagnose, steps_of
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return x + 0.1 * self.mix(x)
-
-
-class Plain(nn.Module):
-    """Blocks of a class that nobody knows."""
-
-    def __init__(self, depth: int = 3) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
-
-    def forward(self, hidden_states):
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
-        return hidden_states
-
-
-class Pipeline:
-    """One that opens no contexts."""
-
-    def __init__(self, **parts: Any) -> None:
-        vars(self).update(parts)
-
-    def __call__(self, num_inference_steps: int = 12):
-        with torch.no_grad():
-            return [self.transformer(x) for x in torch.ones(num_inference_steps, 1, 4, 8)]
-
-
-class Uncallable:
-    def __init__(self) -> None:
-        self.transformer = eval_model()
-
-
-def eval_model(depth: int = 3) -> Plain:
-    torch.manual_seed(0)
-    return Plain(depth).eval().requires_grad_(False)
-
-
-model = eval_model()
-pipe = Pipeline(transformer=eval_model())
-number = 3
-
-
-def made():
-    return Plain()
-
-
-def with_a_run():
-    """What `fastcache doctor module:function` tries."""
-    mine = eval_model()
-
-    def run(cache):
-        with cache.run(num_inference_steps=8):
-            for i in range(8):
-                mine(torch.full((1, 4, 8), 1.0 + 0.1 * i))
-
-    return mine, run
-
-
-def past_it():
-    mine = eval_model()
-    return mine, lambda: mine.blocks[0](torch.ones(1, 4, 8))
-
-
-def raising():
-    return eval_model(), lambda: {}["prompt"]
-
-
-def broken_pair():
-    return eval_model(), 3
 
 
 def said(found: Diagnosis, level: str) -> str:
@@ -293,88 +220,3 @@ def test_what_enable_warns_of():
     assert "PyramidAttentionBroadcastConfig" in said(
         diagnose(Attending().eval(), config), "warning"
     )
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-def command(capsys, *args: str) -> tuple[int, str]:
-    status = cli.main(["doctor", *args])
-    streams = capsys.readouterr()
-    return status, streams.out + streams.err
-
-
-@pytest.mark.parametrize("name", ["model", "pipe", "made", "Plain", "with_a_run"])
-def test_objects_functions_and_classes(name, capsys):
-    status, text = command(capsys, f"{__name__}:{name}")
-    assert status == 0 and text.startswith("works") and "what to write:\n    cache = " in text
-    assert ("tried" in text) == (name == "with_a_run")
-
-
-def test_the_status_tells_that_it_will_not_work(capsys):
-    for name in ("number", "past_it", "raising"):
-        status, text = command(capsys, f"{__name__}:{name}")
-        assert status == 1 and text.startswith("works      no\n")
-
-
-@pytest.mark.parametrize(
-    ("args", "what"),
-    [
-        (["no.such.module:x"], "cannot import"),
-        ([f"{__name__}:nothing"], "has no 'nothing'"),
-        ([f"{__name__}:broken_pair"], "must return (target, run)"),
-        ([f"{__name__}:model", "--config", "nope"], "config: 'nope'"),
-        ([f"{__name__}:model", "--steps", "0"], "steps is 0"),
-    ],
-)
-def test_bad_input_is_one_line(args, what, capsys):
-    status, text = command(capsys, *args)
-    assert status == 1 and what in text and text.count("\n") == 1
-
-
-FIRST = '{"config": "firstblock", "threshold": 0.5}'
-
-
-def test_json(capsys):
-    status, text = command(capsys, f"{__name__}:with_a_run", "--json", "--config", FIRST)
-    found = json.loads(text)
-    assert status == 0 and found["works"] and found["computed"] is None
-    assert found["denoisers"][0]["hooked"] == ["blocks (3 blocks)"]
-    assert {"level", "what", "do"} == set(found["findings"][0])
-
-
-def test_configs_are_written_as_a_program_has_them(tmp_path):
-    recipe = fastcache.Recipe(fastcache.Interval(3), fastcache.Taylor(1))
-    saved = recipe.save(tmp_path / "r.json")
-    measured = fastcache.Calibration([1.0, 0.9]).save(tmp_path / "c.json")
-    plain = tmp_path / "s.json"
-    plain.write_text('{"config": "firstblock", "threshold": 0.2}')
-    names = {"fastcache": fastcache}
-    for text in (
-        "quality",
-        "firstblock",
-        '{"config": "MagCacheConfig", "mag_ratios": [1.0, 0.9], "num_inference_steps": 2}',
-        '{"when": {"Interval": {"n": 3}}, "what": {"Taylor": {"order": 1}}}',
-        str(saved),
-        str(measured),
-        str(plain),
-    ):
-        given = config_from(text)
-        found = eval(written(text, given), names)
-        settings = fastcache.enable(eval_model(), found)
-        assert settings.recipe == fastcache.enable(eval_model(), given).recipe, text
-    assert written(str(plain), config_from(str(plain))) == (
-        "fastcache.FirstBlockCacheConfig(threshold=0.2)"
-    )
-
-
-def test_the_demo_model(capsys):
-    pytest.importorskip("diffusers")
-    status, text = command(capsys, "demo")
-    assert status == 0 and "transformer_blocks (2 blocks)" in text
-    assert isinstance(target_from("demo")[0], nn.Module)
-
-
-def test_steps_of_a_pipeline():
-    assert steps_of(pipe) == 12 and steps_of(model) == 28 == steps_of(Uncallable())
-    assert steps_of(functools.partial(print)) == 28
