@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packages, and the optional native libraries; everything else is in pyproject.toml.
 
 FASTCACHE_BUILD_CPU and FASTCACHE_BUILD_CUDA are `auto` (build where possible), `0` (never) or `1`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m bench NAME ...: run one benchmark, or `report`."""
 
 from __future__ import annotations

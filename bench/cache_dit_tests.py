@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run cache-dit's own tests of its caching, unmodified, on fastcache.
 
     python bench/cache_dit_tests.py CHECKOUT [--kernels | --own] [pytest arguments]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who is compared step by step: fastcache, diffusers' hooks and cache-dit, and what bounds them.
 
 An entry makes a contender with modules of its own when it is called.

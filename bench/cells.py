@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of the quality benchmark that compare with each other, and the best of them at a cost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cache ops as `bench/ops.py` compares them: ours, and the eager expressions they replace.
 
 A buffer set is a dict of tensors. y: output of a block, x: its input, r and prev: residuals, out: a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A promise, held against committed results."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the project promises, checked against committed results: one row per promise, met or not."""
 
 from __future__ import annotations

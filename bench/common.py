@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every benchmark shares: environment, timing, traffic counts, JSON lines, tables.
 
 Contenders are timed in interleaved rounds, all of them warmed up first, and compared by medians. On a

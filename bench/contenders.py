@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One schedule for all that is compared step by step, and how a contender runs on it."""
 
 from __future__ import annotations

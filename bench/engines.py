@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Python cost of a reused step under cache-dit: its own, with `accelerate()`, and with `install()`.
 
     python -m bench engines --json out.jsonl

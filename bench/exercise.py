@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run every op once per backend, dtype and awkward shape: what compute-sanitizer looks at."""
 
 from __future__ import annotations

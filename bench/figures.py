@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures of the benchmarks. Every function takes rows as the benchmarks write them."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # One run on a GPU, in stages: what bench/gpu/table.py lists, each cut off at its limit, every number
 # on disk the moment it is measured.
 #

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The models of the graphs benchmark."""
 
 from __future__ import annotations

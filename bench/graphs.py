@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What caching does to torch.compile, on tiny models of diffusers' classes and on a user's own.
 
     python -m bench graphs --json out.jsonl

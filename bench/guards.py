@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the guards of a policy are worth on the trained model: PSNR at equal compute.
 
     python -m bench guards --json guards.jsonl

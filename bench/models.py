@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models whose steps are timed: the shipped trained one, and others at their real width with random weights."""
 
 from __future__ import annotations

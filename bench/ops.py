@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each cache op against the eager chains it replaces and against torch.compile of the same expression.
 
     python -m bench ops --json out.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Python cost of one step on 57 blocks that do next to nothing: what a cache adds when it skips.
 
     python -m bench overhead --json out.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything that was measured as one page: a list of blocks, made from rows of results alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of the peers, and of ours that imitate them."""
 
 from __future__ import annotations

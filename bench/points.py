@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One setting of one system in a sweep."""
 
 from __future__ import annotations

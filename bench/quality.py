@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Speed and quality on trained models: every method's sweep, peers, and fewer steps.
 
     python -m bench quality --json out.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Promises about speed and quality on trained models."""
 
 from __future__ import annotations

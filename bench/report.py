@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Render committed results: the tables and pictures of README and docs, and everything as one HTML page.
 
     python -m bench report --write          update the tables and pictures

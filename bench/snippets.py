@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The number tables inside README.md and docs/*.md, each between two markers:
 
     <!-- bench:begin NAME -->

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many requests on one model for a long time: resident memory and the cache's bytes stay flat.
 
     python -m bench soak --steps 10000 --json out.jsonl

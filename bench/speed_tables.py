@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of kernels, steps, graphs and Python cost."""
 
 from __future__ import annotations

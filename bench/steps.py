@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Latency and memory of computed and reused steps: fastcache, diffusers' hooks and cache-dit.
 
     python -m bench steps --json out.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the quality benchmark measures: trained models, how each is sampled and judged, and cells."""
 
 from __future__ import annotations

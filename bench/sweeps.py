@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings that `bench/quality.py` sweeps, one row each: who, which method, how strong."""
 
 from __future__ import annotations

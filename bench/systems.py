@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The systems that are compared, behind one small interface.
 
 A system attaches one method to a model and says how a denoiser call is announced. diffusers and

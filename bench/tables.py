@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of results in Markdown: what all of them have in common."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a call moves: launches, bytes, reads, and what is alive at once."""
 
 from __future__ import annotations

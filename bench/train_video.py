@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the video model of the quality benchmark; deterministic for a given torch build.
 
     python -m bench.train_video

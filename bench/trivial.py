@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model of many blocks that do next to nothing, to see what Python costs."""
 
 from __future__ import annotations

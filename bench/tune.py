@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What fastcache.tune finds on trained models: against the full sweep, and against solvers at equal time.
 
     python -m bench tune --json bench/results/tune-cpu.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run diffusers' own model-level cache tests, unmodified, on fastcache.
 
     python bench/upstream_tests.py CHECKOUT [--every-model] [--own-hooks] [pytest arguments]

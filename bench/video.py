@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The second trained model of the quality benchmark: moving digits, drawn by a small Wan.
 
 Videos are [B, 6, 1, 16, 16] in [-1, 1]: a digit of 12x12 pixels that moves on a straight line and

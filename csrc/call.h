@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From torch tensors to operands, on the stable ABI: checks that the Python side does not make.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a kernel sees a tensor; shared by the CPU and the CUDA side, free of torch.
 #pragma once
 

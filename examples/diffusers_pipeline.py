@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A diffusers pipeline end to end: load, cache, generate, look at what was saved, give it back.
 
     python examples/diffusers_pipeline.py --model black-forest-labs/FLUX.1-dev --device cuda

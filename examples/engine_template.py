@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What to write to have an engine of your own run on fastcache: copy this, and put your engine in place of `Engine`.
 
     python examples/engine_template.py

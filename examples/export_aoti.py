@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two AOTInductor packages, computed and reused step, sharing one cache under a host's schedule.
 
     python examples/export_aoti.py [folder]

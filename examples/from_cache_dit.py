@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A script of cache-dit's, with one line in front of it.
 
 python examples/from_cache_dit.py             # cache-dit's calls on fastcache's runtime

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sampling loop written by hand, with guidance in two calls: the three lines that a cache needs.
 
     python examples/hand_loop.py --steps 28

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server in one process: requests arrive at any time, one model and one cache serve them all.
 
     python examples/serve.py --requests 12 --rate 4

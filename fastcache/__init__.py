@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fastcache: a kernel-accelerated cache runtime for diffusion transformers.
 
 import fastcache

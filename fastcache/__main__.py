@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m fastcache`: the command line."""
 
 from .cli import main

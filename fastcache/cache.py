@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The runtime that users hold: enable, context, reset, update, disable; all or nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of arguments: each returns the value in its own type, or raises an error that names the field."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading a JSON file that nobody vouches for: its size first, then its nesting, then its fields."""
 
 from __future__ import annotations

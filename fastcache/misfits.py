@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which of when, what and where do not go together, and why."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policies, predictors and targets by name, and the rules of a recipe as plain JSON values and back.
 
 A part is {"Name": {field: value}}, or "Name" alone. A value is null, a boolean, a number, a string, a list (a tuple

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recipe: when to reuse, what stands in, where; and its plan of a run, where that is known beforehand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The only place where a value crosses from the device to the host, and where ranks agree on one."""
 
 from __future__ import annotations

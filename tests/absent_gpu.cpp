@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A guard for CUDA devices on a machine without one: torch built for CPUs can then make fake tensors on them.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Inductor would run on a GPU that is absent, for the compiled steps of a tiny model. A program of its own.
 
 Steps run on the CPU; every graph that Dynamo hands over is lowered a second time with all its tensors on a fake

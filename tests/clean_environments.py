@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A wheel in clean environments: it installs without a compiler, its C++ kernels run, its sources fit.
 
     python tests/clean_environments.py dist/NAME.whl --beside .venv .venv-torch   # torch as these environments have it

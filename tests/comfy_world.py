@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What stands for ComfyUI in tests: networks laid out as it names them, a model patcher and a sampler.
 
 Written from the interface that MIT-licensed nodes document; nothing here is ComfyUI's.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models whose first and last blocks always run, and what their steps give, written down plainly."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Callers of every kind, made by a seed."""
 
 from __future__ import annotations

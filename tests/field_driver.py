@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a caller does, call by call."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What callers call: a pipeline as diffusers has them, and threads that take turns."""
 
 from __future__ import annotations

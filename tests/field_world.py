@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model whose outputs say which calls they were made of, and a judge who knows whose calls those are.
 
 The residual of computed call n is 1 in place n and 0 elsewhere, so the difference of a call's output and its input

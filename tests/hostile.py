@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What no checked JSON file may begin with, whatever it is of: the bytes, and a word of what is said."""
 
 NO_OBJECT = (

@@ -1,6 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
 """The structure of the tree, read from its source without running it.
 
     python tests/house.py            # print the figures; exit 1 where one is above its limit
+    python tests/house.py --write    # first write the licence into source files that lack it
 
 What it counts is in `FIGURES`; `tests/tools/test_layering.py` holds the layers, this file the arithmetic.
 """
@@ -8,12 +10,20 @@ What it counts is in `FIGURES`; `tests/tools/test_layering.py` holds the layers,
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST = 320  # lines of a file
+LONGEST = 320  # lines of a file, but for its licence
+
+# The licence as the first line of a source file, or the second where the first one names an interpreter.
+LICENCE = "SPDX-License-Identifier: Apache-2.0"
+MARKS = {
+    ".py": "# ", ".sh": "# ", ".c": "// ", ".cpp": "// ", ".h": "// ", ".inc": "// ", ".cu": "// ", ".cuh": "// ",
+}  # fmt: skip
+SOURCES = ("fastcache", "triton_kernels", "csrc", "bench", "tests", "examples")
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -84,8 +94,12 @@ def circles() -> list[list[str]]:
     return found
 
 
+def lines_of(path: Path) -> int:
+    return sum(LICENCE not in line for line in path.read_text().splitlines())
+
+
 def long_files() -> list[str]:
-    counted = ((p, len(p.read_text().splitlines())) for p in modules().values())
+    counted = ((p, lines_of(p)) for p in modules().values())
     return [f"{p.relative_to(ROOT)} {lines}" for p, lines in counted if lines > LONGEST]
 
 
@@ -210,6 +224,22 @@ def string_keys() -> list[str]:
     return found
 
 
+def unlicensed() -> list[Path]:
+    """Source files that do not begin with their licence."""
+    found = (p for folder in SOURCES for p in (ROOT / folder).rglob("*") if p.suffix in MARKS)
+    sources = [ROOT / "setup.py", *sorted(found)]
+    return [p for p in sources if LICENCE not in "".join(p.read_text().splitlines(True)[:2])]
+
+
+def license_files() -> None:
+    for path in unlicensed():
+        first, *rest = path.read_text().splitlines(True) or [""]
+        line = f"{MARKS[path.suffix]}{LICENCE}\n"
+        path.write_text(
+            "".join([first, line, *rest] if first[:2] == "#!" else [line, first, *rest])
+        )
+
+
 # What is counted, and how many there may be.
 FIGURES = {
     "import circles": (circles, 0),
@@ -218,10 +248,13 @@ FIGURES = {
     "isinstance on our own kinds": (own_isinstance, 7),
     'getattr(own, "name", default)': (own_getattr, 0),
     "string-keyed slots": (string_keys, 0),
+    "files without their licence": (unlicensed, 0),
 }
 
 
-def main() -> int:
+def main(options: list[str]) -> int:
+    if options == ["--write"]:
+        license_files()
     bad = 0
     for name, (count, most) in FIGURES.items():
         found = count()
@@ -233,4 +266,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

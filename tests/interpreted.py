@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a test file once more where Triton interprets, which it decides when it is imported."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small model whose first normalisation has the timestep in it, and the ways to drive a model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models and pipelines for `fastcache doctor`, well and not so well."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model whose blocks have one of cache-dit's six forward patterns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stage of the run on a GPU as it goes there, on a machine without one.
 
     python pretend_cuda.py STAGE FILE

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A libcuda that owns no device: Triton loads and launches through it, nothing runs, and every
 // launch is counted. tests/stubbed_gpu.py compiles it, with an empty function for every other name
 // that Triton's driver refers to.

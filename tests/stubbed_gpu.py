@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton's own compiler and launcher on a libcuda that owns no device: all of a launch but its run.
 
 `environment(folder)` builds that library and says how to start a Python in which `install()` makes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real diffusers pipelines of tiny random parts, offline, end to end: uncached, cached, compiled."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random-weight models from diffusers' own classes, and slow fake trajectories for them."""
 
 from __future__ import annotations

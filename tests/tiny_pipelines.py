@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pipelines that people run, of tiny random parts, beyond those of test_pipelines.py; offline."""
 
 from __future__ import annotations

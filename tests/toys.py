@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small models without diffusers, of every shape that the contract promises to take."""
 
 from __future__ import annotations

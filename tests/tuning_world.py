@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small flow whose cost and error are known: blocks tick a clock, and the velocity turns slowly or not at all."""
 
 from __future__ import annotations

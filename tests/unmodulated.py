@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models whose first block's modulated input is not known."""
 
 # Models of which nothing is known, and why: the row of none of them would be exact.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of the cache arithmetic, with the names and signatures of `fastcache.reference`.
 
 Arguments arrive checked (`fastcache.ops`): one shape and device, every tensor contiguous or a token

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compile every kernel for GPUs that are absent and read the machine code.
 
     python -m fastcache.triton_kernels.aot [--quick] [--only NAME] [--amd]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counters of the programs that have arrived, for reductions that end in the launch they began in.
 
 A launch finds its counters at zero and leaves them at zero. Two launches may therefore share one if

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every launch needs on the host: where samples begin, and block sizes.
 
 Tensors are seen as S samples of n dense elements. Contiguous ones are one sample whatever their

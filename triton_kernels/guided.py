@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guided prediction: weights of cached residuals, read off the guide of the current step.
 
 With guides g (current) and g_1, g_2, .. (cached, newest first), q = g - g_1, D_j = g_j - g_(j+1):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launches that are planned once per layout of their tensors, and then go past Triton's JIT.
 
 The JIT binds, classifies and hashes every argument of every launch, which takes the host longer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """out <- sum_i weights[i] * tensors[i]: prediction, extrapolation, store, apply and guidance.
 
 Products and sums are rounded separately and in order (no fused multiply-add), so float32 results

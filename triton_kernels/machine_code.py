@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Registers, spills and shared memory, read from compiled kernels."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TeaCache's signal: a block's modulated input, its L1 change and its store, in one pass over memory.
 
 A row that fits a tile is read once and stays in registers; of a wider one the statistics take two more

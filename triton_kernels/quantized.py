@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantised storage: residuals as float8 e4m3 with one float32 scale per token, and their sums.
 
 A row that holds NaN or infinity comes back as NaN. The hardware converts where it can (compute

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums over all programs of a launch, in fixed order, in that launch.
 
 A reduction runs P = min(ceil(n / block), PROGRAMS) programs per result, which depends on the shape

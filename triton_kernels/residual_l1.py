@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """First-block decision: both L1 sums in one pass over three tensors; may store the residual."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MagCache calibration: the mean ratio of residual norms per token; may store the residual.
 
 Squares are summed in float32, so norms hold for values between about 1e-18 and 1e+17 in size.

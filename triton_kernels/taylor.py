@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backward differences in place: the refresh of TaylorSeer's factors in one pass."""
 
 from __future__ import annotations

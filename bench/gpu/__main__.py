@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m bench.gpu [NAME ...]: run stages, each in a process of its own that is killed at its limit.
 
 Started by bench/gpu.sh, which sets up what they need. NAME is a stage, `first` (default) or `second`.

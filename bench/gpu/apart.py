@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One reused step of FLUX.1 taken apart: kernels, what the device did between them, the host.
 
 The step is profiled for what it consists of and timed without the profiler, which slows the host.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole runs of FLUX.1 whose reused steps are captured: computed ones eager, or with compiled blocks."""
 
 from __future__ import annotations

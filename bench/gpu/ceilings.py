@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The machine: what runs here, and the speeds that nothing can exceed."""
 
 from __future__ import annotations

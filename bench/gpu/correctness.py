@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Are the results right: ops at model size, layouts, small models, then the tests for a GPU."""
 
 from __future__ import annotations

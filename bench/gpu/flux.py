@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FLUX.1 at full size with random weights, and one whole run of a contender as a row."""
 
 from __future__ import annotations

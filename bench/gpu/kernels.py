@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each op, timed by the replay of a CUDA graph over buffers larger than the cache; and on the host.
 
 A graph holds several calls, each on the next set of buffers, so that the device never waits for the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What travels to a GPU without a network: built libraries, compiled kernels, wheels, a manifest.
 
     python -m bench.gpu.kit make FOLDER                  `make gpu-kit`, in an environment like the target's

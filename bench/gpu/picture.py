@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The second call: the picture model, trained on the GPU for a while and evaluated. See `COMMANDS`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fill Triton's cache for an absent GPU: every kernel of the tests, the gate and the benchmarks.
 
 The cases run on host tensors, with the addresses and sizes that decide what Triton specialises; a

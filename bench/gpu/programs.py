@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step asks of the host: reads that stop it, graphs that are not captured; and their tests."""
 
 from __future__ import annotations

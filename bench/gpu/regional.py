@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole runs of FLUX.1 with its repeated blocks compiled, and everything around them eager."""
 
 from __future__ import annotations

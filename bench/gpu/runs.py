@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole runs of FLUX.1, eager, on one schedule: ours, the peers, and what bounds them."""
 
 from __future__ import annotations

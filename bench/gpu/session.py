@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a stage is given: rows that are kept the moment they are measured, and the machine."""
 
 from __future__ import annotations

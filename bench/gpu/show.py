@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of a run on a GPU as tables, for the report."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m bench.gpu.stage NAME FILE DEVICE LIMIT: one stage, in this process."""
 
 from __future__ import annotations

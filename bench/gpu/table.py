@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stages of a run on a GPU: what each is called, and how many seconds it may take."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The project's tests for a GPU, as rows: every failure when it happens, counts at the end.
 
 Also a plugin of pytest: `-p bench.gpu.tests` in the process that the stage starts.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One captured graph per mode of the whole model; then, with time left, the memory checks."""
 
 from __future__ import annotations

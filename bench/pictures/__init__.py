@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures from words: the third kind of trained model of the benchmarks, in three sizes.
 
 Images are [B, 3, 32, 32] in [-1, 1], packed 4x4 into 64 tokens of 48 channels. A prompt is at most

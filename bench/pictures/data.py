@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Emoji as training data: about 1,900 pictures with their names.
 
     npm pack emoji-datasource-google@16.0.0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model in three sizes, which differ in width alone, and its samples."""
 
 from __future__ import annotations

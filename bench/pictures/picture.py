@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One picture: the same prompts uncached, cached at half, a third and a quarter of the cost, and fewer steps.
 
 python -m bench.pictures.picture --out docs/images/pictures.png

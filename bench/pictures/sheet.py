@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Contact sheets: samples under their prompts."""
 
 from __future__ import annotations

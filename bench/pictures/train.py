@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the picture model; resumable, and deterministic for a given torch build and number of threads.
 
     npm pack emoji-datasource-google@16.0.0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training that stops and goes on at any step: the same bits come out as without a stop."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text encoder: every word is a fixed random vector, seeded by the word itself.
 
 Nothing is learnt and nothing is stored, so that any word can be asked for, and the trained model alone is

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Cuts tensors into chunks for the kernels. Chunk boundaries follow from the shape alone and
 // partial sums are added in chunk order, so a result does not depend on the number of threads.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Weights of cached values, read off the guides: sums over all elements, then a system of one or
 // two unknowns. fastcache/ops/reference.py is the specification.
 #pragma once

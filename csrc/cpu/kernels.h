@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU kernels compute, one table of functions per instruction set. Free of torch and of
 // Python.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernels for AVX2. Standard headers come before the pragma: an inline function of theirs that
 // is compiled here must stay fit for every machine, for the linker may keep this copy.
 #include "kernels.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernels for whatever the compiler targets by itself: SSE2 on x86, NEON on ARM.
 #include <cmath>
 #include <cstring>

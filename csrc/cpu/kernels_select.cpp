@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which table of kernels this machine runs.
 #include <cstdlib>
 #include <cstring>

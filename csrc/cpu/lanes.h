@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Vectors of WIDTH floats, the widest the instruction set has; GCC and Clang lower them to single
 // instructions. (Wider ones would be portable too, but GCC 12 takes them apart element by element.)
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The operators fastcache_C::* for CPU tensors, on torch's stable ABI: argument checks, layout,
 // threads.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The C++ internals for the tests: every instruction set by name, any order of chunks, raw
 // pointers.
 #include <pybind11/pybind11.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Counters of the blocks that have arrived, for reductions that end in the launch they began in.
 //
 // A launch finds its counter at zero and leaves it at zero. Two launches may share one if they never

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernels share: conversions, 16-byte vectors, and the single-launch reduction.
 #pragma once
 

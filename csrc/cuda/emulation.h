@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Enough of CUDA to run these kernels on the host, for tests. The threads of a block are fibres that
 // switch at barriers and shuffles. Blocks run one after the other in random order: those of the
 // launches at the head of all streams mixed, each stream in the order of its launches. What a block

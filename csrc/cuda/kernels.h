@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The CUDA kernels' launchers: raw pointers and a stream, no torch and no CUDA headers.
 //
 // Compiled and inspected without a GPU; nothing here has run on one yet.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Weighted sums of one to five tensors: prediction, extrapolation, apply and store.
 #include "device.cuh"
 #include "launch.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The operators fastcache_cuda::* on torch's stable ABI. The only file here that knows torch, and
 // it knows no CUDA header; scratch memory of the reductions comes from fastcache/ops/backends/cuda.py.
 //

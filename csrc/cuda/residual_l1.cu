@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // First-block decision: both L1 sums in one launch, the residual stored on the way.
 #include <type_traits>
 

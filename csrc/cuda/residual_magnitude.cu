@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Calibration of MagCache: the mean ratio of token norms in one launch, a warp per token.
 #include "counters.cuh"
 #include "device.cuh"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a calibration run has measured, as an object: magnitude ratios and first-block changes.
 
 A calibration run computes every step. From it follow MagCache's ratios and, for any threshold, the

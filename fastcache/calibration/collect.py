@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A calibration out of what a calibrating run has measured."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fields of a calibration file, each checked."""
 
 from __future__ import annotations

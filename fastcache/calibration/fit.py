@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TeaCache's polynomial, fitted to what a calibration has seen."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which steps to compute, planned on what one run has shown: a shortest path over steps.
 
 From the Gram matrix of a run's values, one per step, the error of any weighted sum of them follows without the values:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From what was measured to thresholds: any one is played through without another run.
 
 `rows` are first-block changes of one context: row i holds the relative L1 change of the first block's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights of computed values by least squares, from the inner products that a calibration has recorded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastcache calibrate`: measure the demo model or a run of your own."""
 
 from __future__ import annotations

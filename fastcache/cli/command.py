@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line. Everything heavy is imported inside the command that needs it."""
 
 from __future__ import annotations

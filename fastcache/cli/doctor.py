@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastcache doctor`: whether a cache will work on a pipeline or model of your own."""
 
 from __future__ import annotations

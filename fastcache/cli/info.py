@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runs here and why the rest does not: `python -m fastcache info`, also `fastcache info`.
 
 pip hides what a build printed, so the reasons are repeated at run time.

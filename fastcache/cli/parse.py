@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configs, recipes and models as they are named on a command line or in JSON.
 
 FirstBlockCacheConfig

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastcache tune`: the best recipe for the demo model or a generation of your own."""
 
 from __future__ import annotations

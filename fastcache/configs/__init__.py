@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configs: methods by the names and with the fields that their users know."""
 
 from .base import Config

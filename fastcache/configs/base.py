@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What configs share.
 
 A config is sugar: `recipe()` says what it means as rules of when × what × where. Fields are checked when

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The config of cache-dit's DBCache."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FasterCache's documented config."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From whatever a user names settings by to a recipe."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of attention modules, as diffusers' two attention caches find them."""
 
 from __future__ import annotations

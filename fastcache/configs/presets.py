@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings by name: budgets and masks that were measured, and what others have published by model family."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SeaCache's documented config."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small trained Flux model, shipped with the package, and the demo that runs on it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Digits as a tiny latent space: 16x16 images, packed 2x2 the way Flux packs latents.
 
 Images are [B, 1, 16, 16] in [-1, 1]; tokens are [B, 64, 4]; a label is an int in 0..9, and

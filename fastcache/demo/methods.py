@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the demo compares: one row per method."""
 
 from __future__ import annotations

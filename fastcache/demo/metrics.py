@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quality measures for images [B, 1, 16, 16] in [-1, 1]."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trained denoiser (diffusers' FluxTransformer2DModel) and its judge, loaded offline."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's last line: with a cache, more steps come nearer to the converged picture in less time."""
 
 from __future__ import annotations

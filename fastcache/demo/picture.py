@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's picture: samples, amplified difference, computed steps and the frontier."""
 
 from __future__ import annotations

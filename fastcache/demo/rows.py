@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the demo runs and what it measures: one row per method."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo: one trained model, the same noise, one row per method.
 
     fastcache demo --out demo_out --json demo_out/demo.json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flow-matching sampler for the demo model, plain or under a cache."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Solvers for the demo models: Euler, the second-order Adams-Bashforth, and diffusers' multistep schedulers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the demo's denoiser and judge; deterministic for a given torch build.
 
     python -m fastcache.demo.train --out build/demo-assets

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fastcache.compile: one fullgraph callable per mode, chosen outside the graphs.
 
 A mode is what the rules decided. Rules that decide beforehand need one graph per mode. FirstBlockCache

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Export: the steps of a cached model as graphs of their own, for a host without Python.
 
 A cached step only reads and writes storage that outlives it. In an exported graph that storage is an

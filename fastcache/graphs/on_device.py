@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experimental: FirstBlockCache's decision taken inside one graph, next to what is decided.
 
 The graph holds the whole step: the first block and its change, the decision, and torch.cond over the rest of

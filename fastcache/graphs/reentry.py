@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a model's forward may be entered twice in one step, as far as its source shows. No torch.
 
 `fastcache.compile` enters it twice where FirstBlock decides, and what comes before the first block then happens

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bridges to other libraries; nothing else of fastcache imports them."""

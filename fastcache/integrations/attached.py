@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an engine with its own loop attaches to: a cache on its denoisers, driven by the engine's events.
 
     attached = Attached(engine.transformer, "balanced")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """diffusers' own cache calls, run by fastcache.
 
 After `install()`, `model.enable_cache(config)` and `diffusers.hooks.apply_*(model, config)` attach a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every integration does with its engine: find it, ask its version, put something in its place, give it back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What engines let their users say about a cache, as a config: a preset, a recipe file, or DBCache's fields."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SGLang's diffusion runtime on fastcache.
 
     SGLANG_EXTERNAL_MODEL_PACKAGE=fastcache.integrations.sglang sglang serve ...

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TensorRT-LLM's visual generation on fastcache: its cache accelerator."""
 
 from __future__ import annotations

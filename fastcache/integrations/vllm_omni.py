@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM-Omni on fastcache: a plugin that makes `cache_backend="fastcache"` one of its backends.
 
 `pip install` is all there is to do: vLLM-Omni runs `register` in each of its processes, by the entry point group

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """xDiT on fastcache: one more `cache_method`.
 
     from fastcache.integrations import xdit

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is known about models: where their blocks are and how they are called."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What fastcache knows about models: class names as strings, argument names, order of returns. No torch.
 
 A model without a row works when its blocks sit in a ModuleList under a usual name, take `hidden_states`

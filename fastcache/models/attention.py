@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention modules and block lists of a model, by class and by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The denoisers of a pipeline, and what it says about the loop that drives them."""
 
 from __future__ import annotations

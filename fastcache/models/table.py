@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is known about models: one row each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ops by name: checked, on whatever device and backend the tensors call for."""
 
 from . import exponential  # noqa: F401 - registers an internal op

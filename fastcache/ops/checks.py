@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments of the ops, checked: each error names the argument, what came and what to do."""
 
 from __future__ import annotations

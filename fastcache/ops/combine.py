@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weighted sums: predictions, the Taylor table, the halves of a guidance batch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation of an op runs, and on which views of its tensors: the only place that knows layouts.
 
 The table of backends (`backends/table.py`), one override, and one rule for layouts that every op goes through.

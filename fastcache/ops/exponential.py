@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights of a forecast by exponentials, found on the device in the history of the values themselves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights of a guided prediction, found on the device."""
 
 from __future__ import annotations

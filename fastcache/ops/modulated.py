@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The change of a block's timestep-modulated input."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums of more tensors than a kernel takes."""
 
 from __future__ import annotations

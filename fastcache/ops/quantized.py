@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values kept in float8, with a scale per token."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The eager definition of every op: what the C++, Triton and CUDA kernels must compute.
 
 Shortest correct PyTorch, no speed tricks. Every function works on any device and any strides; `ops.py`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One library for all ops: what each is called, computes and returns. The only file that touches torch.library.
 
 Schemas put the mutated argument first, end in `_` when they mutate and then return nothing or a fresh

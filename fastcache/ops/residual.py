@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Residuals of blocks: their change, their magnitude, stored and applied."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where ops put their results, where nobody has given them a place."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When to reuse: pure Python on host numbers, no torch."""
 
 from .base import COMPUTE, REUSE, Action, Decision, Policy, Run, Step

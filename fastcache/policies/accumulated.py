@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What policies share that add up a measured number over the steps that they skip."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a policy is: host numbers in, COMPUTE or REUSE out. No torch.
 
 A policy is a frozen description. What it must remember during a run (accumulated error, steps in a row)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TeaCache's published polynomials: data, and who they were fitted for."""
 
 from __future__ import annotations

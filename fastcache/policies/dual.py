@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DBCache's rule: the first blocks' change, under limits of its own, or a mask of steps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FirstBlockCache's rule: has the first block's residual changed since the last computed step?"""
 
 from __future__ import annotations

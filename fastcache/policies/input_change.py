@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rule of TeaCache and SeaCache: how far has the input moved, step by step, since the last computed one?"""
 
 from __future__ import annotations

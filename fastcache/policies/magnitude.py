@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MagCache's rule: reuse while calibrated magnitude ratios promise little accumulated error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Schedules by name, as 0 and 1 per step."""
 
 from __future__ import annotations

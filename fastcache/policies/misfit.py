@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far the next forecast is off, measured at the first block."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EasyCache's rule: by how much will the output have changed, as it has changed with the input so far?"""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules that know only where a step lies: every n-th, inside a timestep range, or a given mask."""
 
 from __future__ import annotations

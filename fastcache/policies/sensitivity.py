@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SenCache's rule: how much can the output have changed, by its sensitivity to the latents and to time?"""
 
 from __future__ import annotations

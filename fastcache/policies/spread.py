@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A schedule by its share of computed steps, spread over a run of any length; and how a plan is stretched."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gaps that widen by a fixed amount after every computed step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What stands in for a skipped value: weights over its history, without torch."""
 
 from .base import MAX_ORDER, Predictor

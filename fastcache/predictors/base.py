@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a predictor is: weights over a short history."""
 
 from __future__ import annotations

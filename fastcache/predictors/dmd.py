@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A forecast by exponentials that the device fits to the history."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FasterCache's extrapolation of attention outputs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights of their own for each skipped step, fitted to runs that were recorded."""
 
 from __future__ import annotations

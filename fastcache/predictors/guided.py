@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forecasts that take their weights from how the first block has moved."""
 
 from __future__ import annotations

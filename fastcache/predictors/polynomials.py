@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forecasts in other polynomials than Taylor's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The latest value again, or zeros."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Taylor forecasts, from raw values or from a table of differences."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of runs. matplotlib is imported when something is drawn."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A progress line of denoiser calls."""
 
 from __future__ import annotations

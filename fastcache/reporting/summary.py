@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A cache in words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a cache tells of itself: names, bytes, a summary in words, a picture, a progress line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps that are decided before their call, which may run inside a graph of torch.compile(model)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls that have to run in full by what they are given, such as one that writes a cache of the model's own."""
 
 from __future__ import annotations

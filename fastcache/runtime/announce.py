@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Having a pipeline say where its generations begin and end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Telling guidance branches apart where nobody opens a context.
 
 A pipeline without contexts that runs guidance sequentially calls the model twice per step: at the same

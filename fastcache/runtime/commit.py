@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Accounting for a step that went well: histories, the record, and room for others."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Being told that torch.compile is about to trace something, and running uncompiled what must not be."""
 
 from __future__ import annotations

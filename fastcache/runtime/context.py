@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a context says about the denoiser call inside it, and which one is open."""
 
 from __future__ import annotations

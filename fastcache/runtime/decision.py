@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step does: asks every rule that can answer before the call."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One model under a cache, as a way through rooms: locate, decide, execute, commit, notify."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Running the model's forward as decided, or without a cache where there is no room for one."""
 
 from __future__ import annotations

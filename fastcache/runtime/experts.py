@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two denoisers that share a run between them: one has its first steps, the other the rest."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is open around a denoiser call: contexts and generations of a cache, as this thread or task sees them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One generation that somebody announces: `cache.run`, or a pipeline's own call."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients through a model with a cache: one that is asked for is computed, and a reused step has none."""
 
 from __future__ import annotations

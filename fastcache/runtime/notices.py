@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a cache has to say: warnings, each of a kind once, and a log."""
 
 from __future__ import annotations

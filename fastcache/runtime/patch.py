@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `enable` puts on a model, and how it comes off again."""
 
 from __future__ import annotations

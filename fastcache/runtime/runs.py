@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a call belongs: which request, which branch of guidance, which run, and which of its steps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the storage of a call must fit, and what is learnt of a model by it."""
 
 from __future__ import annotations

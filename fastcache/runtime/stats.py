@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What happened: one record per denoiser call, and its summary in words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which step a call is and where a run begins: told by who knows, else read off the model's own timestep."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the branches of one request have in common on one denoiser."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The requests of one denoiser, and which branch of guidance a call is that nobody has named."""
 
 from __future__ import annotations

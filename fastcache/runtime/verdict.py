@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a finished run says about its cache."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a signal is: a number measured on the device in the running step, before the decision."""
 
 from __future__ import annotations

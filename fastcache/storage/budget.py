@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bytes that all cached tensors of a cache may take."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A ring whose weights are fitted to its own rows, on the device."""
 
 from __future__ import annotations

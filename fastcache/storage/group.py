@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors that one owner keeps for a run beside the histories of its values."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which steps a history holds, on the host and for compiled code."""
 
 from __future__ import annotations

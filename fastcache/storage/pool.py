@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Storage of runs: one state per (request, context), spares for the next ones, and a budget of bytes."""
 
 from __future__ import annotations

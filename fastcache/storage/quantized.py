@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A ring in float8."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cached tensors and the host facts about them, one State per (request, context).
 
 Storage is allocated once per shape, written in place and never rebound, so that compiled and captured

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every way of remembering one tensor has in common."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A table of differences, and a value that is always zero."""
 
 from __future__ import annotations

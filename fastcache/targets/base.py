@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a target is: a part of one model that a rule skips, as the runtime and compiled steps see it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Binds rules to the parts of a model that they mean, or says what was looked for and what came close."""
 
 from __future__ import annotations

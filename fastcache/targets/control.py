@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The running step as it was decided, and the only object that traced code reads."""
 
 from __future__ import annotations

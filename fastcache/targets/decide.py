@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deciding for one rule: beforehand, or inside the model's forward with what is seen there.
 
 A policy says what it wants. What it wants to reuse is confirmed here, by looking whether there is something

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finding the modules that a target names."""
 
 from __future__ import annotations

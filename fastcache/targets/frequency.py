@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The low frequencies of a field, without a Fourier transform on skipped steps."""
 
 from __future__ import annotations

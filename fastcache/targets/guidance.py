@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Skipping the unconditional half of a batched guidance call.
 
 On a full call both halves run and the difference between them is kept, split into a low and a high

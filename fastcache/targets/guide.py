@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guide of a stack: what is looked at on every step, its history, and the weights it gives."""
 
 from __future__ import annotations

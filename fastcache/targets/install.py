@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The classes that are assigned to block lists and modules while a cache is attached."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Skipping chosen modules: their outputs are predicted instead of being computed.
 
 A module takes part by a subclass assigned to its `__class__`, so its hooks, parameters, name and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How blocks and modules return their tensors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where to skip, as users write it. `bind.py` finds the modules that are meant. No torch."""
 
 from __future__ import annotations

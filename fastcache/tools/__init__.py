@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is used around runs: measuring, inspecting, splitting batches."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A batch whose samples belong to different requests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a cache will work on a pipeline or model, what it would hook, what could go wrong, and what to write."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What could go wrong with a cache on a model: one function per thing that is looked at, a row each in `LOOKS`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Watching how the first block's residual changes from step to step."""
 
 from __future__ import annotations

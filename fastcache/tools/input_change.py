@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Watching how the model's output changes with the first block's modulated input, from step to step."""
 
 from __future__ import annotations

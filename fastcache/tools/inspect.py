@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a config would do to a model, without running it: hooks, plan, graphs, memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fastcache.calibrate: runs with every step computed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Watching how the residuals of a run's steps lie to each other: their Gram matrix."""
 
 from __future__ import annotations

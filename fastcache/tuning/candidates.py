@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a tuning tries: predictors, schedules for a number of computed steps, presets, and thresholds."""
 
 from __future__ import annotations

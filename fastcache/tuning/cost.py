@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runs cost, from the seconds that were measured of all of them.
 
 A run costs c + a computed + b reused, in units of the uncached run at the usual number of steps. c and a are found

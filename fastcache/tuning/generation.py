@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A user's generation, called with what it declares, and what one run of it gives."""
 
 from __future__ import annotations

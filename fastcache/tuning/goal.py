@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is wished for: a speed-up, or an error."""
 
 from __future__ import annotations

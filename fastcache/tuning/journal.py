@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The file that lets a tuning go on where it was interrupted: one JSON object per line, each a thing measured."""
 
 from __future__ import annotations

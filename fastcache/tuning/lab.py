@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where candidates are measured: their time beside that of the uncached run, their pictures beside the reference."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The closed loop: from the best schedule, move, add and leave out computed steps, and judge whole runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a generation returns, as pictures that can be compared, and how near two of them are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A picture of what a tuning has tried."""
 
 from __future__ import annotations

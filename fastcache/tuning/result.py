@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a tuning has found: the best recipe with its evidence, as a table, a picture and a file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run that a tuning has tried, and as plain JSON values."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order in which candidates are tried: successive halving over predictors, schedules, steps and seeds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tuning in words and columns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fastcache.tune: the best recipe for a model, found on that model."""
 
 from __future__ import annotations

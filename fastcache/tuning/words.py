@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a tuning says of what it was asked and what came of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """cudagraphs="reuse" on a stand-in for CUDA graphs: heads and reused steps are graphs, computed ones are not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inside torch.compile: fullgraph, a fixed number of graphs, outputs equal to eager."""
 
 from __future__ import annotations

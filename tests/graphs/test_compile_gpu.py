@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CUDA graphs around compiled steps. Written without a GPU at hand: not yet run on one."""
 
 from __future__ import annotations

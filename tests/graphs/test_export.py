@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.export of a cached model: variants that share storage of the caller's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The code that Inductor generates: the history store rides on the kernel that makes the value."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The code that Inductor would run on a GPU, written on a machine without one: no device is asked, nothing runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FirstBlockCache decided on the device: one graph, the same decisions and bits, nothing read by the host."""
 
 from __future__ import annotations

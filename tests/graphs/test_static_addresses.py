@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Storage that compiled and captured code may hold on to: it never moves, and it is marked so."""
 
 from __future__ import annotations

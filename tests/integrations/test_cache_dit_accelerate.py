@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """cache-dit's decisions on fastcache's kernels: the same steps and outputs, fewer passes, all of it given back."""
 
 from __future__ import annotations

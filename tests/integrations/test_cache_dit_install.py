@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """cache-dit's own calls on fastcache's runtime: the same steps and outputs, six patterns, all of it given back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """cache-dit's arithmetic by the op: how often memory is gone over, and what is taken over and given back."""
 
 from __future__ import annotations

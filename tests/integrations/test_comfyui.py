@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node pack under a fake model patcher: layouts, guidance, restoring, windows, two models at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """diffusers' own cache calls on fastcache, and the company that an enabled model keeps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What engines attach to, and what all integrations promise: no engine imported, clear errors, an entry point."""
 
 from __future__ import annotations

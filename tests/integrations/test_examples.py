@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every example runs, and does what it says; that of the server is in test_serve.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """xDiT 0.7.0 and TensorRT-LLM, by stubs of what they publish."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The example server: requests interleaved on one model, each its own picture, memory within the budget."""
 
 from __future__ import annotations

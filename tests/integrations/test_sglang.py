@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SGLang's calls of cache-dit on fastcache; by stubs of what it publishes (0.5.23)."""
 
 from __future__ import annotations

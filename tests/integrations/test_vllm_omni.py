@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM-Omni loads fastcache as a plugin; by stubs of what it publishes (0.30)."""
 
 from __future__ import annotations

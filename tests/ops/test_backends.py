@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A backend is one row: who it is, where it works, and what it has."""
 
 from __future__ import annotations

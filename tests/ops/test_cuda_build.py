@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels without a GPU: compiled and disassembled. `test_cuda_emulation.py` runs them.
 
 None of this replaces a run on a GPU: it cannot see memory ordering, launch failures or speed.

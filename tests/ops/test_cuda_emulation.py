@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels run on the host, in an emulation that a GPU could not be told from by results.
 
 `csrc/cuda/emulation.h` says what it checks: blocks run in random order, launches of several streams

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation runs, on what: forced backends, layouts, and what is told of a fallback."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No op keeps a tensor that it allocates, and none allocates the result that it is given.
 
 What lives on may belong to the pool of a captured graph.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rule for layouts: whatever strides come, every op gives what the reference gives, and says what had no kernel.
 
 The file runs once more in Triton's interpreter.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole models on kernels: nothing falls back unseen, and Triton's interpreter gives what the reference gives."""
 
 from __future__ import annotations

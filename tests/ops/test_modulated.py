@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ops.modulated_l1 against its definition in float64, on whatever backend the device calls for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C++ kernels against `reference.py` and against float64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA C++ kernels on a GPU. Written without one: expect to correct the tests as well."""
 
 from __future__ import annotations

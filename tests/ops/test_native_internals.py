@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C++ internals through pybind11: instruction sets, chunks, conversions, loading."""
 
 from __future__ import annotations

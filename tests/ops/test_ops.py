@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract of `fastcache.ops`, on every backend that runs on a CPU."""
 
 from __future__ import annotations

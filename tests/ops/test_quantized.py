@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fp8 storage of cached values: how large the error is, and what is refused."""
 
 from __future__ import annotations

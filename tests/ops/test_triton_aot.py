@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ahead-of-time gate passes, and faults seeded into a copy of the kernels are refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which counters a launch gets: on streams, under capture, without a device that owns any."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels run on a GPU: every interpreter case, and what only a GPU can show.
 
 Skipped without one. These tests have not been run on a GPU yet.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every Triton kernel in Triton's interpreter against the reference.
 
 Triton decides when it is imported whether it interprets, so the cases run in a child process:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launches without the JIT are those of the JIT, in at most half its time; on a stub of libcuda.
 
 Started as a script with the name of a function below, this file is the child process in which

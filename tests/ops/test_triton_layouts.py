@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums have equal bits only where the compiler lays out their reductions alike: read off its code.
 
 A sum over a block is a tree whose shape follows from the layout of the tensor in registers. Two

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which elements each program reads and writes where offsets pass 2**31 and samples lie far apart.
 
 Kernels run in Triton's interpreter on addresses alone: what lies in a reserved range of them is

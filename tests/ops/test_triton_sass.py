@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The machine code for sm_90, read instruction by instruction: what a GPU would wait for, and when.
 
 The ahead-of-time gate counts; this file looks at order. Nothing is run.

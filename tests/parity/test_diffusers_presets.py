@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Presets: every row has a source, builds, and hooks the model it is for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every diffusers transformer that can be built small, under every method.
 
 Each cell runs a trajectory that stands still: the same inputs at every step. What a method reuses

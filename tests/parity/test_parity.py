@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Step-by-step equality with the hooks of diffusers 0.42.1, and the schedules of its five methods.
 
 Decisions are compared by what really ran: the leaf modules that each step executed, recorded by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SeaCache step by step against diffusers' own hook, and what that does not have."""
 
 from __future__ import annotations

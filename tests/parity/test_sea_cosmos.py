@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SeaCache's decisions on Cosmos 3 against diffusers' own hook, step by step.
 
 diffusers takes the residual after the model's last norms there, fastcache before them, so outputs are not compared.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DBCacheConfig decides and computes as cache-dit 1.5.3 does; a table of decisions stands in where that is absent."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every field of every config: changing it changes something, and a bad value is refused by name.
 
 Then a fuzzer: thousands of random configs either work on a toy model or are refused by name.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights fitted to recorded runs, against least squares over the values; and windows that widen, against a count."""
 
 from __future__ import annotations

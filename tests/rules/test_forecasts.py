@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forecasts by Hermite and Chebyshev polynomials and by exponentials, against the formulas in float64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Schedules that are written down: masks by name, and gaps that grow."""
 
 from __future__ import annotations

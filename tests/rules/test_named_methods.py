@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TeaCache, EasyCache and SenCache against their formulas, written out here in float64 and on their own."""
 
 from __future__ import annotations

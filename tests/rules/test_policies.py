@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What policies, predictors and targets say about themselves, and what others read off it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes as files and by name: what is written comes back, and what is hostile does not come in."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Schedules that fit a run of any length: shares of computed steps, and plans that are stretched."""
 
 from __future__ import annotations

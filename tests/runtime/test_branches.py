@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which branch of guidance a call without a context is, asked of the detector itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The budget of bytes, told apart from everything that runs on it."""
 
 from __future__ import annotations

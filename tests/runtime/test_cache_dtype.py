@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cached values kept in fewer bits: fewer bytes, outputs that stay near, the same in graphs."""
 
 from __future__ import annotations

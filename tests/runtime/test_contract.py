@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The public contract, sentence by sentence: models, contexts, runs, state and restoration.
 
 Ops are in test_ops.py, bad values and fields in test_fields.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults: exceptions anywhere, NaN, many requests, memory; and mutants of the rules, which must be caught."""
 
 from __future__ import annotations

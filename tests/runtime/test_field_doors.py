@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is refused, and what works though it is unusual: gradients, float64, containers, offloading, names.
 
 Each value is held against the uncached model or worked out by hand.

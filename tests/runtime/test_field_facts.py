@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a recording call has shown is held against every computed step: where it no longer holds, the step computes.
 
 Situations as they come up in pipelines. Each step is held against the uncached model, or, where it reuses what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Callers that the simulator has found: what went wrong for each of them, in as few calls as it takes."""
 
 from __future__ import annotations

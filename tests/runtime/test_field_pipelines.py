@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pipelines as people run them: a run depends on nothing that came before it, and on nobody beside it.
 
 Every output is held against that of the same run alone on a fresh cache, bit by bit.

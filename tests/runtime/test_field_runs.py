@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whoever calls, and however: runs, branches, ages and records of callers that announce little or nothing.
 
 Every situation is held against the same calls uncached, or against the same run alone.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Callers made by a seed, of every kind that there is, against a judge who knows the truth.
 
 Every value that is reused must be of the same request, branch and run, and no older in steps than the policy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The states of one model: who gets which storage, what is kept, and which runs are over."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decisions that a context prepares for a compiled call, where the call then runs eagerly or not at all."""
 
 from __future__ import annotations

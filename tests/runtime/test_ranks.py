@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several ranks share samples: they decide alike, refuse different plans, and never wait for ever."""
 
 from __future__ import annotations

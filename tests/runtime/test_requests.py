@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many requests on one model: nothing crossed, memory within its budget, nothing left behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a call belongs: frames, generations, announcements, the steps of a request, and the runs that follow."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rooms of a call: contexts, the end of a run, what is said about it, and the way that a call takes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much Python of ours a skipped step runs: counted, since a clock says another thing on every machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a rule keeps beside its histories: slots that have an owner, a place in memory and an end."""
 
 from __future__ import annotations

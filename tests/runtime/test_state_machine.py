@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random sequences of enable, step, raise, reset, update and disable against a simple oracle.
 
 The oracle: a run is a model and a cache of its own, fed the same calls. Every output must have the same

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which step a call is and where a run begins, asked of the tracker itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What crosses between host and device in a step: counted here, where both are the same."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Guided(guide="auto")`: the modulated guide where a model has one, the residual guide elsewhere."""
 
 from __future__ import annotations

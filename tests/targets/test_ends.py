@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stack(first, last): blocks at both ends that always run, and what is between them skipped."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stack(first, last) where lists join their streams, where a guide looks, and where a signal is before the blocks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guided prediction: weights read off this step's first block, without asking the host."""
 
 from __future__ import annotations

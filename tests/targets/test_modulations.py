@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first block's modulated input, of every tiny model: what its first attention is given."""
 
 from __future__ import annotations

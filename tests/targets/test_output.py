@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Output(): the whole model is skipped, and what it returned before stands in, in the form in which it comes."""
 
 from __future__ import annotations

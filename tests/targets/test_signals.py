@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signals and what measures them: decided by the model's input before anything runs, or by its first block."""
 
 from __future__ import annotations

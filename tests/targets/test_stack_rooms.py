@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rooms of the stack target, each by itself: what is learnt of the lists, and what follows from it."""
 
 from __future__ import annotations

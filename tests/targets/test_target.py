@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A target of a user's own: the whole output of the model, kept against its input latents."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmarks run, in their --quick form, and write valid JSON lines; the report notices staleness."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of cache-dit's reused step, and what its function calls come to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calibration: what is measured, what it predicts, and what a file is refused for."""
 
 from __future__ import annotations

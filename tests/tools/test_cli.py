@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line, and how configs and models are named on it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shipped trained model: its data, its record, its training script and its sampler."""
 
 from __future__ import annotations

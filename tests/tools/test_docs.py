@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documents: their code runs, their commands exist, their links lead somewhere."""
 
 from __future__ import annotations

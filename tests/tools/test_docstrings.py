@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public docstrings: every argument, result and error of every public name is described."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastcache doctor`: what it says holds, and what could go wrong is seen."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastcache doctor` as a command: how targets and configs are named, its status, its JSON."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What travels to a GPU without a network: it is small, and of use only where it fits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every stage on the way it takes with a GPU, on a machine that has none: see `pretend_cuda.py`."""
 
 from __future__ import annotations

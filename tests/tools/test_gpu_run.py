@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The run on a GPU, without one: its limits, its rows when it is cut short, what travels, a dry run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may import what and touch what, read from the source without running it."""
 
 from __future__ import annotations

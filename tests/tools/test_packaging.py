@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The package as users get it: contents of sdist and wheel, behaviour of the build switches."""
 
 from __future__ import annotations

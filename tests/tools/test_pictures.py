@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture model's data, text and training, on an archive and a model that are tiny."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans of computed steps against every other schedule of as many, on small trajectories."""
 
 from __future__ import annotations

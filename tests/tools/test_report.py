@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is said and drawn about runs: verdicts, the progress line, pictures."""
 
 from __future__ import annotations

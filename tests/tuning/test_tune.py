@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fastcache.tune on a flow of known cost and error."""
 
 from __future__ import annotations

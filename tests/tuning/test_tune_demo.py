@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fastcache.tune on the shipped model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bad arguments, errors, interrupts and limits of fastcache.tune."""
 
 from __future__ import annotations

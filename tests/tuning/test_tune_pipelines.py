@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fastcache.tune on diffusers' own pipelines, of tiny random parts: guidance, a second-order solver, PIL images."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """cache-dit's decisions on fastcache's kernels: its arithmetic is replaced, its bookkeeping stays.
 
 What is replaced: `similarity` (one pass over memory in place of seven), `apply_cache` (one weighted sum, the forecast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """cache-dit's Taylor calibrator: its table refreshed in one pass, and read as a weighted sum."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """cache-dit's own calls, run by fastcache: `enable_cache`, `refresh_context`, `disable_cache` and `summary`.
 
 They all go through one class of cache-dit's, whose three methods are replaced; its registry of models, block adapters,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """cache-dit's context manager: the first blocks' change, and the cached value applied, in one pass each."""
 
 from __future__ import annotations

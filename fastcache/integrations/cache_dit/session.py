@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What cache-dit's `enable_cache` becomes on our runtime: a cache per transformer, driven by counted calls."""
 
 from __future__ import annotations

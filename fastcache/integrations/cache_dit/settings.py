@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """cache-dit's configs, adapters and patterns as recipes and block adapters of ours."""
 
 from __future__ import annotations

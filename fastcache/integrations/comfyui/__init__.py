@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node pack for ComfyUI: one node, which caches what it is given.
 
 # custom_nodes/fastcache_nodes.py

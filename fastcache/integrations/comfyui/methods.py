@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the node's method, speed and threshold stand for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node, and what it does while a sampler runs. The only file that asks ComfyUI for anything, and only then."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C++ kernels for CPU tensors: the functions of `reference.py`, under the same names.
 
 The shared object holds the operators `fastcache_C::*`. It is loaded on first use, never at import.

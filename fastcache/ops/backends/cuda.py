@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA C++ kernels: the functions of `reference.py`, under the same names.
 
 Built only where nvcc and a CUDA build of torch are present; none of it has run on a GPU yet. The

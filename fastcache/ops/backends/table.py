@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who implements the ops: a row per backend, the reference and then the kernels, best first."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How signals are measured: a file per kind of signal, and its row here."""
 
 from __future__ import annotations

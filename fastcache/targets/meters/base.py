@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a meter is: it measures the signal of one rule, and keeps what later steps are measured against."""
 
 from __future__ import annotations

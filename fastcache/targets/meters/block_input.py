@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The relative L1 change of the first block's timestep-modulated input, decided before that block runs."""
 
 from __future__ import annotations

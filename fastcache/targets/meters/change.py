@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The relative L1 change of a value, here of the first block's residual."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The change of what the latents hold beside noise, decided before the forward begins."""
 
 from __future__ import annotations

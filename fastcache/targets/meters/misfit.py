@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much of a guide its own history leaves unexplained."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What changes in the model's input latents, decided before the forward begins."""
 
 from __future__ import annotations

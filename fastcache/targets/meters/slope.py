@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much the model's output changes with its input, decided before the forward begins."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a model holds on to what its blocks return, as a ControlNet does: skipped blocks would leave it without."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a block list hands out while a cache is attached: the blocks themselves, or what stands in for them."""
 
 from __future__ import annotations

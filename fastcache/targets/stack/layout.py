@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is known of a stack: its lists beforehand, and how they run, learnt from a computed call.
 
 A `Layout` is data. A recording call yields it whole, and nothing changes it afterwards: the next recording

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The roles that a block list plays after it was recorded: its segment is entered, left or predicted."""
 
 from __future__ import annotations

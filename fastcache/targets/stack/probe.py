@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first block of a stack, which always runs: its change, which decides, and what the guide sees of it."""
 
 from __future__ import annotations

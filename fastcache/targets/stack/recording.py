@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Watches one computed call of a stack, to learn how its lists run and what its segments enter and leave."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The residual of a segment, what it leaves less what it entered: allocated, stored, measured, predicted."""
 
 from __future__ import annotations

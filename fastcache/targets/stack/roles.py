@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which role stands in which block's place, as a table; and what a list hands out for a role."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The class of a block list while a cache is attached to it: iterating over it asks its hook."""
 
 from __future__ import annotations

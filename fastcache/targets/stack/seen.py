@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a recording call notes of one list while it runs."""
 
 from __future__ import annotations

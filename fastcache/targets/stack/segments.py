@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From what a call was seen to do, to the segments that a stack is cut into."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Skipping the stack of blocks: its residual is predicted instead of running the blocks.
 
 The model's own loop stays as it is. Only the block lists are told, by a subclass assigned to their

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How one call goes through a stack, block by block, as far as the host sees it without reading a value."""
 
 from __future__ import annotations
