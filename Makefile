@@ -51,6 +51,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tests/house.py
+	$(BIN)/python tests/words.py
 
 # dist/: one wheel for this platform, for every Python and every torch from 2.10 on, and the sdist
 wheel: venv

@@ -76,7 +76,7 @@ from .tools.measure import calibrate
 from .tuning.result import Tuning
 from .tuning.tune import tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DMD",
