@@ -25,10 +25,13 @@ CUDA_PYTHON ?= python3.12
 CUDA := .venv-cuda
 KIT := .gpu-kit
 
+# what the documentation is built with
+DOCS := .venv-docs
+
 # other Pythons that the wheel must install on, where they are to be had
 PYTHONS ?= python3.10 python3.12 python3.13
 
-.PHONY: demo test test-fast test-oldest test-torch lint wheel wheel-test report bench gpu-kit venv clean
+.PHONY: demo test test-fast test-oldest test-torch lint wheel wheel-test release-notes site report bench gpu-kit venv clean
 
 demo: venv
 	$(RUN)fastcache demo
@@ -62,6 +65,21 @@ wheel: venv
 # in clean environments without a compiler, beside the versions of torch that CI has
 wheel-test: wheel $(TORCH)/.installed
 	$(BIN)/python tests/clean_environments.py dist/*.whl --beside $(VENV) $(TORCH) --python $(PYTHONS)
+
+# the documentation as pages in site/; it needs neither torch nor, once set up, a network
+site: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q
+	$(DOCS)/bin/python docs/_site/check.py site
+
+$(DOCS)/.installed: constraints-docs.txt
+	@echo "setting up $(DOCS)"
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check -q -r $< $(PIP_FLAGS)
+	touch $@
+
+# what the release of a tag says, after a look that the tag and the tree agree
+release-notes:
+	@$(PYTHON) tests/release.py "$(TAG)"
 
 # every setting that was measured, on one page
 report: venv
@@ -104,4 +122,4 @@ $(TORCH)/.installed: INSTALLS := torch triton
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(TORCH) $(CUDA) $(KIT) build dist *.egg-info fastcache/*.so
+	rm -rf $(VENV) $(OLDEST) $(TORCH) $(DOCS) $(CUDA) $(KIT) build site dist *.egg-info fastcache/*.so

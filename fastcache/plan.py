@@ -17,7 +17,7 @@ class Plan(Sequence[Action]):
     As a sequence it has one entry per step: "reuse" where any rule reuses, "compute" elsewhere.
 
     Args:
-        rows: per rule the action of every step, [rules][steps].
+        rows: per rule the action of every step, [rules, steps].
         labels: per rule its parts in words.
     """
 

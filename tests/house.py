@@ -23,7 +23,7 @@ LICENCE = "SPDX-License-Identifier: Apache-2.0"
 MARKS = {
     ".py": "# ", ".sh": "# ", ".c": "// ", ".cpp": "// ", ".h": "// ", ".inc": "// ", ".cu": "// ", ".cuh": "// ",
 }  # fmt: skip
-SOURCES = ("fastcache", "triton_kernels", "csrc", "bench", "tests", "examples")
+SOURCES = ("fastcache", "triton_kernels", "csrc", "bench", "docs", "tests", "examples")
 
 
 def python_files(*folders: str) -> list[Path]:

@@ -101,9 +101,14 @@ def linear_combine(
 ) -> Tensor:
     """sum_i weights[i] * tensors[i], accumulated in float32 and rounded once.
 
-    tensors: 1 to 5 of one shape, dtype and device. weights: as many Python floats, or a float32 tensor
-    [len(tensors)] on the same device (nothing is read back). out: may be one of the tensors.
-    Returns `out`, or a new tensor. Raises TypeError or ValueError that names the argument.
+    Args:
+        tensors: 1 to `MAX_TERMS` of one shape, dtype and device.
+        weights: as many Python floats, or a float32 tensor [len(tensors)] on the same device (nothing is read back).
+        out: of the same shape, to write into; may be one of the tensors; None: a new tensor.
+    Returns:
+        The sum: `out` where it is given.
+    Raises:
+        TypeError, ValueError: that names the argument.
     """
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(
@@ -161,9 +166,14 @@ def taylor_update_(
 ) -> None:
     """Refresh backward differences in place: f[0] <- y, f[j+1] <- (new f[j] - old f[j]) * inv_delta.
 
-    factors: K+1 tensors of the shape of y, or one stacked [K+1, ...]. inv_delta: 1 / steps since the last
-    refresh. valid: 0..K+1, how many factors held data before the call; j runs below min(valid, K).
-    Raises TypeError or ValueError that names the argument. Source: TaylorSeer (arXiv 2503.06923).
+    Args:
+        factors: K+1 tensors of the shape of y, or one stacked [K+1, ...], written to.
+        y: the value of this step.
+        inv_delta: 1 / steps since the last refresh.
+        valid: 0..K+1, how many factors held data before the call; j runs below min(valid, K).
+    Raises:
+        TypeError, ValueError: that names the argument.
+    Source: TaylorSeer (arXiv 2503.06923).
     """
     if isinstance(factors, Tensor):
         if factors.dim() < 1:
@@ -195,8 +205,17 @@ def guidance_combine(
 ) -> Tensor:
     """[cond + w_low * low + w_high * high ; cond] along dimension 0, in one pass.
 
-    cond: [B, ...]. low, high: float32 of the same shape, the frequency parts of (unconditional -
-    conditional) at the last full step. Returns [2B, ...]. Source: FasterCache (arXiv 2410.19355).
+    Args:
+        cond: [B, ...], the conditional half.
+        low, high: float32 of the same shape, the frequency parts of (unconditional - conditional) at the last full
+            step.
+        w_low, w_high: their unitless weights.
+        out: [2B, ...] to write into; None: a new tensor.
+    Returns:
+        [2B, ...], unconditional half first: `out` where it is given.
+    Raises:
+        TypeError, ValueError: that names the argument.
+    Source: FasterCache (arXiv 2410.19355).
     """
     check("guidance_combine", cond=cond)
     check("guidance_combine", low=low, high=high)

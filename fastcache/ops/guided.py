@@ -49,11 +49,19 @@ def guided_weights(
 ) -> tuple[Tensor, Tensor]:
     """Weights of cached values, read off the guide of the current step; nothing goes to the host.
 
-    guide: of this step; guides: of the last K + 1 computed steps, newest first, K = 1 or 2, of the same
-    shape, dtype and device, any strides. prior: float32 [K], what the ridge pulls the weights of the
-    differences toward. Returns float32 (weights [S, K + 2], misfit [S]): a leading 1 for the base, then
-    one weight per cached value; misfit is the relative norm of what the guides could not explain.
-    Raises TypeError or ValueError that names the argument.
+    Args:
+        guide: of this step, [B, tokens, width].
+        guides: of the last K + 1 computed steps, newest first, K = 1 or 2, of the same shape, dtype and device, any
+            strides.
+        prior: float32 [K], what the ridge pulls the weights of the differences toward.
+        ridge: how strongly, unitless.
+        per_sample: whether each sample has weights of its own.
+    Returns:
+        float32 (weights [S, K + 2], misfit [S]): a leading 1 for the base, then one weight per cached value; misfit is
+        the relative norm of what the guides could not explain. S is B where `per_sample`, else 1.
+    Raises:
+        TypeError, ValueError: that names the argument.
+    Source: ours.
     """
     if isinstance(guides, Tensor) or not isinstance(guides, Sequence):
         raise TypeError(

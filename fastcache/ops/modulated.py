@@ -59,11 +59,17 @@ def modulated_l1(
 ) -> Tensor:
     """Sums of |m - prev| and |prev| for m = LN(x) * (1 + scale) + shift, rounded to the storage dtype.
 
-    x, prev: [B, T, C], hidden states and an earlier m. scale, shift: [B, C], or [B, T, C] with one row per token
-    (1 for B or T where all share it). One dtype (float32, float16, bfloat16) and device; scale and shift may be
-    float32 beside any. LN is over C, without weights of its own. out: receives m; may be `prev`. Returns float32 [2];
-    the first over the second is TeaCache's relative L1 change.
-    Raises TypeError or ValueError that names the argument. Source: TeaCache (arXiv 2411.19108).
+    Args:
+        x, prev: [B, T, C], hidden states and an earlier m, of one dtype (float32, float16, bfloat16) and device.
+        scale, shift: [B, C], or [B, T, C] with one row per token (1 for B or T where all share it); of the dtype of x,
+            or float32 beside any.
+        out: [B, T, C], receives m; may be `prev`; None: m is not kept.
+        eps: of LN, which is over C and has no weights of its own.
+    Returns:
+        float32 [2]; the first over the second is TeaCache's relative L1 change.
+    Raises:
+        TypeError, ValueError: that names the argument.
+    Source: TeaCache (arXiv 2411.19108).
     """
     stored = {} if out is None else {"out": out}
     check("modulated_l1", x=x, prev=prev, **stored)

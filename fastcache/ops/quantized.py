@@ -72,11 +72,16 @@ define(
 def quantize_store(
     y: Tensor, x: Tensor | None = None, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(q, scale): y - x (or y) as float8 e4m3 with one float32 scale per token; a quarter of float32.
+    """y - x (or y) as float8 e4m3 with one float32 scale per token; a quarter of float32.
 
-    y, x: [..., tokens, width]. q: float8_e4m3fn of the same shape; scale: float32 [..., tokens], max |r| / 448.
-    out: such a pair, written in place. Relative error of normal data 2.7 % rms, at most 1/28 of the token's
-    largest value. Raises TypeError or ValueError that names the argument.
+    Args:
+        y, x: [..., tokens, width]; without x, y itself.
+        out: (q, scale) to write into; None: new tensors.
+    Returns:
+        (q, scale): float8_e4m3fn of the same shape, and float32 [..., tokens], max |r| / 448. The relative error of
+        normal data is 2.7 % rms, at most 1/28 of the token's largest value.
+    Raises:
+        TypeError, ValueError: that names the argument.
     """
     check("quantize_store", y=y, **({} if x is None else {"x": x}))
     if y.dim() < 1:
@@ -105,9 +110,17 @@ def quantized_combine(
     weights: Sequence[float],
     out: Tensor,
 ) -> Tensor:
-    """out <- base + sum_i weights[i] * scales[i] * qs[i], values stored by `quantize_store`; returns `out`.
+    """out <- base + sum_i weights[i] * scales[i] * qs[i], values stored by `quantize_store`.
 
-    base: of the shape and dtype of out, or None. Raises TypeError or ValueError that names the argument.
+    Args:
+        base: of the shape and dtype of out; None: zero.
+        qs, scales: what `quantize_store` has returned, in the same order.
+        weights: as many Python floats.
+        out: [..., tokens, width], written to.
+    Returns:
+        `out`.
+    Raises:
+        TypeError, ValueError: that names the argument.
     """
     check("quantized_combine", out=out, **({} if base is None else {"base": base}))
     if not 1 <= len(qs) <= MAX_TERMS - 1 or not len(qs) == len(scales) == len(weights):

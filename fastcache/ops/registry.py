@@ -37,6 +37,11 @@ def direct(name: str) -> Callable[..., Any]:
     """An op as the runtime calls it: where nothing traces or watches, past torch's dispatcher.
 
     Going through it to Python and back takes longer than the kernel of a small tensor.
+
+    Args:
+        name: of the op, as `torch.ops.fastcache` has it.
+    Returns:
+        A function with the op's arguments.
     """
     op, body = getattr(torch.ops.fastcache, name).default, BODIES[name]
 

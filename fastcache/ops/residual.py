@@ -130,11 +130,17 @@ def residual_l1(
 ) -> Tensor:
     """Sums of |r - prev| and |prev| for r = y - x rounded to the storage dtype, in one pass.
 
-    y, x, prev: output of a block, its input, the residual of an earlier step; one shape, dtype (float32,
-    float16, bfloat16) and device. out: receives r, bit-exactly. Returns float32 [2], or [B, 2] with one
-    row per sample. The first over the second is FirstBlockCache's relative L1 change; both are returned
-    so that ranks can add them up before they divide. Fixed summation order.
-    Raises TypeError or ValueError that names the argument. Source: FirstBlockCache, diffusers 0.42.1.
+    Args:
+        y, x, prev: output of a block, its input, the residual of an earlier step; one shape, dtype (float32,
+            float16, bfloat16) and device.
+        out: of the same shape, receives r, bit-exactly; None: r is not kept.
+        per_sample: whether each sample has sums of its own.
+    Returns:
+        float32 [2], or [B, 2] with one row per sample. The first over the second is FirstBlockCache's relative L1
+        change; both are returned so that ranks can add them up before they divide. Fixed summation order.
+    Raises:
+        TypeError, ValueError: that names the argument.
+    Source: FirstBlockCache, diffusers 0.42.1.
     """
     if out is None:
         check("residual_l1", y=y, x=x, prev=prev)
@@ -157,9 +163,16 @@ def residual_magnitude(
 ) -> Tensor:
     """Mean over tokens of |r|_2 / (|prev|_2 + eps) for r = y - x, norms over the last dimension.
 
-    y, x, prev: as in `residual_l1`, two dimensions or more. out: receives r; may be `prev`.
-    Returns float32 [1], or [B, 1] with one row per sample (then three dimensions or more).
-    Raises TypeError or ValueError that names the argument. Source: MagCache (arXiv 2506.09045).
+    Args:
+        y, x, prev: as in `residual_l1`, two dimensions or more.
+        out: of the same shape, receives r; may be `prev`; None: r is not kept.
+        eps: added to the norm, >= 0.
+        per_sample: whether each sample has a mean of its own; then three dimensions or more.
+    Returns:
+        float32 [1], or [B, 1] with one row per sample.
+    Raises:
+        TypeError, ValueError: that names the argument.
+    Source: MagCache (arXiv 2506.09045).
     """
     tensors = {"y": y, "x": x, "prev": prev} | ({} if out is None else {"out": out})
     check("residual_magnitude", **tensors)
@@ -177,7 +190,16 @@ def residual_magnitude(
 
 
 def residual_store(y: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """out <- y - x, rounded once to the storage dtype; returns `out`."""
+    """out <- y - x, rounded once to the storage dtype.
+
+    Args:
+        y, x: of one shape and device.
+        out: of the same shape, written to.
+    Returns:
+        `out`.
+    Raises:
+        TypeError, ValueError: that names the argument.
+    """
     check("residual_store", y=y, x=x, out=out)
     check_out("residual_store", out, y=y, x=x)
     torch.ops.fastcache.residual_store_.default(out, y, x)
@@ -185,7 +207,16 @@ def residual_store(y: Tensor, x: Tensor, out: Tensor) -> Tensor:
 
 
 def residual_apply(x: Tensor, r: Tensor, out: Tensor | None = None) -> Tensor:
-    """x + r; `out` may be `x`. Returns `out`, or a new tensor."""
+    """x + r.
+
+    Args:
+        x, r: of one shape and device.
+        out: of the same shape, to write into; may be `x`; None: a new tensor.
+    Returns:
+        The sum: `out` where it is given.
+    Raises:
+        TypeError, ValueError: that names the argument.
+    """
     if out is None:
         check("residual_apply", x=x, r=r)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)

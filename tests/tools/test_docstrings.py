@@ -16,16 +16,19 @@ from typing import Any
 import pytest
 
 import fastcache
-from fastcache import checks
+from fastcache import checks, ops
 from fastcache.configs import CONFIGS
 
 SECTIONS = ("Args:", "Returns:", "Raises:", "Source:")
 CHECKS = {name for name, _ in inspect.getmembers(checks, inspect.isfunction)}
 CHECKS |= {"checked_ratios", "ratio_list", "validate"}  # which raise for those who call them
+CHECKS |= {"check", "check_out", "check_samples"}  # of ops
 
 
 def public() -> Iterator[tuple[str, Any]]:
     """Public classes and functions, and the public methods and properties that the classes define."""
+    for name in ops.__all__:
+        yield f"ops.{name}", getattr(ops, name)
     for name in fastcache.__all__:
         thing = getattr(fastcache, name)
         if isinstance(thing, ModuleType) or not callable(thing):
@@ -54,7 +57,7 @@ def function_of(thing: Any) -> Any:
 
 def text_of(name: str, thing: Any) -> str:
     """The docstring; a method without one takes that of the base which declares it."""
-    if "." in name:
+    if "." in name and not name.startswith("ops."):
         owner, key = name.split(".")
         return inspect.getdoc(getattr(getattr(fastcache, owner), key)) or text_up(owner, key)
     return inspect.cleandoc(thing.__doc__ or "")
