@@ -26,6 +26,7 @@ def example(name: str) -> Any:
 def test_all_of_them_are_run():
     elsewhere = {"serve", "export_aoti"}  # the latter compiles for minutes
     run = {"diffusers_pipeline", "hand_loop", "from_cache_dit", "engine_template"}
+    run |= {"flux", "wan", "qwen_image"}  # but for loading weights
     assert {path.stem for path in EXAMPLES.glob("*.py")} == elsewhere | run
 
 
@@ -58,3 +59,61 @@ def test_the_template_of_an_engine():
     assert (found["plain"] - found["cached"]).abs().mean() < 0.2 * moved
     assert torch.equal(found["turns"][0], found["cached"]), "a slot is not what it is alone"
     assert torch.equal(found["plain"], found["after"])
+
+
+# --- for large checkpoints: everything but loading them, with pipelines of the same class -----------------
+
+
+def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {k: v for k, v in inputs.items() if k not in names}
+
+
+def test_flux_compares_three_runs(capsys):
+    from test_pipelines import flux
+
+    pipe, inputs = flux()
+    found = example("flux").compare(pipe, without(inputs, "output_type"), 12, "balanced")
+    assert list(found) == ["no cache", "cache", "fewer steps"]
+    assert found["cache"].computed == found["fewer steps"].computed < 12
+    assert found["cache"].psnr > 20 and found["cache"].picture.shape == (16, 16, 3)
+    assert not hasattr(pipe.transformer, "_fastcache")
+    assert "denoiser calls" in capsys.readouterr().out
+
+
+def test_wan_counts_both_experts():
+    from test_pipelines import wan
+
+    pipe, inputs = wan(2)
+    limit = 2**30
+    found = example("wan").generate(pipe, inputs, 14, "balanced", limit)
+    assert set(found["experts"]) == {"transformer", "transformer_2"}
+    assert all(count["compute"] and count["reuse"] for count in found["experts"].values())
+    assert found["frames"].shape[0] == 5
+
+
+def test_qwen_image_measures_once_and_computes_the_share(tmp_path):
+    from test_pipelines import qwen
+
+    import fastcache
+
+    pipe, inputs = qwen()
+    script = example("qwen_image")
+    path = tmp_path / "c.json"
+    calibration = script.measure(pipe, inputs, 12, path)
+    assert set(calibration.contexts) == {"cond", "uncond"}
+    written = path.stat().st_mtime_ns
+    assert script.measure(pipe, inputs, 12, path).steps == 12 == calibration.steps
+    assert path.stat().st_mtime_ns == written
+    with fastcache.enable(pipe, script.recipe_for(calibration, 0.6)) as cache:
+        script.generate(pipe, inputs, 12)
+    assert {r.context for r in cache.stats} == {"cond", "uncond"}
+    assert 0 < cache.stats.reused <= 0.6 * len(cache.stats)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "qwen_image"])
+def test_what_was_not_run_says_so(name):
+    script = example(name)
+    assert "Not run here" in script.__doc__
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    assert end.value.code == 0
