@@ -37,13 +37,16 @@ def plain_norm(norm: Any, width: int) -> bool:
 def rows_of(x: Any, table: Any, given: Any) -> tuple[Any, Any]:
     """(shift, scale) of x [B, ..., D], with dimensions of 1 where all tokens of a sample share them.
 
-    given: rows shift, scale, ... of [B, n, D], or [B, S, n, D] with rows per token, or either with the rows in one.
-    table: [n, D] or [1, n, D], added to it; 0 for none.
+    given: rows shift, scale, ... of [B, n, D], or with rows per token [B, S, n, D], or [B, n, S, D] where S is not n;
+    or any with the rows in one. table: [n, D] or [1, n, D], added to it; 0 for none.
     """
     width = x.shape[-1]
     rows = given.float()
     if rows.shape[-1] != width:
         rows = rows.unflatten(-1, (-1, width))
+    n = table.shape[-2] if hasattr(table, "shape") else rows.shape[-2]
+    if rows.shape[-2] != n and rows.dim() == 4:  # SkyReels-V2 has the tokens last, Wan 2.2 the rows
+        rows = rows.transpose(1, 2)
     shift, scale = (table + rows).unbind(-2)[:2]
     while shift.dim() < x.dim():  # one modulation for all tokens of a sample
         shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)

@@ -15,6 +15,7 @@ diffusers = pytest.importorskip("diffusers")
 
 import test_matrix  # noqa: E402
 import tiny  # noqa: E402
+import tiny_pipelines  # noqa: E402
 from unmodulated import WITHOUT  # noqa: E402
 
 import fastcache  # noqa: E402
@@ -54,6 +55,39 @@ def test_it_is_what_the_first_attention_is_given(name):
     with torch.no_grad():
         model(**inputs)
     torch.testing.assert_close(found[0], seen[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", tiny_pipelines.KINDS)
+def test_so_it_is_in_every_call_of_a_pipeline(kind):
+    """Which may say more than a model on its own is asked: a timestep for each frame, or each token."""
+    pipe, given = tiny_pipelines.KINDS[kind]()
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for name in ("transformer", "transformer_2"):
+        model = getattr(pipe, name, None)
+        if model is None:
+            continue
+        row = adapter_for(model)
+        block = block_lists(model, row)[0][1][0]
+        io = BlockIO(block, row.block)
+        if io.modulation is None:
+            pytest.skip(f"{type(block).__name__} brings the timestep in by a way that is not known")
+        attention = next(m for n, m in block.named_modules() if n.split(".")[-1] in ATTENTION)
+        found: list[Tensor] = []
+        block.register_forward_pre_hook(
+            lambda m, args, kwargs, io=io, found=found: found.append(io.modulated(m, args, kwargs)),
+            with_kwargs=True,
+        )
+        attention.register_forward_pre_hook(
+            lambda m, args, kwargs, found=found: pairs.append(
+                (found.pop(), args[0] if args else kwargs["hidden_states"])
+            ),
+            with_kwargs=True,
+        )
+    steps = {} if kind == "Helios" else {"num_inference_steps": 3}
+    pipe(**{**given, **steps, "output_type": "latent"})
+    assert len(pairs) >= 3
+    for found_there, seen in pairs:
+        torch.testing.assert_close(found_there, seen, rtol=1e-5, atol=1e-5)
 
 
 MADE_OF_PARTS = {
