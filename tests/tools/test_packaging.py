@@ -42,7 +42,7 @@ def sdist(tmp_path_factory) -> Path:
     """The unpacked source distribution of a copy of this tree."""
     work = tmp_path_factory.mktemp("sdist")
     unwanted = shutil.ignore_patterns(
-        ".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "tests"
+        ".*", "build", "dist", "site", "*.egg-info", "__pycache__", "*.so", "tests"
     )
     shutil.copytree(ROOT, work / "tree", ignore=unwanted)
     archive, said = build("build_sdist", work / "tree", work / "dist")
