@@ -262,11 +262,18 @@ class BlockIO:
         hidden_at, encoder_at = self.positions(output, hidden, encoder, learnt)
         if hidden_at is None:
             return output, encoder, {}
-        extra: dict[int, Any] = {}
         found: Any = entries(output)
-        if self.returns is None:
-            extra = {i: v for i, v in enumerate(found) if i not in (hidden_at, encoder_at)}
-        return found[hidden_at], None if encoder_at is None else found[encoder_at], extra
+        text = None if encoder_at is None else found[encoder_at]
+        return found[hidden_at], text, self.further(output, hidden, encoder, learnt)
+
+    def further(
+        self, output: Any, hidden: Any, encoder: Any, learnt: Positions | None
+    ) -> dict[int, Any]:
+        """By place, what a block has returned beside its streams."""
+        streams = self.positions(output, hidden, encoder, learnt)
+        if streams[0] is None:
+            return {}
+        return {i: v for i, v in enumerate(entries(output) or ()) if i not in streams}
 
 
 def model_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol
 
@@ -105,3 +106,10 @@ class SlotGroup:
             setattr(self, name, to(getattr(self, name)))
         for part in self._parts():
             part.move(to)
+
+
+@functools.cache
+def numbered(count: int) -> type[SlotGroup]:
+    """Groups of so many slots of one tensor, whose meaning is known to whoever makes one: `at0`, `at1`, ..."""
+    names = tuple(f"at{i}" for i in range(count))
+    return type(f"Numbered{count}", (SlotGroup,), {"__slots__": names, "holds": names})

@@ -37,6 +37,13 @@ def tail(row: Tensor, like: Tensor | None) -> Tensor:
     return row[row.shape[0] - like.shape[0] :]
 
 
+def end_of(value: Tensor, x: Tensor, whole: int) -> Tensor:
+    """A value of a batch of `whole`, for the batch of x; a value without that batch as it is."""
+    if x.shape[0] == whole or value.shape[:1] != (whole,):
+        return value
+    return value[whole - x.shape[0] :]
+
+
 def fitting(row: Tensor, base: Tensor | None) -> Tensor:
     """The row, or the end of its batch, to be added to `base`. Raises Unfit where that has another shape."""
     if base is None or row.shape == base.shape:

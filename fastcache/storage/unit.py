@@ -44,7 +44,6 @@ class Unit:
 
     __slots__ = (
         "entry",
-        "extra",
         "first",
         "held",
         "last",
@@ -59,7 +58,6 @@ class Unit:
         self.streams: list[Stream] = []
         self.held: tuple = ()
         self.template: Any = None
-        self.extra: Any = None
         self.entry: Any = None
         self.way: Any = None
         self.shared = False  # its module runs twice in a step: no single value, never reused

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -125,3 +126,37 @@ class ReturnLayout:
 
 
 BARE = ReturnLayout()
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What a block returns beside its streams, by place: the tensors in it are kept apart, the rest as it was seen.
+
+    at: numbers of the tensors among all leaves. tree: how the leaves lie. rest: the leaves, where no tensors are.
+    """
+
+    at: tuple[int, ...]
+    tree: Any
+    rest: tuple[Any, ...] = field(compare=False)
+
+    @classmethod
+    def of(cls, extra: dict[int, Any]) -> Entries:
+        leaves, tree = tree_flatten(extra)
+        at = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        return cls(at, tree, rest)
+
+    def tensors(self, extra: dict[int, Any]) -> list[Tensor]:
+        """The tensors of other entries of this form."""
+        if not self.at:
+            return []
+        leaves = tree_flatten(extra)[0]
+        return [leaves[i] for i in self.at]
+
+    def build(self, values: Sequence[Tensor]) -> dict[int, Any]:
+        """The entries with these tensors in them."""
+        leaves = list(self.rest)
+        for i, value in zip(self.at, values, strict=True):
+            leaves[i] = value
+        found: dict[int, Any] = tree_unflatten(leaves, self.tree)
+        return found

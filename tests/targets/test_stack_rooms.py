@@ -22,7 +22,7 @@ from fastcache.storage.history import Timeline
 from fastcache.storage.state import State
 from fastcache.storage.unit import make_store
 from fastcache.targets.control import HEAD, PENDING, REST, WHOLE
-from fastcache.targets.outputs import BARE, ReturnLayout
+from fastcache.targets.outputs import BARE, Entries, ReturnLayout
 from fastcache.targets.stack import residual
 from fastcache.targets.stack.layout import BlockList, Entered, Layout, Left, Place, Segment
 from fastcache.targets.stack.roles import BLOCK, roles_of
@@ -331,18 +331,21 @@ def given_back(unit: Any, entered: Entered, returns: ReturnLayout) -> Any:
 def test_a_residual_gives_back_what_was_left():
     x, y = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
     _, unit = stored(Entered(x, None), Left(y, None, {}))
-    assert unit.template == (True, False, ()) and unit.touched
+    assert unit.template == (True, False, Entries.of({})) and unit.touched
     torch.testing.assert_close(given_back(unit, Entered(x, None), BARE), y)
 
 
 def test_text_and_other_entries_are_given_back_too():
     x, y, text, new = (torch.randn(2, n, 8) for n in (6, 6, 3, 3))
     mask = torch.randn(2, 6)
-    entered, left = Entered(x, text), Left(y, new, {2: mask, 3: None})
+    entered, left = (
+        Entered(x, text),
+        Left(y, new, {2: mask, 3: None, 4: [text, {"a": mask, "b": 1}]}),
+    )
     _, unit = stored(entered, left)
-    assert unit.template == (True, True, (2,)) and unit.extra == {3: None}
-    got = given_back(unit, entered, ReturnLayout(tuple, 4, 0, 1))
-    torch.testing.assert_close(got, (y, new, mask, None))
+    assert unit.template[:2] == (True, True) and unit.template.extras.at == (0, 2, 3)
+    got = given_back(unit, entered, ReturnLayout(tuple, 5, 0, 1))
+    torch.testing.assert_close(got, (y, new, mask, None, [text, {"a": mask, "b": 1}]))
 
 
 @pytest.mark.parametrize("passed_on", [True, False])
@@ -351,7 +354,7 @@ def test_text_that_no_residual_is_kept_of(passed_on):
     x, y, text = (torch.randn(2, n, 8) for n in (6, 6, 3))
     entered = Entered(x, text if passed_on else None)
     _, unit = stored(entered, Left(y, text, {}))
-    assert unit.template == (True, False, ())
+    assert unit.template == (True, False, Entries.of({}))
     assert given_back(unit, entered, ReturnLayout(tuple, 2, 0, 1))[1] is entered.encoder
 
 
@@ -414,7 +417,7 @@ def test_a_learnt_order_comes_before_shapes_and_after_a_row():
     assert io.streams(output[0], x, text, None) == (output[0], text)
     row = BlockIO(toys.Dual(), fastcache.Block(returns=(ENCODER, HIDDEN)))
     assert row.positions(output, x, text, (0, 1)) == (1, 0)
-    assert row.taken_apart(output, x, text, None)[2] == {}
+    assert row.taken_apart(output, x, text, None)[2] == {2: None}
 
 
 def test_returns_are_built_as_they_were_seen():

@@ -40,6 +40,10 @@ class Left(NamedTuple):
     extra: dict[int, Any]
 
 
+# What a block returns beside the streams, by place, and the argument by which the next block gets it.
+Carried = tuple[tuple[int, int | str], ...]
+
+
 class Segment(NamedTuple):
     """Lists that have one residual in common, by their index, in the order in which they run."""
 
@@ -53,7 +57,7 @@ class Place:
 
     segment: number of its segment; -1 where it belongs to none. opens, closes: it is the first or the last
     list of its segment. opener: index of the list that opens it. returns: how its first block returns.
-    positions: where the streams are in a returned tuple, if the model has shown it.
+    positions: where the streams are in a returned tuple, if the model has shown it. carried: see `Carried`.
     """
 
     segment: int = -1
@@ -62,6 +66,7 @@ class Place:
     opener: int = 0
     returns: ReturnLayout = BARE
     positions: Positions | None = None
+    carried: Carried = ()
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Player:
         self.loop_does_more, self.writes_inputs = layout.loop_does_more, layout.writes_inputs
         self.segment, self.opens, self.closes = place.segment, place.opens, place.closes
         self.returns, self.positions = place.returns, place.positions
+        self.carried = place.carried
 
     def take_blocks(self, blocks: BlockList) -> None:
         """The same of the blocks that the list holds now."""
@@ -162,7 +163,10 @@ class Player:
             x = x.clone()
         output = self.blocks.looked_at()(*args, **kwargs)
         hidden, encoder = self.probed_io.streams(output, given, text, self.positions)
-        look_at_output(stack, hidden, encoder, x, self.returns)
+        left = Left(hidden, encoder, {})
+        if control.may_be_compiled:  # what else it returns is for the second part of a step
+            left = left._replace(extra=self.probed_io.further(output, given, text, self.positions))
+        look_at_output(stack, left, x, self.returns)
         if control.actions[stack.rule] != REUSE:
             if eager:
                 self._note_first(given, output, text)
@@ -179,11 +183,10 @@ class Player:
         """The last block of the head, where it has run already in the head region of this step."""
         given, encoder = self.probed_io.read(args, kwargs)
         x = given if self.alone else self._opened()
-        hidden, encoder, now = kept_output(
-            self.control.state.slots[self.stack.rule].own, given, encoder
-        )
+        own = self.control.state.slots[self.stack.rule].own
+        (hidden, encoder, extra), now = kept_output(own, given, encoder)
         note_decided(self.stack, without_text(hidden, x), x, now)
-        output = self.returns.build(hidden, encoder, {})
+        output = self.returns.build(hidden, encoder, extra)
         computes = self.control.actions[self.stack.rule] != REUSE
         if computes and not torch.compiler.is_compiling():
             self._note_first(given, output, encoder)
@@ -227,7 +230,10 @@ class Player:
     def pass_through(self, *args: Any, **kwargs: Any) -> Any:
         """A block that the model's loop still calls on a reused step: gives back its input."""
         hidden, encoder = self.first_io.read(args, kwargs)
-        return self.returns.build(hidden, encoder, {})
+        extra = {}
+        for at, key in self.carried:
+            extra[at] = kwargs.get(key) if isinstance(key, str) else args[key]
+        return self.returns.build(hidden, encoder, extra)
 
     def enter_segment(self, *args: Any, **kwargs: Any) -> Any:
         """The first block of a segment whose loop does more: notes its input and gives it back."""

@@ -9,38 +9,38 @@ from torch import Tensor
 
 from ...policies import COMPUTE
 from ...storage.allocate import allocate, strides_of
-from ...storage.group import SlotGroup
-from ...storage.ring import tail
+from ...storage.group import SlotGroup, numbered
+from ...storage.ring import end_of, tail
 from ...storage.state import State
 from ..control import HEAD, PENDING, REST, Stop
 from ..decide import RuleSlots
-from ..outputs import ReturnLayout
-from .layout import BlockList, Stack
+from ..outputs import Entries, ReturnLayout
+from .layout import BlockList, Left, Stack
 
 
-def look_at_output(
-    stack: Stack, hidden: Tensor, encoder: Any, x: Tensor, returns: ReturnLayout
-) -> None:
+def look_at_output(stack: Stack, left: Left, x: Tensor, returns: ReturnLayout) -> None:
     """Have the step decided by what the first block made of x. Traced by torch.compile.
 
-    returns: how the block returns its streams. In the head region of a compiled step it raises Stop, having
-    kept what the block returned.
+    left: what the block has returned. returns: how. In the head region of a compiled step it raises Stop, having
+    kept that.
     """
+    hidden = left.hidden
     control, guide = stack.control, stack.guide
     image, head = without_text(hidden, x) if stack.early else hidden, control.phase == HEAD
     if head or control.actions[stack.rule] == PENDING:
         stack.decider.measure(image, x)
     now = None if guide is None else guide.of(image, x)
     if head:
-        keep_output(control.state.slots[stack.rule].own, hidden, encoder, now)
+        keep_output(control.state.slots[stack.rule].own, left, now)
         raise Stop
     action = control.actions[stack.rule]
     if action == COMPUTE or now is not None or stack.every_step:
         note_decided(stack, image, x, now)
     if control.may_be_compiled and action == COMPUTE:
         if lacks_slots(stack, control.state):
-            text = None if returns.encoder is None else encoder
-            allocate_slots(control.state.slots[stack.rule], hidden, text)
+            if returns.encoder is None:  # not for the second part to give back
+                left = left._replace(encoder=None)
+            allocate_slots(control.state.slots[stack.rule], left)
 
 
 def without_text(hidden: Tensor, x: Tensor) -> Tensor:
@@ -105,13 +105,24 @@ def look_at_input(stack: Stack, blocks: BlockList, args: tuple, kwargs: dict) ->
 
 class ProbeSlots(SlotGroup):
     """What a step in two parts keeps of its first block, for its second part to start from: its hidden states,
-    its text stream where the block returns it, and the guide of the step where there is one."""
+    its text stream and what else the block returns, and the guide of the step where there is one."""
 
-    __slots__ = ("encoder", "hidden", "now")
+    __slots__ = ("encoder", "entries", "extra", "hidden", "now")
     holds = ("hidden", "encoder", "now")
+    parts = ("extra",)
     encoder: Any
+    extra: Any  # the tensors of what else it returns
     hidden: Any
     now: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = Entries.of({})
+
+    def rows(self) -> list[Tensor]:
+        """The slots of `extra`. Traced by torch.compile, which cannot follow `tensors`."""
+        group = self.extra
+        return [] if group is None else [getattr(group, name) for name in group.holds]
 
 
 def lacks_slots(stack: Stack, state: State) -> bool:
@@ -130,9 +141,10 @@ def lacks_slots(stack: Stack, state: State) -> bool:
     )
 
 
-def allocate_slots(rule: RuleSlots, hidden: Tensor, encoder: Any) -> None:
-    """Make room for it. encoder: None where the block does not return it."""
+def allocate_slots(rule: RuleSlots, left: Left) -> None:
+    """Make room for it. The text stream is None where the block does not return it."""
     slots: ProbeSlots = rule.own
+    hidden, encoder, extra = left
     like = hidden if rule.signal.reference is None else rule.signal.reference
     if like.shape[1:] == hidden.shape[1:]:
         slots.hidden = allocate(like.shape, like.dtype, like.device, strides_of(like))
@@ -140,25 +152,40 @@ def allocate_slots(rule: RuleSlots, hidden: Tensor, encoder: Any) -> None:
         shape = (like.shape[0], *hidden.shape[1:])
         slots.hidden = allocate(shape, like.dtype, like.device)
     if isinstance(encoder, Tensor):
-        layout = strides_of(encoder)
-        slots.encoder = allocate(encoder.shape, encoder.dtype, encoder.device, layout)
+        slots.encoder = allocate_like(encoder)
     if rule.guide is not None:
-        now = rule.guide.guides.views[0]
-        slots.now = allocate(now.shape, now.dtype, now.device, strides_of(now))
+        slots.now = allocate_like(rule.guide.guides.views[0])
+    slots.entries = Entries.of(extra)
+    if slots.entries.at:
+        values = slots.entries.tensors(extra)
+        slots.extra = numbered(len(values))()
+        for name, value in zip(slots.extra.holds, values, strict=True):
+            setattr(slots.extra, name, allocate_like(value))
 
 
-def keep_output(slots: ProbeSlots, hidden: Tensor, encoder: Any, now: Tensor | None) -> None:
+def allocate_like(value: Tensor) -> Tensor:
+    """Storage for such a tensor, which lies in memory as that does."""
+    return allocate(value.shape, value.dtype, value.device, strides_of(value))
+
+
+def keep_output(slots: ProbeSlots, left: Left, now: Tensor | None) -> None:
     """now: the guide of this step; None without one."""
+    hidden, encoder, extra = left
     tail(slots.hidden, hidden).copy_(hidden)
     if slots.encoder is not None:
         tail(slots.encoder, encoder).copy_(encoder)
     if now is not None:
         tail(slots.now, now).copy_(now)
+    for row, value in zip(slots.rows(), slots.entries.tensors(extra), strict=True):
+        tail(row, value).copy_(value)
 
 
-def kept_output(slots: ProbeSlots, x: Tensor, encoder: Any) -> tuple[Tensor, Any, Tensor | None]:
+def kept_output(slots: ProbeSlots, x: Tensor, encoder: Any) -> tuple[Left, Tensor | None]:
     """What `keep_output` has kept, for a call with these streams."""
     if slots.encoder is not None:  # streams without a batch differ in their first dimension
         encoder = tail(slots.encoder, encoder if isinstance(encoder, Tensor) else x)
     now = None if slots.now is None else tail(slots.now, x)
-    return tail(slots.hidden, x), encoder, now
+    whole, extra = slots.hidden.shape[0], {}
+    if slots.entries.rest:
+        extra = slots.entries.build([end_of(row, x, whole) for row in slots.rows()])
+    return Left(tail(slots.hidden, x), encoder, extra), now

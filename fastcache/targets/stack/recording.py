@@ -18,7 +18,7 @@ from .collected import collected
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import decide_by_input, look_at_input, look_at_output
 from .roles import BlockStandIn
-from .seen import Passed, Seen, copied
+from .seen import Passed, Seen, carried, copied
 from .segments import ENTER, LEAVE, Cut, Event, alone, continues_previous, cut
 from .way import Way, version
 
@@ -39,9 +39,8 @@ class Recorder:
         self.loop_does_more = known.loop_does_more
         self.writes_inputs = known.writes_inputs
         self.events: list[Event] = []
-        self.counts: dict[
-            int, tuple[Tensor, int]
-        ] = {}  # what lists have left, and its version then
+        # what lists have left, and its version then
+        self.counts: dict[int, tuple[Tensor, int]] = {}
         self.seen = [Seen(place.positions) for place in known.places or [Place()] * len(lists)]
         self.returned: list[weakref.ref] = []  # what each block has returned
         self.opened: tuple[Any, Any] = (None, None)  # what entered the stack, and a copy of that
@@ -60,7 +59,7 @@ class Recorder:
         hidden, encoder = io.read(args, kwargs)
         direct = self.way.arrive(at, index, hidden)
         if index:
-            self._note_arrival(at, hidden, encoder)
+            self._note_arrival(at, hidden, encoder, (args, kwargs))
         elif not at:
             self._note_opening(blocks, hidden, args, kwargs)
         if index == blocks.head <= stop and not blocks.probed:
@@ -68,7 +67,8 @@ class Recorder:
         output = block(*args, **kwargs)
         self._note_passed(at, index, io, output, hidden, encoder)
         if blocks.probed and index == blocks.head - 1:
-            self._probe(at, index, *io.streams(output, hidden, encoder, self.seen[at].positions))
+            given = output, hidden, encoder, self.seen[at].positions
+            self._probe(at, index, Left(*io.streams(*given), io.further(*given)))
         elif index < last or not index:
             self._note_written(at, output)
         if blocks.head <= index == stop:
@@ -99,15 +99,16 @@ class Recorder:
         decide_by_input(self.stack, blocks, args, kwargs)
         look_at_input(self.stack, blocks, args, kwargs)
 
-    def _probe(self, at: int, index: int, hidden: Tensor, encoder: Any) -> None:
+    def _probe(self, at: int, index: int, left: Left) -> None:
         """The last block that always runs: the step is decided by the change, and the segment begins after it."""
+        hidden, encoder, _ = left
         seen, (x, copy) = self.seen[at], self.opened
         self.opened = (None, None)
         self.writes_inputs = self.writes_inputs or not sync.same(x, copy)
         seen.probed = None if index else copy  # by its second block the order of returns is known
         if isinstance(encoder, Tensor) and seen.returns.encoder is None:
             self._refuse_lost_text(at)
-        look_at_output(self.stack, hidden, encoder, copy if self.writes_inputs else x, seen.returns)
+        look_at_output(self.stack, left, copy if self.writes_inputs else x, seen.returns)
         if not alone(self.lists[at]):
             self._enter(at, hidden, encoder, False)
 
@@ -192,7 +193,7 @@ class Recorder:
                 seen.entered = entered._replace(hidden=seen.clone, version=version(seen.clone))
             seen.clone = None
 
-    def _note_arrival(self, at: int, hidden: Any, encoder: Any) -> None:
+    def _note_arrival(self, at: int, hidden: Any, encoder: Any, call: tuple[tuple, dict]) -> None:
         """Which returned value is which, and whether the model's loop does something between blocks."""
         seen = self.seen[at]
         passed, seen.passed = seen.passed, None
@@ -200,7 +201,9 @@ class Recorder:
             return
         self._learn(seen, passed, hidden, encoder)
         seen.probed = None
-        before, _ = passed.io.streams(passed.output, passed.hidden, passed.encoder, seen.positions)
+        given = passed.output, passed.hidden, passed.encoder, seen.positions
+        seen.carried = carried(passed.io.further(*given), *call)
+        before, _ = passed.io.streams(*given)
         untouched = before is hidden and passed.version == version(hidden)
         if untouched and passed.copy is not None:
             untouched = sync.same(passed.copy, hidden)
@@ -228,7 +231,8 @@ class Recorder:
             return
         seen.returns = ReturnLayout.of(output, at, text)
         if seen.probed is not None:  # the step was decided, and its entry noted, by the wrong order
-            look_at_output(self.stack, hidden, encoder, seen.probed, seen.returns)
+            left = Left(hidden, encoder, io.further(output, hidden, encoder, seen.positions))
+            look_at_output(self.stack, left, seen.probed, seen.returns)
             self._keep_entered(seen, hidden, encoder)
 
     def _refuse_collected(self) -> None:
@@ -262,19 +266,16 @@ class Recorder:
             self.learns = False
             return known
         if any(version(hidden) != count for hidden, count in self.counts.values()):
-            self.learns, self.writes_inputs = (
-                False,
-                True,
-            )  # too late for a copy: the next call makes one
+            # too late for a copy: the next call makes one
+            self.learns, self.writes_inputs = False, True
         loop_does_more = self.loop_does_more or interleaved
         for segment in segments:
             self._settle_written(self.seen[segment.lists[0]])
-        places = [Place(returns=seen.returns, positions=seen.positions) for seen in self.seen]
+        places = [seen.place() for seen in self.seen]
         for number, members in segments:
             for at in members:
-                seen = self.seen[at]
-                opens, closes = at == members[0], at == members[-1]
-                places[at] = Place(number, opens, closes, members[0], seen.returns, seen.positions)
+                ends = at == members[0], at == members[-1]
+                places[at] = self.seen[at].place(number, *ends, members[0])
         return Layout(
             order, segments, tuple(places), interleaved, loop_does_more, self.writes_inputs
         )

@@ -12,9 +12,10 @@ from torch import Tensor
 from ...ops import direct
 from ...storage.allocate import Unfit
 from ...storage.history import Timeline
+from ...storage.ring import end_of
 from ...storage.state import State
 from ...storage.unit import Unit
-from ..outputs import ReturnLayout
+from ..outputs import Entries, ReturnLayout
 from .layout import Entered, Left
 
 _magnitude = direct("residual_magnitude")
@@ -24,13 +25,13 @@ class SegmentTemplate(NamedTuple):
     """What the streams of a segment's unit hold.
 
     base: the first one is a residual; a shape where what entered is turned into that one first; False where
-    it is the value itself. text: the second one is the residual of the text stream. extras: places in the
-    returned tuple of the values that the streams after those hold.
+    it is the value itself. text: the second one is the residual of the text stream. extras: what else is returned;
+    the streams after those hold the tensors in it.
     """
 
     base: bool | torch.Size
     text: bool
-    extras: tuple[int, ...]
+    extras: Entries
 
 
 def turns(entered: torch.Size, left: torch.Size) -> bool:
@@ -62,8 +63,7 @@ def template_of(entered: Entered, left: Left) -> SegmentTemplate:
         and left.encoder.shape == entered.encoder.shape
         and left.encoder is not entered.encoder
     )
-    extras = (at for at, value in left.extra.items() if isinstance(value, Tensor))
-    return SegmentTemplate(base, text, tuple(extras))
+    return SegmentTemplate(base, text, Entries.of(left.extra))
 
 
 def allocate_unit(
@@ -72,7 +72,6 @@ def allocate_unit(
     """Storage for a segment, at its first computed step. make_store: (value, timeline) -> a stream."""
     unit = Unit()
     unit.template = template = template_of(entered, left)
-    unit.extra = {at: value for at, value in left.extra.items() if at not in template.extras}
     unit.entry = entered.hidden.shape
     unit.make(values_of(template, entered, left), timeline, make_store)
     return unit
@@ -86,7 +85,7 @@ def values_of(template: SegmentTemplate, entered: Entered, left: Left) -> list[T
         hidden = hidden[:, -base.shape[1] :] if hidden.dim() > 1 else hidden
         hidden = base if (base.shape, base.dtype) == (hidden.shape, hidden.dtype) else hidden
     texts = [left.encoder] if template.text else []
-    return [hidden, *texts, *(left.extra[at] for at in template.extras)]
+    return [hidden, *texts, *template.extras.tensors(left.extra)]
 
 
 def fits(unit: Unit, entered: Entered, left: Left, half: bool) -> bool:
@@ -119,8 +118,8 @@ def keep(state: State, rule: int, number: int, entered: Entered, left: Left, mea
     streams[0].store(y, x, step)
     if text:
         streams[1].store(left.encoder.detach(), entered.encoder.detach(), step)
-    for i, at in enumerate(extras, 1 + text):
-        streams[i].store(left.extra[at].detach(), None, step)
+    for i, value in enumerate(extras.tensors(left.extra), 1 + text):
+        streams[i].store(value.detach(), None, step)
     unit.touched = True
 
 
@@ -147,8 +146,10 @@ def predict(unit: Unit, hidden: Any, encoder: Any, weights: Any, returns: Return
     predicted = streams[0].predict(hidden if base else None, weights)
     if text:
         encoder = streams[1].predict(encoder, weights)
-    extra = dict(unit.extra) if unit.extra else {}
-    if extras:
-        for i, at in enumerate(extras, 1 + text):
-            extra[at] = streams[i].predict(None, weights)
-    return returns.build(predicted, encoder, extra)
+    if not extras.rest:
+        return returns.build(predicted, encoder, {})
+    further = [
+        end_of(stream.predict(None, weights), hidden, unit.entry[0])
+        for stream in streams[1 + text :]
+    ]
+    return returns.build(predicted, encoder, extras.build(further))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...models.block_io import BlockIO, Positions
 from ..outputs import BARE, ReturnLayout
-from .layout import Entered, Left
+from .layout import Carried, Entered, Left, Place
 
 
 class Passed(NamedTuple):
@@ -36,8 +36,23 @@ class Seen:
     clone: Tensor | None = None  # of what entered, until it is known to be left as it is
     continues: bool = False  # it goes on where the list before has stopped
     passed: Passed | None = None  # the block before the next one
+    carried: Carried = ()  # how what a block returns beside the streams goes on to the next one
     # copy of what entered the stack, until the order of returns of its first block is known
     probed: Tensor | None = None
+
+    def place(
+        self, segment: int = -1, opens: bool = False, closes: bool = False, opener: int = 0
+    ) -> Place:
+        """The place of the list in a layout."""
+        seen = self.returns, self.positions, self.carried
+        return Place(segment, opens, closes, opener, *seen)
+
+
+def carried(further: dict[int, Any], args: tuple, kwargs: dict) -> Carried:
+    """By which argument a block gets each of the entries that the one before has returned beside the streams."""
+    given = [*enumerate(args), *kwargs.items()]
+    pairs = ((at, key) for at, value in further.items() for key, v in given if v is value)
+    return tuple({at: (at, key) for at, key in pairs if further[at] is not None}.values())
 
 
 def copied(left: Left, entered: Entered | None) -> Left:
