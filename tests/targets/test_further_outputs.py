@@ -122,3 +122,37 @@ def test_they_are_allocated_once_and_counted():
         cache.reset()
         driven(cache, run, calls)
         assert [t.data_ptr() for t in own.extra.tensors()] == [audio.data_ptr(), weights.data_ptr()]
+
+
+class Joining(toys.Block):
+    """Attends over both streams joined, and takes them apart by the length of the text."""
+
+    def forward(self, hidden_states, encoder_hidden_states):  # type: ignore[override]
+        both = torch.cat([hidden_states, encoder_hidden_states], 1)
+        both = both + self.change(both)
+        length = encoder_hidden_states.shape[1]
+        return both[:, :-length], both[:, -length:]
+
+
+class Picks(toys.Model):
+    """Its text is what a mask leaves of it, as long as that holds: traced code cannot know the length."""
+
+    def __init__(self) -> None:
+        super().__init__(block=Joining, streams="he")
+
+    def forward(self, hidden_states, timestep=None, encoder_hidden_states=None, mask=None):
+        text = encoder_hidden_states[:, mask.nonzero()[:, 0]]
+        return super().forward(hidden_states, timestep, text)
+
+
+def test_a_length_that_depends_on_values_is_traced():
+    mask = torch.tensor([1, 0, 1])
+    calls = [{**call, "mask": mask} for call in toys.inputs(text=True)]
+    found = []
+    for way in ("eager", "fastcache.compile"):
+        model = Picks()
+        with fastcache.enable(model, Recipe(Mask(MASK), Reuse())) as cache:
+            run = model if way == "eager" else fastcache.compile(model, backend="aot_eager")
+            found.append(driven(cache, run, calls))
+            assert "." in toys.actions(cache)
+    close(*found)

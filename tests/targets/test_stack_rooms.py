@@ -331,7 +331,7 @@ def given_back(unit: Any, entered: Entered, returns: ReturnLayout) -> Any:
 def test_a_residual_gives_back_what_was_left():
     x, y = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
     _, unit = stored(Entered(x, None), Left(y, None, {}))
-    assert unit.template == (True, False, Entries.of({})) and unit.touched
+    assert unit.template == (True, False, False, Entries.of({})) and unit.touched
     torch.testing.assert_close(given_back(unit, Entered(x, None), BARE), y)
 
 
@@ -343,7 +343,7 @@ def test_text_and_other_entries_are_given_back_too():
         Left(y, new, {2: mask, 3: None, 4: [text, {"a": mask, "b": 1}]}),
     )
     _, unit = stored(entered, left)
-    assert unit.template[:2] == (True, True) and unit.template.extras.at == (0, 2, 3)
+    assert unit.template[:3] == (True, False, True) and unit.template.extras.at == (0, 2, 3)
     got = given_back(unit, entered, ReturnLayout(tuple, 5, 0, 1))
     torch.testing.assert_close(got, (y, new, mask, None, [text, {"a": mask, "b": 1}]))
 
@@ -354,14 +354,14 @@ def test_text_that_no_residual_is_kept_of(passed_on):
     x, y, text = (torch.randn(2, n, 8) for n in (6, 6, 3))
     entered = Entered(x, text if passed_on else None)
     _, unit = stored(entered, Left(y, text, {}))
-    assert unit.template == (True, False, Entries.of({}))
+    assert unit.template == (True, False, False, Entries.of({}))
     assert given_back(unit, entered, ReturnLayout(tuple, 2, 0, 1))[1] is entered.encoder
 
 
 def test_text_joined_in_front_is_left_out_of_the_residual():
     x, y = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
     _, unit = stored(Entered(x, None), Left(torch.cat([torch.randn(2, 3, 8), y], 1), None, {}))
-    assert unit.template.base is True
+    assert unit.template.base is True and unit.template.joined
     torch.testing.assert_close(given_back(unit, Entered(x, None), BARE), y)
 
 

@@ -25,11 +25,13 @@ class SegmentTemplate(NamedTuple):
     """What the streams of a segment's unit hold.
 
     base: the first one is a residual; a shape where what entered is turned into that one first; False where
-    it is the value itself. text: the second one is the residual of the text stream. extras: what else is returned;
-    the streams after those hold the tensors in it.
+    it is the value itself. joined: the text was joined in front of what entered, and is left out. text: the second
+    one is the residual of the text stream. extras: what else is returned; the streams after those hold the tensors
+    in it.
     """
 
     base: bool | torch.Size
+    joined: bool
     text: bool
     extras: Entries
 
@@ -63,7 +65,7 @@ def template_of(entered: Entered, left: Left) -> SegmentTemplate:
         and left.encoder.shape == entered.encoder.shape
         and left.encoder is not entered.encoder
     )
-    return SegmentTemplate(base, text, Entries.of(left.extra))
+    return SegmentTemplate(base, joined, text, Entries.of(left.extra))
 
 
 def allocate_unit(
@@ -103,13 +105,13 @@ def keep(state: State, rule: int, number: int, entered: Entered, left: Left, mea
     """
     unit = state.units[rule][number]
     streams = unit.streams
-    base, text, extras = unit.template
+    base, joined, text, extras = unit.template
     y, x = left.hidden.detach(), None
     if base:
         x = entered.hidden
         if isinstance(base, torch.Size):
             x = turned(x, base)
-        elif y.shape != x.shape:
+        elif joined:  # no shapes are compared here, which a model may make of what its tensors hold
             y = y[:, -x.shape[1] :]
         x = x.detach()
         if measure:
@@ -136,7 +138,7 @@ def predict(unit: Unit, hidden: Any, encoder: Any, weights: Any, returns: Return
 
     weights: of the values held, newest first; where compiled code or a guide has them on the device, theirs.
     """
-    base, text, extras = unit.template
+    base, _, text, extras = unit.template
     streams = unit.streams
     if base is not True:
         if hidden.shape[1:] != unit.entry[1:]:
