@@ -229,22 +229,6 @@ def test_blocks_behind_the_segment_keep_their_number(ends, way):
         assert toys.actions(cache) == "".join("C" if m else "." for m in MASK)
 
 
-@pytest.mark.parametrize("depth", [4, 5])
-def test_a_model_that_keeps_what_each_block_returns_is_refused_with_ends_too(depth):
-    class Collects(toys.Model):
-        def through(self, hidden, text):
-            kept = []
-            for block in self.blocks:
-                hidden = block(hidden_states=hidden)
-                kept.append(hidden)
-            return sum(kept), text
-
-    model = Collects(depth=depth)
-    with fastcache.enable(model, Recipe(Mask(MASK), Reuse(), Stack(1, 1))):
-        with pytest.raises(ValueError, match="keeps what each block"):
-            toys.step(model, toys.inputs(1)[0])
-
-
 def test_what_was_cut_anew_counts_its_steps_anew():
     """A loop that does more between its lists is seen to in the first call, which stores nothing."""
 

@@ -5,25 +5,74 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .layout import BlockList
 
-def collected(returned: Sequence[weakref.ref], alive: Any) -> bool:
-    """Whether somebody keeps what blocks have returned.
 
-    alive: what is kept for another reason, such as the arguments of the block that has just run.
+class Returned:
+    """What blocks have returned in one call that nothing would give in a reused step.
+
+    early: several blocks run before the decision. The last one of them is kept, and the last one skipped is predicted.
     """
-    known = {id(v) for leaf in tree_leaves(alive) for v in (leaf, getattr(leaf, "_base", None))}
 
-    def held() -> bool:
-        values = [value for reference in returned if (value := reference()) is not None]
+    def __init__(self, lists: Sequence[BlockList], early: bool) -> None:
+        self.lists, self.early = lists, early
+        self.references: list[weakref.ref] = []
+        self.around: set[int] = set()  # containers that these came in, by their id
+
+    def note(self, at: int, index: int, value: Tensor, output: Any) -> None:
+        """Block `index` of list `at` has returned this, as part of its output."""
+        blocks, stop = self.lists[at], len(self.lists[at]) - 1 - self.lists[at].tail
+        if index < blocks.head:
+            lost = self.early and not (blocks.probed and index == blocks.head - 1)
+        else:
+            lost = index < stop + (blocks is not self.lists[-1])
+        if lost:
+            self.references.append(weakref.ref(value))
+            self.around.update(_containers(output))
+
+    def collected(self, args: tuple, kwargs: dict[str, Any], ours: list[tuple]) -> bool:
+        """Whether somebody keeps any of it, the last block having run with these arguments.
+
+        ours: what is kept for another reason.
+        """
+        if self._held((args, kwargs, ours)):
+            gc.collect()  # perhaps only in a cycle that nobody refers to
+            return self._held((args, kwargs, ours))
+        # of two blocks, what the first has returned is the second's argument, and is in that call's containers
+        value = self.references[0]() if len(self.references) == 1 else None
+        named, numbered = _ids(kwargs.values()), _ids(args)
+        if value is None or value.requires_grad or id(value) not in (*named, *numbered):
+            return False
+        known = self.around | set(_containers(ours))
+        holders = [each for each in gc.get_referrers(value) if id(each) not in known]
+        return any(
+            isinstance(each, list)
+            or (isinstance(each, dict) and _ids(each.values()) != named)
+            or (isinstance(each, tuple) and not (args and _ids(each)[-len(args) :] == numbered))
+            for each in holders
+        )
+
+    def _held(self, alive: Any) -> bool:
+        known = {id(v) for leaf in tree_leaves(alive) for v in (leaf, getattr(leaf, "_base", None))}
+        values = [value for reference in self.references if (value := reference()) is not None]
         if any(value.requires_grad for value in values):
             return False  # autograd keeps what it needs of them
         return any(id(value) not in known for value in values)
 
-    if held():
-        gc.collect()  # perhaps only in a cycle that nobody refers to
-    return held()
+
+def _containers(value: Any) -> Iterator[int]:
+    """The ids of a container and of those in it."""
+    if isinstance(value, list | tuple | dict):
+        yield id(value)
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _containers(each)
+
+
+def _ids(values: Iterable[Any]) -> tuple[int, ...]:
+    return tuple(map(id, values))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ... import sync
 from ...models.block_io import BlockIO, entries
 from ..outputs import ReturnLayout
-from .collected import collected
+from .collected import Returned
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import decide_by_input, look_at_input, look_at_output
 from .roles import BlockStandIn
@@ -42,7 +41,7 @@ class Recorder:
         # what lists have left, and its version then
         self.counts: dict[int, tuple[Tensor, int]] = {}
         self.seen = [Seen(place.positions) for place in known.places or [Place()] * len(lists)]
-        self.returned: list[weakref.ref] = []  # what each block has returned
+        self.returned = Returned(lists, stack.early)
         self.opened: tuple[Any, Any] = (None, None)  # what entered the stack, and a copy of that
 
     def items(self, at: int) -> list[BlockStandIn]:
@@ -78,7 +77,7 @@ class Recorder:
             self.events.append((at, LEAVE))
         if index == last and blocks.skips:
             ours = [(seen.entered, seen.left, seen.passed) for seen in self.seen]
-            if collected(self.returned, (args, kwargs, ours)):
+            if self.returned.collected(args, kwargs, [*ours, (self.counts,)]):
                 self._refuse_collected()
         return output
 
@@ -170,7 +169,7 @@ class Recorder:
         # a hook of the user's may keep it too
         hooked = any(block._forward_hooks for block in self.lists[at].known)
         if value is not hidden and not hooked:
-            self.returned.append(weakref.ref(value))
+            self.returned.note(at, index, value, output)
 
     def _note_written(self, at: int, output: Any) -> None:
         """Whether a block has written into what entered; one that passes it on says nothing yet."""

@@ -1,0 +1,71 @@
+"""Models that keep what each block returns, as a ControlNet does: refused where they would be left without."""
+
+from __future__ import annotations
+
+import pytest
+import toys
+from ends import MASK, close, driven
+
+import fastcache
+from fastcache import FirstBlock, Mask, Recipe, Reuse, Stack
+
+
+class Collects(toys.Model):
+    """Needs what each of its blocks returns, as a ControlNet does. kind: of what it collects that in."""
+
+    kind: type = list
+
+    def through(self, hidden, text):
+        kept = self.kind()
+        for block in self.blocks:
+            hidden = self._call(block, hidden, None)
+            kept = self.kind([*kept, hidden])
+        return sum((i + 1) * each for i, each in enumerate(kept)), text
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+@pytest.mark.parametrize(
+    ("depth", "first", "last"),
+    [(2, 0, 0), (3, 1, 0), (3, 0, 1), (3, 0, 0), (4, 1, 1), (4, 2, 0), (5, 1, 1)],
+)
+def test_a_model_that_keeps_what_skipped_blocks_return_is_refused(depth, first, last, kind):
+    model = Collects(depth=depth)
+    model.kind = kind
+    with fastcache.enable(model, Recipe(Mask(MASK), Reuse(), Stack(first, last))):
+        with pytest.raises(ValueError, match="keeps what each block"):
+            toys.step(model, toys.inputs(1)[0])
+
+
+@pytest.mark.parametrize("style", ["keyword", "positional"])
+@pytest.mark.parametrize(
+    ("depth", "first", "last", "when"),
+    [
+        *((*ends, Mask(MASK)) for ends in ((1, 0, 0), (2, 1, 0), (2, 0, 1), (3, 1, 1), (3, 2, 0))),
+        *((*ends, FirstBlock(1.0)) for ends in ((2, 1, 0), (3, 1, 1))),
+    ],
+)
+def test_one_skipped_block_alone_is_what_its_prediction_stands_in_for(
+    depth, first, last, when, style
+):
+    """What stands still is what the model gives."""
+    model, call = Collects(depth=depth, style=style), toys.inputs(1)[0]
+    (wanted,) = toys.plain(model, [call])
+    with fastcache.enable(model, Recipe(when, Reuse(), Stack(first, last))) as cache:
+        close(driven(cache, model, [call] * len(MASK)), [wanted] * len(MASK))
+        assert "." in toys.actions(cache)
+
+
+def test_what_no_second_part_of_a_step_gives_back_is_refused_too():
+    """Of several blocks before the decision the last one alone is kept."""
+    model = Collects(depth=3)
+    with fastcache.enable(model, Recipe(FirstBlock(1.0), Reuse(), Stack(2, 0))):
+        with pytest.raises(ValueError, match="keeps what each block"):
+            toys.step(model, toys.inputs(1)[0])
+
+
+def test_two_blocks_of_a_plain_model_are_skipped():
+    for style in ("keyword", "positional"):
+        model, calls = toys.Model(depth=2, style=style), toys.inputs()
+        with fastcache.enable(model, Recipe(Mask(MASK), Reuse(), Stack())) as cache:
+            driven(cache, model, calls)
+            assert "." in toys.actions(cache)
