@@ -3,17 +3,19 @@
 
     python examples/serve.py --requests 12 --rate 4
 
-Each request is a task that denoises its own picture. The model runs in a worker thread, one call at a time,
-so the event loop stays free to accept requests; `request=` keeps their caches apart, `max_bytes` bounds
-what they take together.
+Each request is a task that denoises its own picture, in the quality that it asks for. The model runs in a
+worker thread, one call at a time, so the event loop stays free to accept requests; `cache.run` keeps their
+caches apart, each with its own recipe, and `max_bytes` bounds what they take together.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextvars
 import random
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -25,6 +27,8 @@ from fastcache.demo.data import NULL_LABEL, unpack
 from fastcache.demo.model import denoise, load_model
 from fastcache.demo.sample import GUIDANCE, initial_noise, sigmas
 
+QUALITIES = ("quality", "balanced", "fast", "off")
+
 
 @dataclass
 class Request:
@@ -33,6 +37,7 @@ class Request:
     number: int
     label: int
     steps: int
+    quality: str  # a preset's name, or "off": every step is computed
 
 
 class Server:
@@ -51,12 +56,7 @@ class Server:
         sigma = torch.tensor([levels[index]])
         velocity = {}
         for name, label in (("cond", request.label), ("uncond", NULL_LABEL)):
-            with self.cache.context(
-                name,
-                request=request.number,
-                step_index=index,
-                num_inference_steps=request.steps,
-            ):
+            with self.cache.context(name, step_index=index):
                 velocity[name] = denoise(self.model, tokens, sigma, torch.tensor([label]))
         self.most = max(self.most, self.cache.nbytes())
         guided = velocity["uncond"] + GUIDANCE * (velocity["cond"] - velocity["uncond"])
@@ -66,11 +66,14 @@ class Server:
         """The picture of one request, [1, 1, 16, 16]. Steps of other requests run in between."""
         loop = asyncio.get_running_loop()
         tokens = initial_noise(1, seed=request.number)
-        try:
+        run = self.cache.run(
+            request.number, num_inference_steps=request.steps, recipe=request.quality
+        )
+        with run:  # left also where the client goes away
             for index in range(request.steps):
-                tokens = await loop.run_in_executor(self.worker, self.step, request, index, tokens)
-        finally:  # also where the client goes away
-            self.cache.reset(request.number)
+                inside = contextvars.copy_context()  # the worker is in this run, for one step
+                work = inside.run, self.step, request, index, tokens
+                tokens = await loop.run_in_executor(self.worker, *work)
         return unpack(tokens)
 
     def close(self) -> None:
@@ -78,8 +81,10 @@ class Server:
         self.cache.disable()
 
 
-async def serve(server: Server, requests: int, rate: float, seed: int) -> dict[int, Tensor]:
-    """Requests arrive at random moments, `rate` per second; their pictures by number."""
+async def serve(
+    server: Server, requests: int, rate: float, seed: int, qualities: Sequence[str] = QUALITIES
+) -> dict[int, Tensor]:
+    """Requests arrive at random moments, `rate` per second, each of a random quality; their pictures by number."""
     clients, pictures = random.Random(seed), {}
     tasks = []
 
@@ -88,12 +93,13 @@ async def serve(server: Server, requests: int, rate: float, seed: int) -> dict[i
         records = [r for r in server.cache.stats if r.request == request.number]
         computed = sum(r.action == "compute" for r in records)
         print(
-            f"\rrequest {request.number:>3}: digit {request.label}, {request.steps} steps, "
+            f"\rrequest {request.number:>3}: digit {request.label}, {request.quality}, {request.steps} steps, "
             f"{computed} calls computed, {len(records) - computed} reused"
         )
 
     for number in range(requests):
-        request = Request(number, clients.randrange(10), clients.choice((12, 20, 28)))
+        steps, quality = clients.choice((12, 20, 28)), clients.choice(qualities)
+        request = Request(number, clients.randrange(10), steps, quality)
         tasks.append(asyncio.create_task(handle(request)))
         await asyncio.sleep(clients.expovariate(rate))
         if sys.stderr.isatty():
@@ -107,14 +113,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Serve requests on the shipped demo model.")
     parser.add_argument("--requests", type=int, default=12)
     parser.add_argument("--rate", type=float, default=4.0, help="requests per second")
-    parser.add_argument("--preset", default="balanced", help="quality, balanced or fast")
+    parser.add_argument(
+        "--qualities",
+        nargs="+",
+        default=QUALITIES,
+        help="what clients ask for: presets' names, off",
+    )
     parser.add_argument("--max-mib", type=float, default=4.0, help="budget of the cache, MiB")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    config = fastcache.preset(options.preset)
-    server = Server(load_model(), config, int(options.max_mib * 2**20))
+    server = Server(load_model(), "balanced", int(options.max_mib * 2**20))
     try:
-        asyncio.run(serve(server, options.requests, options.rate, options.seed))
+        asyncio.run(serve(server, options.requests, options.rate, options.seed, options.qualities))
         stats = server.cache.stats
         print(
             f"{options.requests} requests, {len(stats)} denoiser calls: {stats.computed} computed, "

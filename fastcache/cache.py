@@ -16,17 +16,17 @@ from .configs.resolve import callback_of
 from .made_for import class_of_scheduler
 from .models.adapter import BlockAdapter
 from .models.pipeline import denoisers_of
-from .models.registry import adapter_for
+from .recipe import Recipe
 from .reporting.telling import Telling
 from .runtime.announce import Announcer
-from .runtime.compiling import watch_compiling
+from .runtime.called import Called
 from .runtime.context import Context, check_request
 from .runtime.denoiser import Denoiser
-from .runtime.frames import OWN, innermost
+from .runtime.frames import OWN
 from .runtime.generation import Generation, fresh
+from .runtime.methods import Method, Methods
 from .runtime.notices import LOG, warn
 from .runtime.patch import refuse_enabled
-from .runtime.runs import abandon
 from .runtime.settings import Settings
 from .runtime.trips import ALL
 from .storage.budget import budget_of
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .calibration.calibration import Calibration
 
 
-class Cache(Telling):
+class Cache(Telling, Called):
     """A cache attached to one model or to every denoiser of a pipeline; made by `fastcache.enable`.
 
     As a context manager it is disabled where the block ends. One call runs at a time, whichever thread it comes from.
@@ -67,8 +67,9 @@ class Cache(Telling):
         pools: list[Slots] = []
         budget = budget_of(max_bytes, offload, pools)
         self.target, self.adapter, self.models = target, adapter, models
-        self.settings = Settings(budget=budget, pools=pools, **shared)
+        self.settings = Settings(budget=budget, **shared)
         self.lock, self.stats = self.settings.lock, self.settings.stats
+        self.methods = Methods(self, models, adapter, pools)
         self.denoisers: list[Denoiser] = []
         self.announcer = None if isinstance(target, nn.Module) else Announcer(target, self)
         self._attach(config)
@@ -77,22 +78,18 @@ class Cache(Telling):
 
     def _attach(self, config: Any) -> None:
         recipe, own = settings_of(config)
-        settings = replace(self.settings, timestep_callback=callback_of(own, self.target))
-        denoisers = [
-            Denoiser(self, settings, name, m, recipe, self.adapter or adapter_for(m))
-            for name, m in self.models
-        ]
-        try:
-            for denoiser in denoisers:
-                denoiser.install()
-        except BaseException:
-            for denoiser in denoisers:
-                denoiser.remove()
-            raise
+        method = self.methods.attach(self._settings_with(own), recipe, own)
         self.recipe, self.config = recipe, own
-        self.settings, self.denoisers = settings, denoisers
-        settings.pools[:] = [denoiser.pool for denoiser in denoisers]
-        LOG.debug("%s attached to %s", recipe.name, [denoiser.name for denoiser in denoisers])
+        self.settings, self.denoisers = method.settings, method.denoisers
+        self._welcome(recipe, own)
+
+    def _settings_with(self, own: Any) -> Settings:
+        """What denoisers share, the running timestep being told as a config wants it."""
+        return replace(self.settings, timestep_callback=callback_of(own, self.target))
+
+    def _welcome(self, recipe: Recipe, own: Any) -> None:
+        """Say what there is to say of a recipe that is new here."""
+        LOG.debug("%s attached to %s", recipe.name, [denoiser.name for denoiser in self.denoisers])
         if warning := getattr(own, "warning", None):
             warn(warning)
         given = {"model": self.model_names, "scheduler": class_of_scheduler(self.target)}
@@ -132,80 +129,44 @@ class Cache(Telling):
         )
 
     def run(
-        self, request: Any = None, *, num_inference_steps: int | None = None
+        self, request: Any = None, *, num_inference_steps: int | None = None, recipe: Any = None
     ) -> contextlib.AbstractContextManager[Any]:
         """Around one generation, all of its steps: a run begins where it does, and is forgotten at its end.
 
         Args:
             request: any hashable, whose calls these are; None makes one that nobody else has.
             num_inference_steps: steps of the run, a count; None where it is not known.
+            recipe: of this run alone: anything that `enable` takes, so also "off", which computes every step.
+                None: that of the run around, else the cache's own.
         Returns:
             A context manager; contexts inside name the branches where there are several.
         Raises:
-            TypeError, ValueError: that names the argument.
+            TypeError, ValueError: that names the argument; nothing has begun.
         """
         if request is None:
             request = fresh()
         check_request("run", request)
         if num_inference_steps is not None:
             num_inference_steps = whole("run", "num_inference_steps", num_inference_steps, 1)
-        return Generation(self, request, num_inference_steps)
+        if recipe is None:
+            return Generation(self, request, num_inference_steps)
+        with self.lock:
+            method = self._method(recipe)
+            generation = Generation(self, request, num_inference_steps, method=method)
+            if method is not None:
+                self.methods.used(method, generation)
+        return generation
 
-    def loop(self, steps: int | None) -> None:
-        """Another loop over timesteps begins in the generation that runs.
-
-        Args:
-            steps: of that loop, a count; None where it is not known.
-        """
-        frame = innermost(self)
-        if frame is not None and frame.generation is not None:
-            frame.generation.loop(steps)
-
-    def ended(self, generation: Generation, failed: bool) -> None:
-        """Forget the runs of a generation that is over.
-
-        Args:
-            generation: the one that `run` has opened, or a pipeline's call.
-            failed: whether an exception has ended it, as a bool; then whatever it holds is given up.
-        """
-        if failed:
-            with self.lock:
-                abandon(self.settings.pools, generation.request)
-        for denoiser in self.denoisers:
-            denoiser.forget(generation.request)
-        if not failed:
-            self.settings.notices.emit()
-
-    def prepare(self, frame: Context) -> bool:
-        """Get every denoiser ready for a compiled call.
-
-        Args:
-            frame: the context that opens.
-        Returns:
-            A bool: False where the call must run eagerly.
-        """
-        if not watch_compiling():
-            return True
-        ready = True
-        for denoiser in self.denoisers:
-            ready &= denoiser.ahead.prepare(frame)
-        return ready
-
-    def commit_prepared(self, frame: Context, failed: bool) -> None:
-        """Account for a context that closes.
-
-        Args:
-            frame: the context.
-            failed: whether an exception leaves it, as a bool; then its request's runs are given up.
-        """
-        for denoiser in self.denoisers:
-            if denoiser.ahead.prepared is not None:
-                denoiser.ahead.commit_prepared(frame, failed)
-        if failed:
-            with self.lock:
-                abandon(self.settings.pools, frame.request)
-        elif not frame.calls and (told := self.stats.uncalled()):
-            self.settings.notices.once(told)
+    def _method(self, what: Any) -> Method | None:
+        """A recipe of runs, bound to the models; None where it is the cache's own."""
+        if not self.enabled:
+            raise ValueError("recipe: this cache is disabled; call fastcache.enable again")
+        recipe, own = settings_of(what, "recipe")
+        found = self.methods.find(recipe, own)
+        if found is None:
+            found = self.methods.add(self._settings_with(own), recipe, own)
+            self._welcome(recipe, own)
+        return None if found is self.methods.own else found
 
     def reset(self, request: Any = ALL) -> None:
         """Forget the run of one request, or all runs. Storage is kept for the next.
@@ -213,12 +174,14 @@ class Cache(Telling):
         Args:
             request: the hashable that contexts or `run` were given; left out or None, every request.
         """
-        for denoiser in self.denoisers:
+        for denoiser in list(self.methods):
             denoiser.forget(ALL if request is None else request)
         self.settings.notices.emit()
 
     def update(self, config: Any) -> Cache:
         """Change the method. Runs begin anew; where the new settings do not fit, the old ones stay.
+
+        Runs with a recipe of their own go on.
 
         Args:
             config: anything that `enable` takes.
@@ -227,16 +190,14 @@ class Cache(Telling):
         Raises:
             TypeError, ValueError: that names the field, or says that this cache is disabled.
         """
-        before = self.denoisers
-        if not before:
+        if not self.enabled:
             raise ValueError("config: this cache is disabled; call fastcache.enable again")
-        for denoiser in before:
-            denoiser.remove()
+        before = self.methods.own
+        self.methods.remove()
         try:
             self._attach(config)
         except BaseException:
-            for denoiser in before:
-                denoiser.install()
+            self.methods.put_back(before)
             raise
         self.settings.notices.emit()
         return self
@@ -245,9 +206,8 @@ class Cache(Telling):
         """Remove everything: the model is as it was before `enable`. Calling it again does nothing."""
         if self.announcer is not None:
             self.announcer.take_off()
-        denoisers, self.denoisers = self.denoisers, []
-        for denoiser in reversed(denoisers):
-            denoiser.remove()
+        self.denoisers = []
+        self.methods.end()
         self.settings.pools.clear()
         LOG.debug("disabled")
         self.settings.notices.emit()
@@ -294,7 +254,7 @@ def enable(
     Args:
         target: the pipeline or the nn.Module; blocks are found by usual names of their list, or by `adapter`.
         config: a config, fastcache's or diffusers' own, which is copied, a Recipe, a preset's
-            name (see `fastcache.presets`), or the path of a recipe file, a str or Path that ends in .json.
+            name (see `fastcache.presets`), "off", or the path of a recipe file, a str or Path that ends in .json.
         adapter: a BlockAdapter, how to find and drive the blocks of a model fastcache does not know.
         backend: kernels to use, "auto" or a name in `fastcache.backends()` that works here.
         process_group: the torch.distributed.ProcessGroup of ranks that share a sample; decisions taken from data

@@ -37,17 +37,17 @@ CONFIGS: dict[str, type[Config]] = {
 }
 
 
-def resolve(config: object) -> tuple[Recipe, Config | None]:
+def resolve(config: object, label: str = "config") -> tuple[Recipe, Config | None]:
     """Our recipe, and our copy of the config, for a Recipe, one of our configs or diffusers' own object.
 
-    The object that came is never written to. Raises TypeError that names `config` for anything else.
+    The object that came is never written to. Raises TypeError that names `label` for anything else.
     """
     if isinstance(config, Recipe):
         return config, None
     kind = CONFIGS.get(type(config).__name__)
     if kind is None or isinstance(config, type):
         raise TypeError(
-            f"config is {config!r}, must be one of {', '.join(CONFIGS)} (fastcache's or diffusers' own) or a "
+            f"{label} is {config!r}, must be one of {', '.join(CONFIGS)} (fastcache's or diffusers' own) or a "
             "fastcache.Recipe"
         )
     values = {

@@ -93,8 +93,11 @@ def frozen_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "mode": None, "options": {**given, "guard_filter_fn": keep}}
 
 
-class Compiled:
-    """A callable with the model's signature. Attributes are the model's own."""
+class Programs:
+    """The programs of one denoiser.
+
+    made: one per mode.
+    """
 
     def __init__(
         self,
@@ -104,43 +107,27 @@ class Compiled:
         frozen: bool,
         on_device: bool,
     ) -> None:
-        self._model, self._options, self._compiles = denoiser.model, options, COMPILED[cudagraphs]
-        self._captured, self._frozen, self._on_device = bool(cudagraphs), frozen, on_device
-        self.__signature__ = inspect.signature(denoiser.original)
-        functools.update_wrapper(self, denoiser.original, updated=())
-        self._follow(denoiser)
-
-    def _follow(self, denoiser: Denoiser) -> None:
-        """Drive this denoiser: the model's first one, or what `update` or another `enable` put in its place."""
-        self._denoiser = denoiser
-        self._programs: dict[tuple, Callable] = {}
-        self._decider = OnDevice(denoiser, self._compiled) if self._on_device else None
+        self.denoiser, self._options, self._compiles = denoiser, options, COMPILED[cudagraphs]
+        self._captured, self._frozen = bool(cudagraphs), frozen
+        self.made: dict[tuple, Callable] = {}
+        # the recipes of single runs have their decisions read by the host
+        decides = on_device and denoiser.settings.own
+        self._decider = OnDevice(denoiser, self._compiled) if decides else None
         self._probed = next(
             (i for i, rule in enumerate(denoiser.recipe.rules) if rule.when.decides_inside), None
         )
         denoiser.ahead.owns_graphs = True
         denoiser.ahead.expect_graphs()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        denoiser = self._model.__dict__.get(ATTACHED)
-        if denoiser is None:  # disabled since
-            return self._model(*args, **kwargs)
-        if denoiser is not self._denoiser:
-            self._follow(denoiser)
-        return denoiser.call(args, kwargs, self._run)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """One step whose storage exists: the program of its mode, or two around FirstBlock's decision."""
-        control, probed = self._denoiser.control, self._probed
+        control, probed = self.denoiser.control, self._probed
         if probed is None or control.actions[probed] != PENDING:
             return self._step(WHOLE, args, kwargs)
         state = control.state
-        decider = self._denoiser.targets[probed].decider
+        decider = self.denoiser.targets[probed].decider
         if not decider.prepare_head(state):
-            return self._denoiser.original(*args, **kwargs)
+            return self.denoiser.original(*args, **kwargs)
         if self._decider is not None:
             return self._decider.run(state, args, kwargs)
         self._step(HEAD, args, kwargs)
@@ -149,10 +136,10 @@ class Compiled:
 
     def _step(self, phase: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One phase of a step: its compiled program, or the model's own forward."""
-        control = self._denoiser.control
+        control = self.denoiser.control
         control.phase = phase
         if not self._compiles(phase, control.actions):
-            return self._denoiser.original(*args, **kwargs)
+            return self.denoiser.original(*args, **kwargs)
         program = self._program(*control.actions, control.batch, phase)
         return self._replayed(program, *args, **kwargs)
 
@@ -165,9 +152,9 @@ class Compiled:
 
     def _program(self, *mode: Any) -> Callable:
         if self._frozen:  # no guard looks at storage, and its layout follows from these
-            mode = (*mode, self._denoiser.control.state.signature, self._denoiser.executor.cuts)
-        if mode not in self._programs:
-            original = self._denoiser.original
+            mode = (*mode, self.denoiser.control.state.signature, self.denoiser.executor.cuts)
+        if mode not in self.made:
+            original = self.denoiser.original
 
             def program(*args: Any, **kwargs: Any) -> Any:
                 try:
@@ -175,11 +162,56 @@ class Compiled:
                 except Stop:  # not contextlib.suppress, which Dynamo of torch 2.10 cannot trace
                     return None
 
-            self._programs[mode] = self._compiled(program)
-        return self._programs[mode]
+            self.made[mode] = self._compiled(program)
+        return self.made[mode]
 
     def _compiled(self, program: Callable) -> Callable:
         return compile_alone(program, self._options)
+
+
+class Compiled:
+    """A callable with the model's signature. Attributes are the model's own."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        options: dict[str, Any],
+        cudagraphs: bool | str,
+        frozen: bool,
+        on_device: bool,
+    ) -> None:
+        self._model, self._asked = denoiser.model, (options, cudagraphs, frozen, on_device)
+        self.__signature__ = inspect.signature(denoiser.original)
+        functools.update_wrapper(self, denoiser.original, updated=())
+        self._follow(denoiser)
+
+    def _follow(self, denoiser: Denoiser) -> None:
+        """Drive this denoiser: the model's first one, or what `update` or another `enable` put in its place."""
+        self._denoiser = denoiser
+        self._own = Programs(denoiser, *self._asked)
+        self._others: dict[Denoiser, Programs] = {}  # of the recipes of single runs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        denoiser = self._model.__dict__.get(ATTACHED)
+        if denoiser is None:  # disabled since
+            return self._model(*args, **kwargs)
+        if denoiser is not self._denoiser:
+            self._follow(denoiser)
+        if denoiser.switch is not None:
+            return denoiser.switch.call(args, kwargs, self._run_of)
+        return denoiser.call(args, kwargs, self._own.run)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def _run_of(self, denoiser: Denoiser) -> Callable:
+        """What runs a step of a denoiser of this model."""
+        if denoiser is self._denoiser:
+            return self._own.run
+        if denoiser not in self._others:
+            self._others = {d: p for d, p in self._others.items() if not d.ended}
+            self._others[denoiser] = Programs(denoiser, *self._asked)
+        return self._others[denoiser].run
 
 
 def compile(

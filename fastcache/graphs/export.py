@@ -185,6 +185,7 @@ def export_variants(
     args, kwargs = tuple(args), dict(kwargs or {})
     control = denoiser.control
     with denoiser.lock, torch.no_grad(), control.set_aside():
+        denoiser.owner.hook()
         control.may_be_compiled = True
         state = recorded_state(denoiser, args, kwargs)
         buffers = {label: held(owner, name).clone() for label, owner, name in slots_of(state)}

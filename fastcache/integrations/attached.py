@@ -40,16 +40,19 @@ class Slot:
     Args:
         attached: on whose denoisers.
         num_inference_steps: steps of the generation, a count; None where it is not known.
+        recipe: of the generations in this slot, anything that `enable` takes; None: that of the cache.
     """
 
-    def __init__(self, attached: Attached, num_inference_steps: int | None = None) -> None:
-        self.attached, self.open = attached, False
+    def __init__(
+        self, attached: Attached, num_inference_steps: int | None = None, recipe: Any = None
+    ) -> None:
+        self.attached, self.open, self.recipe = attached, False, recipe
         self.begin(num_inference_steps)
 
     def begin(self, num_inference_steps: int | None = None) -> None:
         """A generation begins in this slot; what the last one left is forgotten."""
         self.num_inference_steps = num_inference_steps
-        self.generation: Generation = self.attached.run(num_inference_steps)
+        self.generation: Generation = self.attached.run(num_inference_steps, recipe=self.recipe)
 
     def resume(self) -> None:
         """The calls that follow are this generation's. Doing it again does nothing."""
@@ -76,7 +79,7 @@ class Slot:
         """Bytes of cached tensors that this generation holds."""
         return sum(
             state.nbytes()
-            for pool in self.attached.cache.settings.pools
+            for pool in self.attached.cache.methods.pools
             for key, state in pool.states.items()
             if key[0] == self.generation.request
         )
@@ -108,16 +111,19 @@ class Attached:
         self.swaps = Swaps()
         self.steps: int | None = None  # of the next generation that `announce` sees
 
-    def run(self, num_inference_steps: int | None = None, request: Any = None) -> Any:
+    def run(
+        self, num_inference_steps: int | None = None, request: Any = None, recipe: Any = None
+    ) -> Any:
         """Around one generation, from its first step to its last; see `Cache.run`.
 
         Args:
             num_inference_steps: steps of the generation, a count; None where it is not known.
             request: any hashable, whose calls these are; None makes one that nobody else has.
+            recipe: of this generation alone, anything that `enable` takes; None: that of the cache.
         Returns:
             A context manager.
         """
-        return self.cache.run(request, num_inference_steps=num_inference_steps)
+        return self.cache.run(request, num_inference_steps=num_inference_steps, recipe=recipe)
 
     def call(self, branch: str = "default", **facts: Any) -> AbstractContextManager[None]:
         """Around one call of a denoiser, where the engine knows which it is; see `Cache.context`.
@@ -162,15 +168,16 @@ class Attached:
             self.cache.update(config)
         self.steps = num_inference_steps
 
-    def slot(self, num_inference_steps: int | None = None) -> Slot:
+    def slot(self, num_inference_steps: int | None = None, recipe: Any = None) -> Slot:
         """One generation of several in flight.
 
         Args:
             num_inference_steps: its steps, a count; None where it is not known.
+            recipe: of this one alone, anything that `enable` takes; None: that of the cache.
         Returns:
             A Slot, which is not open yet.
         """
-        return Slot(self, num_inference_steps)
+        return Slot(self, num_inference_steps, recipe)
 
     def statistics(self) -> dict[str, int]:
         """How many calls were computed and reused, and the bytes of cached tensors now."""
@@ -178,7 +185,7 @@ class Attached:
         return {
             "computed": stats.computed,
             "reused": stats.reused,
-            "bytes": sum(pool.nbytes() for pool in self.cache.settings.pools),
+            "bytes": self.cache.nbytes(),
         }
 
     def close(self) -> None:

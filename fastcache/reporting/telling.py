@@ -13,6 +13,7 @@ from torch import nn
 from ..ops import dispatch
 from ..recipe import Recipe
 from ..runtime.denoiser import Denoiser
+from ..runtime.methods import Methods
 from ..runtime.settings import Settings
 from ..runtime.stats import Stats
 from ..storage.pool import SPARE
@@ -28,6 +29,7 @@ class Telling:
     stats: Stats
     models: Sequence[tuple[str, nn.Module]]
     denoisers: Sequence[Denoiser]
+    methods: Methods
 
     @property
     def model_names(self) -> str:
@@ -35,12 +37,12 @@ class Telling:
         return ", ".join(dict.fromkeys(type(model).__name__ for _, model in self.models))
 
     def hooked(self) -> dict[str, list[str]]:
-        """Dotted names of what is hooked, per denoiser; empty once disabled."""
+        """Dotted names of what the cache's own recipe hooks, per denoiser; empty once disabled."""
         return {d.name: [name for t in d.targets for name in t.hooked()] for d in self.denoisers}
 
     def nbytes(self) -> int:
         """Bytes of cached tensors, a count."""
-        return sum(d.pool.nbytes() for d in self.denoisers)
+        return sum(pool.nbytes() for pool in self.methods.pools)
 
     def summary(self) -> str:
         """In words: what is hooked, steps computed and reused and why, bytes held, kernel backend."""
@@ -67,11 +69,11 @@ class Telling:
         """
         from .plots import plot_run
 
-        held = {
-            f"{d.name} {name}" if len(self.denoisers) > 1 and name != SPARE else name: size
-            for d in self.denoisers
-            for name, size in d.pool.held().items()
-        }
+        held: dict[str, int] = {}
+        for d in self.methods:
+            for name, size in d.pool.held().items():
+                label = f"{d.name} {name}" if len(self.denoisers) > 1 and name != SPARE else name
+                held[label] = held.get(label, 0) + size
         return plot_run(self.stats, self.recipe, held, path)
 
     def progress(

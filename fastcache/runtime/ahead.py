@@ -18,7 +18,7 @@ from .commit import Committer
 from .context import Context
 from .decision import Decider
 from .execution import Executor
-from .frames import Frame, Owner, innermost
+from .frames import Frame, Owner, innermost, method_of
 from .gradients import asked_for
 from .runs import UNASKED, Runs, abandon
 from .settings import Settings
@@ -158,8 +158,11 @@ class Ahead:
                     target.graph_begins()
         elif self.prepared is None and not self.control.may_be_compiled:
             frame = innermost(self.owner)
-            # no waiting: torch holds a lock of its own here
-            if frame is not None and frame.one_call and frame.lock(0):
+            if frame is None or not frame.one_call or method_of(frame) is not None:
+                return  # runs with a recipe of their own prepare nothing
+            if self.settings.own and frame.lock(
+                0
+            ):  # no waiting: torch holds a lock of its own here
                 self.expect_graphs()
                 self.prepare(frame)
 
@@ -177,6 +180,7 @@ class Ahead:
         self.withdraw()
         if crossed:
             return
+        self.owner.hook()
         steps, generation = self.runs.steps, frame.generation
         moment = steps.moment(steps.told(frame, self.runs.callback), generation, None)
         step = self.runs.step(state, frame, generation, moment, compute=frame.compute)

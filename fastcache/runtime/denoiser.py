@@ -97,6 +97,8 @@ class Denoiser:
         self._locate, self._decide = self.runs.locate, self.decider.decide
         self._execute, self._commit = self.executor.execute, self.committer.commit
         self._waiting = settings.notices.waiting
+        self.switch: Any = None  # a Switch, once runs have had recipes of their own
+        self.ended = False  # no call comes any more
 
     def call(self, args: tuple, kwargs: dict, run: Callable | None = None) -> Any:
         """The model's forward with the cache in charge. `run` stands in for it in compiled calls."""
@@ -144,7 +146,7 @@ class Denoiser:
     def untraced(self, args: tuple, kwargs: dict) -> Any:
         """The model's forward where torch.compile(model) could not trace it: all of it runs uncompiled."""
         self.ahead.note_untraced()
-        return self.call(args, kwargs)
+        return self.patch.call(args, kwargs)
 
     def notify(self) -> None:
         """Account for runs that are over, and say what there is to say, now that a warning made an error of
@@ -187,21 +189,40 @@ class Denoiser:
         self.settings.notices.emit()
 
     def install(self) -> None:
-        """Hook the model. What was done is undone by `remove`, also after a failure half way."""
+        """Take the model's calls. What was done is undone by `remove`, also after a failure half way."""
         self.patch.put_on()
+        self.hook()
+        self.watch()
+
+    def remove(self) -> None:
+        """Give the model back as it was. Its own targets stand in it, or none."""
+        self.end()
+        self.unhook()
+        self.patch.take_off()
+
+    def hook(self) -> None:
+        """Have the targets stand in the model."""
         for target in self.targets:
             target.install()
+
+    def unhook(self) -> None:
+        """Take them out again. What is remembered stays."""
+        for target in reversed(self.targets):
+            target.remove()
+
+    def watch(self) -> None:
+        """Be told of graphs that begin, and of kernels that the reference stands in for."""
+        self.ended = False
         listeners.add(self.ahead)
         dispatch.watchers.add(self.executor)
 
-    def remove(self) -> None:
+    def end(self) -> None:
+        """No call comes any more: account for all runs, and let go of storage."""
+        self.ended = True
         listeners.discard(self.ahead)
         dispatch.watchers.discard(self.executor)
         for state in self.pool.states.values():
             self.pool.end_run(state)
         self.account()
-        for target in reversed(self.targets):
-            target.remove()
-        self.patch.take_off()
         self.pool.clear()
         self.control.state = None

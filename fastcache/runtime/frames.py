@@ -16,6 +16,9 @@ class Owner(Protocol):
 
     lock: Any  # a re-entrant lock
 
+    def hook(self) -> None:
+        """Have the targets of the cache's own recipe stand in the models."""
+
     def prepare(self, frame: Any) -> bool:
         """Get ready for the call inside; False where it must run eagerly."""
 
@@ -89,6 +92,12 @@ def innermost(cache: Owner) -> Any:
     while frame is not None and frame.cache is not cache:
         frame = frame.outer
     return frame
+
+
+def method_of(frame: Frame | None) -> Any:
+    """The recipe, bound to the models, of the generation that a frame lies in; None where it is the cache's own."""
+    generation = None if frame is None else frame.generation
+    return None if generation is None else generation.method
 
 
 def request_of(cache: Owner) -> Any:

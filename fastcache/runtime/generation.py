@@ -7,7 +7,7 @@ import itertools
 from typing import Any
 
 from ..models.pipeline import Schedule
-from .frames import OWN, Frame, innermost
+from .frames import OWN, Frame, innermost, method_of
 
 _serials, _names = itertools.count(1), itertools.count(1)
 
@@ -23,9 +23,21 @@ class Generation(Frame):
             generation too, else the thread's.
         num_inference_steps: steps of its loop, where they are known beforehand.
         schedule: what a pipeline's scheduler and its attributes say about the loop that runs.
+        method: the recipe of its calls, bound to the models; None: the cache's own; OWN: that of the generation
+            around.
     """
 
-    __slots__ = ("_now", "_ticks", "loops", "num_inference_steps", "schedule", "serial")
+    __slots__ = (
+        "__weakref__",
+        "_inherits",
+        "_now",
+        "_ticks",
+        "loops",
+        "method",
+        "num_inference_steps",
+        "schedule",
+        "serial",
+    )
 
     def __init__(
         self,
@@ -33,8 +45,11 @@ class Generation(Frame):
         request: Any = OWN,
         num_inference_steps: int | None = None,
         schedule: Schedule | None = None,
+        method: Any = OWN,
     ) -> None:
         super().__init__(cache, request)
+        self._inherits = method is OWN
+        self.method = None if self._inherits else method
         self.num_inference_steps, self.schedule = num_inference_steps, schedule
         self.loops = (
             False  # every loop is announced: time has nothing to say about where a run begins
@@ -52,6 +67,8 @@ class Generation(Frame):
         if self.asked is OWN and around is not None:
             self.asked = around.request if around.generation is None else fresh()
             self.request = self.asked
+        if self._inherits and around is not None:
+            self.method = method_of(around)
         self.resume()
         return self
 

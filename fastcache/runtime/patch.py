@@ -84,7 +84,7 @@ class ForwardPatch:
 
     def _forward(self) -> Callable[..., Any]:
         original, model, attached = self.original, self.model, self.attached
-        call, traced, untraced = self.call, self.traced, self.untraced
+        traced, untraced, patch = self.traced, self.untraced, self
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ class ForwardPatch:
             if torch.compiler.is_compiling():
                 return traced(args, kwargs)
             if get_eval_frame_callback() in (None, False):
-                return call(args, kwargs)
+                return patch.call(args, kwargs)
             # torch.compile gave up on this frame: it would go on to compile our host code and the model's
             # frames one by one, so what follows runs as it is
             return torch._dynamo.run(untraced)(args, kwargs)
@@ -115,14 +115,14 @@ class ForwardPatch:
 
     def _reset_event(self, original: Any) -> Callable:
         """The model's own reset, which pipelines call at the end of a run."""
-        owner, forget = self.owner, self.reset
+        owner, patch = self.owner, self
 
         @functools.wraps(original)
         def reset(*args: Any, **kwargs: Any) -> Any:
             try:
                 return original(*args, **kwargs)
             finally:  # last, since it may warn
-                forget(request_of(owner))
+                patch.reset(request_of(owner))
 
         return reset
 
@@ -142,10 +142,13 @@ def refuse_enabled(models: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def place_of(model: nn.Module) -> tuple[str, Callable[..., Any]]:
-    """Where the forward of a model lies that is to be replaced, and that forward.
+    """Where the forward of a model lies that is to be replaced, and that forward; where it is, the one replaced.
 
     A hook of accelerate keeps the forward below it: under it, ours survives its removal.
     """
+    attached = model.__dict__.get(ATTACHED)
+    if attached is not None:
+        return attached.patch.place, attached.original
     place = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
     return place, getattr(model, place)
 

@@ -39,7 +39,8 @@ class Settings:
         lock: held during a call: one at a time, whichever thread it comes from.
         stats: one record per call.
         notices: what there is to say.
-        pools: the storage of every attached denoiser.
+        pools: the storage of every denoiser of one recipe.
+        own: whether that is the cache's own recipe, and not one of single runs.
         calibrated: what calibrating runs have measured.
 
     Raises:
@@ -56,6 +57,7 @@ class Settings:
     stats: Stats = field(default_factory=Stats)
     notices: Notices = field(default_factory=Notices)
     pools: list[Slots] = field(default_factory=list)
+    own: bool = True
     calibrated: Calibrated = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from ..models.table import LIST_NAMES
 from ..policies import Policy
 from ..predictors import Predictor
 from ..storage.allocate import FP8
+from ..storage.state import State
 from ..storage.unit import make_store
 from .base import Binding, BoundTarget, NothingToHook
 from .control import StepControl
@@ -26,7 +27,7 @@ from .find import find_modules, matches, nothing_to_hook
 from .guidance import GuidanceTarget
 from .modules import ModulesTarget
 from .output import OutputTarget
-from .spec import Guidance, Modules, Stack, Target
+from .spec import Guidance, Modules, Nothing, Stack, Target
 from .stack.target import StackTarget
 
 
@@ -118,6 +119,17 @@ def _guidance(binding: Binding, where: Guidance) -> GuidanceTarget:
     return GuidanceTarget(binding.part, binding.model, where)
 
 
+class NothingTarget(BoundTarget):
+    """No part of a model: there is never anything to reuse, and always all that a step needs."""
+
+    def recorded(self, state: State) -> bool:
+        return True
+
+
+def _nothing(binding: Binding, where: Nothing) -> NothingTarget:
+    return NothingTarget(binding.part)
+
+
 def _stack(binding: Binding, where: Stack) -> StackTarget:
     part, model, adapter = binding.part, binding.model, binding.adapter
     lists = block_lists(model, adapter)
@@ -173,6 +185,7 @@ BINDERS: dict[str, Callable[[Binding, Any], BoundTarget]] = {
     "modules": _modules,
     "guidance": _guidance,
     "output": OutputTarget,
+    "nothing": _nothing,
 }
 
 

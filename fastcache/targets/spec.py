@@ -115,6 +115,13 @@ class Output(Target):
 
 
 @dataclass(frozen=True)
+class Nothing(Target):
+    """No part of the model: every step is computed, and nothing is kept. What the recipe "off" is made of."""
+
+    scope = "nothing"
+
+
+@dataclass(frozen=True)
 class Modules(Target):
     """Modules chosen by name, their outputs predicted.
 

@@ -93,7 +93,7 @@ def test_only_heads_and_reused_steps_are_graphs(name: str, method: str, replays:
         call = fastcache.compile(model, cudagraphs="reuse")
         outputs = drive(cache, name, inputs, call)
         assert steps(cache) == decided
-        modes = list(call._programs)
+        modes = list(call._own.made)
     assert {action for _, _, action in decided} == {"compute", "reuse"}
     assert all(HEAD in mode or REUSE in mode for mode in modes)
     assert replays.count == len(modes) and replays.marked == replays.replayed
@@ -124,7 +124,7 @@ def test_computed_steps_run_blocks_that_are_compiled(method: str, replays: Repla
         outputs = drive(cache, name, inputs, call)
         count = replays.count
         outputs += drive(cache, name, inputs, call, runs=1)
-    assert replays.count == count == len(call._programs)
+    assert replays.count == count == len(call._own.made)
     assert 0 < regional.count <= 9
     assert not counters["graph_break"]
     for got, want in zip(outputs, [*expected, *expected[: len(expected) // 2]], strict=True):

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-import fastcache
 
 pytest.importorskip("diffusers")
 
@@ -26,10 +25,12 @@ def example() -> Any:
     return module
 
 
-def served(example: Any, requests: int, rate: float, max_bytes: int | None) -> tuple[dict, Any]:
-    server = example.Server(example.load_model(), fastcache.preset("balanced"), max_bytes)
+def served(
+    example: Any, requests: int, rate: float, max_bytes: int | None, qualities: Any = ("balanced",)
+) -> tuple[dict, Any]:
+    server = example.Server(example.load_model(), "balanced", max_bytes)
     try:
-        return asyncio.run(example.serve(server, requests, rate, seed=0)), server
+        return asyncio.run(example.serve(server, requests, rate, 0, qualities)), server
     finally:
         server.close()
 
@@ -44,6 +45,20 @@ def test_interleaved_requests_get_the_pictures_they_get_alone(example, capsys):
     for number, picture in together.items():
         assert torch.equal(picture, apart[number])
     assert "calls computed" in capsys.readouterr().out
+
+
+def test_each_request_has_the_quality_that_it_asks_for(example, capsys):
+    """What clients of one quality get, they get among clients of others too."""
+    together, server = served(example, 6, 1000.0, None, example.QUALITIES)
+    out = capsys.readouterr().out
+    asked = {int(n): q for n, q in re.findall(r"request +(\d+): digit \d, (\w+),", out)}
+    assert len(asked) == 6 and len(set(asked.values())) > 2 and "off" in asked.values()
+    assert not any(d.pool.states for d in server.cache.methods)
+    apart, _ = served(example, 6, 3.0, None, example.QUALITIES)
+    for number, quality in asked.items():
+        actions = {r.action for r in server.cache.stats if r.request == number}
+        assert ("reuse" in actions) == (quality != "off")
+        assert torch.equal(together[number], apart[number])
 
 
 def test_the_budget_holds_while_requests_come_and_go(example, capsys):

@@ -60,7 +60,7 @@ from fastcache import (
 from fastcache.files import MAX_BYTES
 from fastcache.policies import Calibrate
 from fastcache.predictors import Constant
-from fastcache.targets.spec import TimestepWeight
+from fastcache.targets.spec import Nothing, TimestepWeight
 
 # --- every recipe ----------------------------------------------------------------------------------------
 
@@ -147,6 +147,7 @@ band = optional(reals | st.builds(TimestepWeight, reals, ranges))
 TARGETS = {
     Stack: {"first": counts, "last": counts},
     Output: {},
+    Nothing: {},
     Modules: {
         "patterns": several, "match": st.sampled_from(["search", "full"]),
         "kind": st.sampled_from(["attention", "self", "spatial", "temporal", "cross", "any"]),

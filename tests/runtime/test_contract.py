@@ -71,7 +71,11 @@ SIGNATURES = {
         ("sigma", None, True),
         ("compute", False, True),
     ],
-    "Cache.run": [("request", None, False), ("num_inference_steps", None, True)],
+    "Cache.run": [
+        ("request", None, False),
+        ("num_inference_steps", None, True),
+        ("recipe", None, True),
+    ],
     "Cache.disable": [],
     "Cache.update": [("config", EMPTY, False)],
     "Cache.summary": [],
