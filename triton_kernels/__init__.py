@@ -16,7 +16,13 @@ if __name__ != "fastcache.triton_kernels":
     )
 
 from .guided import guided_solve, guided_sums
-from .linear_combine import guidance_combine, linear_combine, residual_apply, residual_store
+from .linear_combine import (
+    combine_samples,
+    guidance_combine,
+    linear_combine,
+    residual_apply,
+    residual_store,
+)
 from .modulated_l1 import modulated_l1
 from .quantized import quantize_store, quantized_combine
 from .residual_l1 import residual_l1
@@ -24,6 +30,7 @@ from .residual_magnitude import residual_magnitude
 from .taylor import taylor_update
 
 __all__ = [
+    "combine_samples",
     "guidance_combine",
     "guided_solve",
     "guided_sums",

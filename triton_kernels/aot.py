@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from . import (
+    combine_samples,
     guidance_combine,
     guided_solve,
     guided_sums,
@@ -149,6 +150,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "combine 3": partial(linear_combine, t(), [t()] * 3, [half] * 3),
         "combine 3 ragged": partial(linear_combine, odd, [odd] * 3, [half] * 3),
         "combine 3 device": partial(linear_combine, t(), [t()] * 3, fp32(3)),
+        "combine 3 samples": partial(combine_samples, tokens, [tokens] * 3, fp32(2, 3)),
         "combine 5": partial(linear_combine, t(), [t()] * 5, [half] * 5),
         "combine 8": partial(linear_combine, t(), [t()] * 8, [half] * 8),
         "guidance": partial(guidance_combine, pair, cond, part, part, half, half),

@@ -2,7 +2,8 @@
 """out <- sum_i weights[i] * tensors[i]: prediction, extrapolation, store, apply and guidance.
 
 Products and sums are rounded separately and in order (no fused multiply-add), so float32 results
-are those of the eager chain. Weights are Python floats, or a float32 tensor read on the device.
+are those of the eager chain. Weights are Python floats, or a float32 tensor read on the device, a row per sample
+where each has its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,17 @@ BLOCKS: Table[int] = ((6, 4096), (16, 2048), (None, 1024))
 
 @triton.jit
 def _combine_block(
-    p_out, p_copy, p_terms, weights, s_out, s_copy, s_terms, i_s, o_n, m_n, ON_DEVICE: tl.constexpr
+    p_out,
+    p_copy,
+    p_terms,
+    weights,
+    s_out,
+    s_copy,
+    s_terms,
+    i_s,
+    o_n,
+    m_n,
+    ON_DEVICE: tl.constexpr,
 ):
     b_first = tl.load(p_terms[0] + i_s * s_terms[0] + o_n, mask=m_n).to(tl.float32)
     b_out = b_first * (tl.load(weights) if ON_DEVICE else weights[0])
@@ -43,6 +54,7 @@ def _combine_kernel(
     s_out,
     s_copy,
     s_terms,
+    s_weights,
     n,
     blocks,
     ON_DEVICE: tl.constexpr,
@@ -51,6 +63,8 @@ def _combine_kernel(
     i_s = (tl.program_id(0) // blocks).to(tl.int64)
     i_n = (tl.program_id(0) % blocks).to(tl.int64)
     o_n = i_n * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    if ON_DEVICE:
+        weights += i_s * s_weights
     if (i_n + 1) * BLOCK <= n:
         _combine_block(
             p_out, p_copy, p_terms, weights, s_out, s_copy, s_terms, i_s, o_n, None, ON_DEVICE
@@ -63,10 +77,12 @@ def _combine_kernel(
 
 def _plan(tensors: Sequence[Tensor | None]) -> Plan:
     out, copy, weights, *terms = tensors
-    count, n, (s_out, s_copy, *s_terms) = samples([out, copy, *terms])
+    each = weights is not None and weights.dim() == 2
+    count, n, (s_out, s_copy, *s_terms) = samples([out, copy, *terms], each)
     block = pick(BLOCKS, widest([t for t in (out, *terms) if t is not None]) * len(terms))
     blocks = cdiv(n, block)
-    numbers = (s_out, s_copy, tuple(s_terms), n, blocks, weights is not None, block)
+    s_weights = len(terms) if each else 0
+    numbers = (s_out, s_copy, tuple(s_terms), s_weights, n, blocks, weights is not None, block)
     return Plan(count * blocks, numbers)
 
 
@@ -96,6 +112,11 @@ def linear_combine(
 
     A weight tensor is float32, dense, [len(tensors)], on the device of `out`.
     """
+    _combine(out, tensors, weights)
+
+
+def combine_samples(out: Tensor, tensors: Sequence[Tensor], weights: Tensor) -> None:
+    """out[b] <- sum_i weights[b, i] * tensors[i][b], as `linear_combine`; weights: float32, dense, [B, terms]."""
     _combine(out, tensors, weights)
 
 

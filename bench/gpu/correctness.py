@@ -159,12 +159,14 @@ def layout_cases(y: Tensor, x: Tensor, prev: Tensor) -> dict[str, Callable[[], T
 
     with fastcache.backend("reference"):
         q, scale = ops.quantize_store(y, x)
+    each = torch.tensor([[1.5, -0.75, 0.25], [0.5, 2.0, -1.0]], device=y.device)
     return {
         "residual_l1": lambda: ops.residual_l1(y, x, prev),
         "residual_magnitude": lambda: ops.residual_magnitude(y, x, prev),
         "residual_store": lambda: ops.residual_store(y, x, out(y)),
         "residual_apply": lambda: ops.residual_apply(x, prev, out(x)),
         "linear_combine": lambda: ops.linear_combine([y, x, prev], [1.5, -0.75, 0.25], out(y)),
+        "combine_samples": lambda: ops.linear_combine([y, x, prev], each, out(y)),
         "quantize_store": lambda: _restored(*ops.quantize_store(y, x)),
         "quantized_combine": lambda: ops.quantized_combine(x, [q], [scale], [1.0], out(x)),
     }

@@ -61,6 +61,9 @@ def at_size(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for count in (2, 3):
         k.linear_combine(t(), [t() for _ in range(count)], [0.5] * count)
         k.linear_combine(t(), [t() for _ in range(count)], weights[:count])
+        k.combine_samples(
+            t(), [t() for _ in range(count)], torch.empty(shape[0], count, device="meta")
+        )
         k.guided_sums(t(), [t() for _ in range(count)])
     k.taylor_update([t(), t(), t()], t(), 0.5, 3)
     k.guided_solve(sums, torch.empty(2, device="meta"), 0.003)

@@ -119,6 +119,15 @@ void combine(const Kernels& kernels, const Parallel& parallel, const Shape& shap
   });
 }
 
+// weights: [samples, count]
+template <class Parallel>
+void combine_samples(const Kernels& kernels, const Parallel& parallel, const Shape& shape,
+                     Operand out, const Operand* terms, const float* weights, int count) {
+  for_chunks(parallel, shape, CHUNK, [&](int64_t, int64_t b, int64_t i, int64_t n) {
+    combine_chunk(kernels, out, terms, weights + b * count, count, b, i, n);
+  });
+}
+
 // The weighted sum of three terms and, while it is in the cache, a copy of the first.
 template <class Parallel>
 void guidance_combine(const Kernels& kernels, const Parallel& parallel, const Shape& shape,

@@ -111,6 +111,18 @@ void op_linear_combine(Tensor out, std::vector<Tensor> terms, std::vector<double
   combine(kernels(), parallel, call.shape(), to, at, scale, count);
 }
 
+void op_combine_samples(Tensor out, std::vector<Tensor> terms, Tensor weights) {
+  const int count = static_cast<int>(terms.size());
+  STD_TORCH_CHECK(count >= 1 && count <= MAX_TERMS, "1 to ", MAX_TERMS, " tensors, got ", count);
+  Call call(out, true);
+  Operand at[MAX_TERMS];
+  for (int t = 0; t < count; ++t) at[t] = call.add(terms[t], "tensors");
+  const Operand to = call.add(out, "out");
+  const Shape shape = call.shape();
+  const float* scale = result_of(weights, shape.samples * count, "weights");
+  combine_samples(kernels(), parallel, shape, to, at, scale, count);
+}
+
 // out <- x + weight * r, exact for weights 1 and -1: residual_apply and residual_store
 void op_add_scaled(Tensor out, Tensor x, Tensor r, double weight) {
   Call call(out);
@@ -231,6 +243,7 @@ STABLE_TORCH_LIBRARY(fastcache_C, m) {
       "modulated_l1(Tensor(a!) sums, Tensor x, Tensor scale, Tensor shift, Tensor prev, "
       "Tensor(b!)? out, float eps) -> ()");
   m.def("linear_combine(Tensor(a!) out, Tensor[] terms, float[] weights) -> ()");
+  m.def("combine_samples(Tensor(a!) out, Tensor[] terms, Tensor weights) -> ()");
   m.def("add_scaled(Tensor(a!) out, Tensor x, Tensor r, float weight) -> ()");
   m.def(
       "guidance_combine(Tensor(a!) out, Tensor cond, Tensor low, Tensor high, float w_low, float "
@@ -249,6 +262,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcache_C, CPU, m) {
   m.impl("residual_magnitude", TORCH_BOX(&fastcache::op_residual_magnitude));
   m.impl("modulated_l1", TORCH_BOX(&fastcache::op_modulated_l1));
   m.impl("linear_combine", TORCH_BOX(&fastcache::op_linear_combine));
+  m.impl("combine_samples", TORCH_BOX(&fastcache::op_combine_samples));
   m.impl("add_scaled", TORCH_BOX(&fastcache::op_add_scaled));
   m.impl("guidance_combine", TORCH_BOX(&fastcache::op_guidance_combine));
   m.impl("taylor_update", TORCH_BOX(&fastcache::op_taylor_update));

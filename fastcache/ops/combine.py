@@ -53,6 +53,26 @@ define(
 )
 
 
+def _linear_combine_samples_(out: Tensor, tensors: Sequence[Tensor], weights: Tensor) -> None:
+    run, (*terms, out) = dispatch.resolve("combine_samples", [*tensors, out], 1, per_sample=True)
+    run(out, terms, weights.contiguous())
+
+
+def _fake_linear_combine_samples_(out: Tensor, tensors: Sequence[Tensor], weights: Tensor) -> None:
+    torch._check(
+        weights.shape == (out.shape[0], len(tensors)),
+        lambda: f"{len(tensors)} tensors of {out.shape[0]} samples, weights {tuple(weights.shape)}",
+    )
+    same_shapes("linear_combine_samples_", out, *tensors)
+
+
+define(
+    "linear_combine_samples_(Tensor(a!) out, Tensor[] tensors, Tensor weights) -> ()",
+    _linear_combine_samples_,
+    _fake_linear_combine_samples_,
+)
+
+
 def _taylor_update_(factors: Sequence[Tensor], y: Tensor, inv_delta: float, valid: int) -> None:
     run, (y, *table) = dispatch.resolve("taylor_update", [y, *factors], len(factors))
     run(table, y, inv_delta, valid)
@@ -102,8 +122,9 @@ def linear_combine(
     """sum_i weights[i] * tensors[i], accumulated in float32 and rounded once.
 
     Args:
-        tensors: 1 to `MAX_TERMS` of one shape, dtype and device.
-        weights: as many Python floats, or a float32 tensor [len(tensors)] on the same device (nothing is read back).
+        tensors: K of them, 1 to `MAX_TERMS`, of one shape, dtype and device.
+        weights: K Python floats, or a float32 tensor [K] on the same device (nothing is read back); [B, K] gives each
+            of the B samples, along dimension 0 of the tensors, weights of its own.
         out: of the same shape, to write into; may be one of the tensors; None: a new tensor.
     Returns:
         The sum: `out` where it is given.
@@ -121,6 +142,7 @@ def linear_combine(
     named = {f"tensors[{i}]": t for i, t in enumerate(tensors)}
     check("linear_combine", **named, **({} if out is None else {"out": out}))
     first = tensors[0]
+    given: Any
     if isinstance(weights, Tensor):
         if weights.dtype != torch.float32:
             raise TypeError(f"linear_combine: weights is {weights.dtype}, must be float32")
@@ -132,32 +154,33 @@ def linear_combine(
             raise ValueError(
                 "linear_combine: weights requires grad, and this op has no backward: detach it"
             )
-        count, device_weights = weights.numel() if weights.dim() == 1 else -1, True
+        op = torch.ops.fastcache.linear_combine_device_.default
+        count, given = weights.numel() if weights.dim() == 1 else -1, weights
+        if weights.dim() == 2 and first.shape[:1] == weights.shape[:1]:
+            op, count = torch.ops.fastcache.linear_combine_samples_.default, weights.shape[1]
     elif isinstance(weights, Sequence) and not isinstance(weights, str):
         for i, w in enumerate(weights):
             if isinstance(w, bool) or not isinstance(w, int | float):
                 raise TypeError(
                     f"linear_combine: weights[{i}] is {type(w).__name__}, must be a number"
                 )
-        count, device_weights = len(weights), False
+        op, count = torch.ops.fastcache.linear_combine_.default, len(weights)
+        given = [float(w) for w in weights]
     else:
         raise TypeError(
             f"linear_combine: weights is {type(weights).__name__}, must be floats or a tensor"
         )
     if count != len(tensors):
         raise ValueError(
-            f"linear_combine: weights must be one number for each of the {len(tensors)} tensors, got "
+            f"linear_combine: weights must be one number for each of the {len(tensors)} tensors, or a tensor "
+            f"[samples, {len(tensors)}], got "
             f"{tuple(weights.shape) if isinstance(weights, Tensor) else count}"
         )
     if out is None:
         out = torch.empty_like(first, memory_format=torch.contiguous_format)
     else:
         check_out("linear_combine", out, **named)
-    if device_weights:
-        device: Any = weights
-        torch.ops.fastcache.linear_combine_device_.default(out, list(tensors), device)
-    else:
-        torch.ops.fastcache.linear_combine_.default(out, list(tensors), [float(w) for w in weights])
+    op(out, list(tensors), given)
     return out
 
 

@@ -120,6 +120,15 @@ def linear_combine(
     out.copy_(total)
 
 
+def combine_samples(out: Tensor, tensors: Sequence[Tensor], weights: Tensor) -> None:
+    """out[b] <- sum_i weights[b, i] * tensors[i][b], added in order; `out` may be one of the tensors."""
+    each = [column.view(-1, *[1] * (out.dim() - 1)) for column in weights.unbind(1)]
+    total = _wide(tensors[0], out) * each[0]
+    for i in range(1, len(tensors)):
+        total = total + _wide(tensors[i], out) * each[i]
+    out.copy_(total)
+
+
 def taylor_update(factors: Sequence[Tensor], y: Tensor, inv_delta: float, valid: int) -> None:
     """Backward differences in place: f[0] <- y, f[j+1] <- (new f[j] - old f[j]) * inv_delta.
 

@@ -219,6 +219,18 @@ def test_weighted_sums_have_the_bits_of_the_reference(layout, count, alias, on_d
     assert identical(out, expected) and clean() and all(check() for check in checks)
 
 
+@given(layouts(), st.integers(1, 8), st.integers(-1, 7), st.integers(0, 99))
+def test_weighted_sums_of_each_sample_have_the_bits_of_the_reference(layout, count, alias, seed):
+    value, stored, make = layout
+    terms, checks = zip(*(make((value, stored)[i % 2], i) for i in range(count)), strict=True)
+    out, clean = make(value, 99)
+    out = terms[alias] if 0 <= alias < count else out.fill_(math.nan)
+    weights, expected = random((out.shape[0], count), F32, seed), torch.empty_like(out)
+    reference.combine_samples(expected, terms, weights)
+    cpp.combine_samples(out, terms, weights)
+    assert identical(out, expected) and clean() and all(check() for check in checks)
+
+
 @given(layouts(), st.integers(0, 4), st.integers(0, 6), st.sampled_from([1.0, 1 / 3, 0.0, -0.2]))
 @example(
     (F32, BF16, lambda dtype, seed: (random((2, 30, 50), dtype, seed), lambda: True)), 4, 5, 0.5
@@ -333,6 +345,7 @@ def test_the_dtype_table_says_what_the_kernels_take():
             "residual_l1": lambda t: cpp.residual_l1(*t),
             "residual_magnitude": lambda t: cpp.residual_magnitude(*t),
             "linear_combine": lambda t: cpp.linear_combine(t[3], t[:3], [1.0, 2.0, 3.0]),
+            "combine_samples": lambda t: cpp.combine_samples(t[3], t[:3], torch.ones(2, 3)),
             "taylor_update": lambda t: cpp.taylor_update(t[1:], t[0], 1.0, 3),
             "guided_sums": lambda t: cpp.guided_sums(t[0], t[1:]),
         }
@@ -354,6 +367,8 @@ def test_a_layout_or_shape_that_no_kernel_takes_is_named():
         cpp.linear_combine(x, [x] * 9, [1.0] * 9)
     with pytest.raises(RuntimeError, match="2 tensors, 1 weights"):
         cpp.linear_combine(x, [x, x], [1.0])
+    with pytest.raises(RuntimeError, match="weights must be contiguous float32 with 8"):
+        cpp.combine_samples(x, [x, x], torch.ones(2))
     with pytest.raises(RuntimeError, match="guides has another shape"):
         cpp.guided_sums(x, [x, x[:, :3]])
     with pytest.raises(RuntimeError, match="guide must have dense rows"):

@@ -162,6 +162,25 @@ def test_linear_combine(shape, dtype, count, device_weights):
     assert ops.linear_combine(tensors, weights, out=last) is last and close(last, truth, dtype)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (7,), (1, 9), (2, 5, 8), (3, 3, 4, 5)])
+def test_linear_combine_with_weights_of_each_sample(shape, dtype, count):
+    tensors = [random(shape, dtype, i) for i in range(count)]
+    weights = random((shape[0], count), seed=9)
+    columns = [w.double().view(-1, *[1] * (len(shape) - 1)) for w in weights.unbind(1)]
+    truth = sum(w * t.double() for w, t in zip(columns, tensors, strict=True))
+    assert close(ops.linear_combine(tensors, weights), truth, dtype)
+    apart = torch.full((shape[0], 2 * count), math.nan)[:, ::2].copy_(weights)
+    out = torch.full(shape, math.nan, dtype=dtype)
+    assert ops.linear_combine(tensors, apart, out=out) is out and close(out, truth, dtype)
+    for b in range(shape[0]):  # the bits that each sample has alone
+        alone = ops.linear_combine([t[b : b + 1] for t in tensors], weights[b].tolist())
+        assert torch.equal(out[b : b + 1], alone)
+    last = tensors[-1]
+    assert ops.linear_combine(tensors, weights, out=last) is last and torch.equal(last, out)
+
+
 @pytest.mark.parametrize("order", [0, 1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_taylor_update(dtype, order):
@@ -441,6 +460,9 @@ BAD_VALUES = [
     ("linear_combine", "weights", 3.0),
     ("linear_combine", "weights", torch.ones(3)),
     ("linear_combine", "weights", torch.ones(2, 1)),
+    ("linear_combine", "weights", torch.ones(3, 2)),
+    ("linear_combine", "weights", torch.ones(2, 2, 1)),
+    ("linear_combine", "weights", torch.ones(2, 2).half()),
     ("linear_combine", "weights", torch.ones(2).double()),
     ("linear_combine", "weights", torch.ones(2).to("meta")),
     ("taylor_update_", "factors", []),
@@ -532,6 +554,10 @@ def samples() -> dict[str, list[tuple]]:
         "residual_apply_": [(torch.zeros_like(y), y, x)],
         "linear_combine_": [(torch.zeros_like(y), [y, x], [1.0, 2.0]), (y.clone(), [y], [2.0])],
         "linear_combine_device_": [(torch.zeros_like(y), [y, x], torch.tensor([1.0, 2.0]))],
+        "linear_combine_samples_": [
+            (torch.zeros_like(y), [y, x], random((2, 2), seed=8)),
+            (torch.zeros(2, 4, 8), [y[:, 1:], x[:, 1:], prev[:, :4]], random((2, 3), seed=8)),
+        ],
         "taylor_update_": [([torch.zeros_like(y), torch.zeros_like(y)], y, 0.5, 1)],
         "guidance_combine_": [(torch.zeros(4, 5, 8), y, x, low, 1.1, 0.9)],
         "guided_weights": [

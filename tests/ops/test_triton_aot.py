@@ -128,6 +128,14 @@ FAULTS = {
     "a tile does not fit the registers": Fault(
         "guided.py", "TILE = 2048", "TILE = 32768", "spills", "guided sums 2"
     ),
+    "all samples have the weights of the first": Fault(
+        "linear_combine.py",
+        "weights += i_s * s_weights",
+        "weights += 0 * s_weights",
+        "Tensor-likes are not equal",
+        "combine_each_sample fp32-3-3x47x100-dense",
+        interpreter=True,
+    ),
     "products and sums are fused": Fault(
         "linear_combine.py",
         "enable_fp_fusion=False",
@@ -225,6 +233,7 @@ def test_every_class_of_shapes_compiles(name: str) -> None:
         kernels.residual_l1(t, t, t, t, per_sample=True)
         kernels.residual_store(t, t, t)
         kernels.linear_combine(t, [t] * 3, meta(3, dtype=torch.float32))
+        kernels.combine_samples(t, [t] * 3, meta(t.shape[0], 3, dtype=torch.float32))
         kernels.taylor_update([t] * 3, t, 0.5, 3)
         if t.dim() > 1:
             kernels.residual_magnitude(t, t, t, t)
@@ -233,7 +242,7 @@ def test_every_class_of_shapes_compiles(name: str) -> None:
             kernels.guided_sums(t, [t] * 3)
             kernels.quantize_store(q, scale, t, None)
             kernels.quantized_combine(t, None, [q], [scale], [1.0])
-    assert len(compiled) == (10 if t.dim() > 1 else 5)
+    assert len(compiled) == (11 if t.dim() > 1 else 6)
 
 
 def test_only_the_misaligned_tensor_is_accessed_narrowly() -> None:

@@ -48,6 +48,10 @@ def test_model_shapes_match_the_reference(shape: tuple[int, ...], dtype: torch.d
     triton_kernels.linear_combine(out, [y, x, prev], [1.5, -0.75, 0.3])
     reference.linear_combine(want, [y, x, prev], [1.5, -0.75, 0.3])
     assert torch.equal(out, want)
+    each = draw(y.shape[0], 3, dtype=torch.float32)
+    triton_kernels.combine_samples(out, [y, x, prev], each)
+    reference.combine_samples(want, [y, x, prev], each)
+    assert torch.equal(out, want)
 
 
 def test_reductions_repeat_bit_for_bit() -> None:

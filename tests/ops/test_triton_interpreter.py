@@ -210,6 +210,24 @@ def combine(lab: Lab, dtype: str, terms: int, on_device: bool, layout: str) -> N
     lab.same(placed[-1], want)
 
 
+@case(dtype=DTYPES, terms=(1, 3, 8), shape=((1, 300), (3, 47, 100)), layout=LAYOUTS)
+def combine_each_sample(
+    lab: Lab, dtype: str, terms: int, shape: tuple[int, ...], layout: str
+) -> None:
+    tensors = [lab.draw(*shape, dtype=DTYPES[dtype]) for _ in range(terms)]
+    weights = torch.tensor(
+        [[(-1) ** i * (0.3 + i + b) for i in range(terms)] for b in range(shape[0])]
+    )
+    want = torch.empty_like(tensors[0])
+    reference.combine_samples(want, tensors, weights)
+    placed = [lab.place(t, layout) for t in tensors]
+    got = lab.blank(*want.shape, dtype=want.dtype, layout=layout)
+    lab.kernels.combine_samples(got, placed, weights.to(lab.device))
+    lab.same(got, want)
+    lab.kernels.combine_samples(placed[-1], placed, weights.to(lab.device))
+    lab.same(placed[-1], want)
+
+
 @case()
 def combine_mixed_dtypes(lab: Lab) -> None:
     tensors = [lab.draw(3, 700, dtype=dtype) for dtype in (BF16, FP32, FP16)]

@@ -48,6 +48,7 @@ def every_op(y: Tensor, x: Tensor, prev: Tensor, out: Tensor) -> dict[str, Calla
     q = reserved().view(E4M3).as_strided(y.shape, y.stride())
     scale = reserved()[: 4 * y.shape[:-1].numel()].view(FP32).view(y.shape[:-1])
     prior, weights, sums = torch.empty(2), torch.empty(5), torch.empty(2)
+    each = torch.empty(y.shape[0], 2)
     return {
         "l1": lambda: kernels.residual_l1(y, x, prev),
         "l1 + store": lambda: kernels.residual_l1(y, x, prev, out),
@@ -62,6 +63,7 @@ def every_op(y: Tensor, x: Tensor, prev: Tensor, out: Tensor) -> dict[str, Calla
         "combine": lambda: kernels.linear_combine(out, [y, x, prev], [0.5, 1, -1.0]),
         "combine device": lambda: kernels.linear_combine(out, [y, x], weights[:2]),
         "combine device, unaligned": lambda: kernels.linear_combine(out, [y, x], weights[1:3]),
+        "combine samples": lambda: kernels.combine_samples(out, [y, x], each),
         "taylor": lambda: kernels.taylor_update([y, x, prev], out, 0.5, 3),
         "taylor, first": lambda: kernels.taylor_update([y, x, prev], out, 0.5, 1),
         "quantize": lambda: kernels.quantize_store(q, scale, y, x),

@@ -158,6 +158,11 @@ def linear_combine(
         _op("linear_combine")(out, tensors, floats)
 
 
+def combine_samples(out: Tensor, tensors: Sequence[Tensor], weights: Tensor) -> None:
+    if out.numel():
+        _op("combine_samples")(out, tensors, weights)
+
+
 def taylor_update(factors: Sequence[Tensor], y: Tensor, inv_delta: float, valid: int) -> None:
     if y.numel():
         written = factors[: min(valid, len(factors) - 1) + 1]
