@@ -70,7 +70,7 @@ from .runtime.stats import Record, Stats
 from .targets.base import BoundTarget
 from .targets.bind import register_target
 from .targets.spec import Guidance, Modules, Output, Stack, Target
-from .tools.batching import split_batch
+from .tools.batching import mixed_batch, split_batch
 from .tools.inspect import inspect_model as inspect
 from .tools.measure import calibrate
 from .tuning.result import Tuning
@@ -143,6 +143,7 @@ __all__ = [
     "enable",
     "export_variants",
     "inspect",
+    "mixed_batch",
     "ops",
     "preset",
     "presets",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
@@ -187,6 +187,17 @@ class BoundTarget:
             left = max(state.steps_until_full_batch - 1, 0)
             half = self.control.batch == "half"
             state.steps_until_full_batch = state.timelines[self.rule].depth if half else left
+
+    def together(self, states: Sequence[State], weights: Sequence[Sequence[float]]) -> Any:
+        """Several states, each of one sample, as one that a call of all of them reads and writes.
+
+        Args:
+            states: of requests whose step does the same.
+            weights: of the prediction of each.
+        Returns:
+            A `fastcache.storage.together.Group`; None where samples cannot be told apart: here, always.
+        """
+        return None
 
     # --- compiled steps ---------------------------------------------------------------------------------
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..runtime.context import Context
+from ..runtime.mixed import Sample, call_mixed
+from ..runtime.patch import ATTACHED
 
 
 def split_batch(
@@ -36,7 +38,82 @@ def split_batch(
         ValueError: no input has a first dimension of B.
     Source: ours; docs/serving.md has an example.
     """
+    batched = _batched(len(contexts), inputs, shared)
+    outputs = []
+    for i, context in enumerate(contexts):
+        with context:
+            outputs.append(call(**_some(inputs, batched, [i])))
+    return tree_map(
+        lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs
+    )
+
+
+def mixed_batch(
+    model: nn.Module,
+    contexts: Sequence[Context],
+    inputs: Mapping[str, Any],
+    shared: Sequence[str] = (),
+    runs: Sequence[Any] | None = None,
+) -> Any:
+    """Call a model once for a batch whose samples belong to different requests, each decided by itself.
+
+    Each sample has the schedule and the state of its own request. Those that compute run as a smaller batch, and
+    so do those that reuse; a batch that agrees is one call with the inputs as they are. So it
+    is for a recipe of one `Stack` whose policy and predictor look at nothing inside the model, on the uncompiled
+    model, and for requests that have been called before; every other sample is a call of its own.
+
+    Args:
+        model: the model that `fastcache.enable` was called on, or a denoiser of such a pipeline.
+        contexts: one `cache.context(name, request=..., step_index=...)` per sample, unopened.
+        inputs: keyword arguments of the call. A tensor [B, ...], B the number of contexts, is split;
+            everything else goes to all samples.
+        shared: names of inputs that go to all samples although their first dimension is B.
+        runs: the `cache.run(...)` that each sample belongs to, entered and paused, or None; their recipes may differ.
+    Returns:
+        What the model returns, tensors joined along dimension 0, anything else from one of the samples.
+    Raises:
+        TypeError: `model` is no nn.Module.
+        ValueError: it is not enabled, two contexts say the same, or no input has a first dimension of B.
+    Source: ours; docs/serving.md has an example.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, must be the nn.Module that was enabled")
+    denoiser = model.__dict__.get(ATTACHED)
+    if denoiser is None:
+        raise ValueError("model is not enabled; call fastcache.enable(model, config) first")
     count = len(contexts)
+    if runs is not None and len(runs) != count:
+        raise ValueError(f"runs has {len(runs)} entries for {count} contexts")
+    batched = _batched(count, inputs, shared)
+    samples = [
+        Sample(i, context, runs[i] if runs else None, _some(inputs, batched, [i]))
+        for i, context in enumerate(contexts)
+    ]
+    names = {sample.key for sample in samples}
+    if len(names) < count:
+        raise ValueError(
+            f"contexts: {count} contexts name {len(names)} branches of requests; give each sample one of its own"
+        )
+
+    def gather(places: Sequence[int]) -> dict[str, Any]:
+        return dict(inputs) if len(places) == count else _some(inputs, batched, places)
+
+    parts = call_mixed(denoiser, samples, gather)
+    if len(parts) == 1:
+        return parts[0][1]
+    order = [place for places, _ in parts for place in places]
+    back = torch.tensor(sorted(range(count), key=lambda at: order[at]))
+
+    def whole(*values: Any) -> Any:
+        if not isinstance(values[0], Tensor):
+            return values[0]
+        return torch.cat(values)[back.to(values[0].device)]
+
+    return tree_map(whole, *(output for _, output in parts))
+
+
+def _batched(count: int, inputs: Mapping[str, Any], shared: Sequence[str]) -> set[str]:
+    """Names of the inputs that hold a sample per context. Raises ValueError where there is none."""
 
     def of_batch(name: str, value: Any) -> bool:
         return isinstance(value, Tensor) and name not in shared and value.shape[:1] == (count,)
@@ -47,11 +124,13 @@ def split_batch(
             f"inputs: none has a first dimension of {count}, the number of contexts; got "
             f"{ {k: tuple(v.shape) for k, v in inputs.items() if isinstance(v, Tensor)} }"
         )
-    outputs = []
-    for i, context in enumerate(contexts):
-        one = {k: v[i : i + 1] if k in batched else v for k, v in inputs.items()}
-        with context:
-            outputs.append(call(**one))
-    return tree_map(
-        lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs
-    )
+    return batched
+
+
+def _some(inputs: Mapping[str, Any], batched: set[str], places: Sequence[int]) -> dict[str, Any]:
+    """The inputs of some of the samples."""
+    if len(places) == 1:
+        at: Any = slice(places[0], places[0] + 1)
+    else:
+        at = list(places)
+    return {k: v[at] if k in batched else v for k, v in inputs.items()}

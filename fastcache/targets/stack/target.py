@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...models.adapter import Block
 from ...policies import COMPUTE, REUSE
 from ...storage.state import State
+from ...storage.together import Group, joined
 from ..base import BoundTarget
 from ..control import PENDING
 from ..decide import Part
@@ -194,6 +195,20 @@ class StackTarget(BoundTarget):
             if not unit.ready(timeline):
                 return False
         return True
+
+    def together(self, states: Sequence[State], weights: Sequence[Sequence[float]]) -> Group | None:
+        """The residuals of several requests, split by sample along their first dimension.
+
+        Nothing that looks inside the stack can, nor can blocks that fold frames into the batch, which shows by the
+        sizes of what is held.
+        """
+        folds = any(
+            not isinstance(unit.template.base, bool) for unit in states[0].units[self.rule].values()
+        )
+        looks = self.guide is not None or self.meter is not None or self.measure
+        if looks or folds or self.decider.what.feeds_back:
+            return None
+        return joined(states, self.rule, weights)
 
     def unanswered(self) -> bool:
         """Whether a step that was to be reused has predicted too little.

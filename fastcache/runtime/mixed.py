@@ -1,0 +1,161 @@
+"""One call of a model whose samples belong to different requests, at steps and with decisions of their own.
+
+Each sample is located and decided by itself, as a call of its own would be. Those that compute then go through the
+model together, as a smaller batch, and so do those that reuse; a batch that agrees is one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..policies import COMPUTE, REUSE
+from ..storage.allocate import NoRoom, Unfit
+from ..targets.control import WHOLE
+from .context import Context
+from .denoiser import Denoiser
+from .frames import OWN
+from .notices import LOG
+from .runs import abandon
+
+Gather = Callable[[Sequence[int]], dict[str, Any]]  # keywords of a call for some of the samples
+Part = tuple[Sequence[int], Any]  # places of samples, and what the model returned for them
+
+
+class Sample:
+    """One sample of a batch: the context of its call, the run that this lies in, and the call it would be alone."""
+
+    def __init__(self, place: int, context: Context, run: Any, kwargs: dict[str, Any]) -> None:
+        self.place, self.context, self.run, self.kwargs = place, context, run, kwargs
+        self.denoiser: Any = None
+        self.state: Any = None
+
+    @property
+    def key(self) -> Any:
+        """Request and context that it is meant for."""
+        request = self.context.asked
+        if request is OWN and self.run is not None:
+            request = self.run.request
+        return request, self.context.name
+
+    def decide(self, own: Denoiser) -> None:
+        """Find out which step it is and what becomes of it. own: the model's, by the cache's own recipe."""
+        if self.run is not None:
+            self.run.resume()
+        self.context.push()
+        try:
+            self.denoiser = denoiser = own if own.switch is None else own.switch.meant()
+            self.state, step = denoiser.runs.locate(self.context, (), self.kwargs)
+            denoiser.decider.decide(self.state, step, (), self.kwargs)
+        finally:
+            self.context.pop()
+            if self.run is not None:
+                self.run.pause()
+        control = denoiser.control
+        self.step, self.batch = control.step, control.batch
+        self.decisions, self.actions = list(control.decisions), list(control.actions)
+        self.weights = list(control.weights)
+
+    def arm(self) -> None:
+        """Have the control hold what was decided."""
+        control = self.denoiser.control
+        control.state, control.step, control.batch = self.state, self.step, self.batch
+        control.phase = WHOLE
+        control.decisions[:], control.actions[:] = self.decisions, self.actions
+        control.weights[:] = self.weights
+
+    @property
+    def joins(self) -> bool:
+        """Whether it may go with others, as far as its step says."""
+        executor, state = self.denoiser.executor, self.state
+        if self.step.again or state.out_of_memory:
+            return False
+        budget = executor.budget
+        if budget and budget.refuses(executor.pool, state, executor.group, state.device):
+            return False
+        return self.denoiser.targets[0].recorded(state)  # a first step shows how the model runs
+
+    def alone(self) -> Part:
+        """Run it as a call of its own."""
+        self.arm()
+        denoiser = self.denoiser
+        if denoiser.control.may_be_compiled:
+            denoiser.ahead.upload(self.state)
+        output = denoiser.executor.execute(self.state, (), self.kwargs, None)
+        denoiser.committer.commit(self.state, self.step)
+        return [self.place], output
+
+
+def call_mixed(own: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[Part]:
+    """Call a model for a batch. What it returns comes in parts.
+
+    own: the model's denoiser, by the cache's own recipe. An exception forgets the runs of all requests of the batch.
+    """
+    with own.lock:
+        parts: list[Part] = []
+        try:
+            for sample in samples:
+                sample.decide(own)
+            for denoiser in dict.fromkeys(sample.denoiser for sample in samples):
+                if own.switch is not None:
+                    own.switch.hook(denoiser)
+                members = [sample for sample in samples if sample.denoiser is denoiser]
+                parts += _run(denoiser, members, gather)
+        except BaseException:
+            for sample in samples:
+                settings = (sample.denoiser or own).settings
+                abandon(settings.pools, sample.context.request)
+            raise
+        for denoiser in dict.fromkeys(sample.denoiser for sample in samples):
+            denoiser.notify()
+    return parts
+
+
+def _run(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[Part]:
+    """The samples of one recipe: those that do the same go together where they can, the others alone."""
+    parts: list[Part] = []
+    rest, grouped = list(samples), []
+    eager = not (denoiser.control.may_be_compiled or torch.is_grad_enabled())
+    if eager and len(denoiser.targets) == 1 and not denoiser.executor.wrappers:
+        grouped = [sample for sample in samples if sample.joins]
+    for action in (COMPUTE, REUSE):
+        alike = [sample for sample in grouped if sample.actions == [action]]
+        found = _together(denoiser, alike, gather) if len(alike) > 1 else None
+        if found is not None:
+            parts.append(found)
+            rest = [sample for sample in rest if sample not in alike]
+    return parts + [sample.alone() for sample in rest]
+
+
+def _together(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> Part | None:
+    """One call for samples that do the same; None where they cannot be told apart in it."""
+    target, control = denoiser.targets[0], denoiser.control
+    group = target.together([s.state for s in samples], [s.weights[0] for s in samples])
+    if group is None:
+        return None
+    places = [sample.place for sample in samples]
+    samples[0].arm()
+    control.state, control.inside = group, True
+    action = control.actions[0]
+    try:
+        if not control.begin_step(denoiser.targets):
+            return None
+        with denoiser.executor.backend():
+            output = denoiser.executor.original(**gather(places))
+        if action == REUSE and control.predicted != target.segments:
+            return None
+    except (Unfit, NoRoom) as error:
+        LOG.debug("samples do not go together: %s", error)
+        return None
+    finally:
+        control.inside = control.active = False
+    if action == COMPUTE:
+        target.commit(group, COMPUTE)
+        group.settle(target.rule)
+    for sample in samples:
+        sample.arm()
+        sample.state.uncached_step = False
+        denoiser.committer.commit(sample.state, sample.step)
+    return places, output
