@@ -13,6 +13,7 @@ import torch
 
 from ..policies import COMPUTE, REUSE
 from ..storage.allocate import NoRoom, Unfit
+from ..storage.state import State
 from ..targets.control import WHOLE
 from .context import Context
 from .denoiser import Denoiser
@@ -73,9 +74,7 @@ class Sample:
         if self.step.again or state.out_of_memory:
             return False
         budget = executor.budget
-        if budget and budget.refuses(executor.pool, state, executor.group, state.device):
-            return False
-        return self.denoiser.targets[0].recorded(state)  # a first step shows how the model runs
+        return not (budget and budget.refuses(executor.pool, state, executor.group, state.device))
 
     def alone(self) -> Part:
         """Run it as a call of its own."""
@@ -122,6 +121,14 @@ def _run(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[
         grouped = [sample for sample in samples if sample.joins]
     for action in (COMPUTE, REUSE):
         alike = [sample for sample in grouped if sample.actions == [action]]
+        new = [s for s in alike if not denoiser.targets[0].recorded(s.state)]
+        if new and _like(new[0]) is None:  # the first call of its kind shows how the model runs
+            parts.append(new[0].alone())
+            alike.remove(new[0])
+            rest.remove(new.pop(0))
+        if new and (other := _like(new[0])) is not None:
+            for sample in new:
+                denoiser.targets[0].prepare_like(sample.state, other)
         found = _together(denoiser, alike, gather) if len(alike) > 1 else None
         if found is not None:
             parts.append(found)
@@ -129,17 +136,24 @@ def _run(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[
     return parts + [sample.alone() for sample in rest]
 
 
+def _like(sample: Sample) -> State | None:
+    """A state that has storage for calls such as this one."""
+    denoiser, signature = sample.denoiser, sample.state.signature
+    states, target = denoiser.pool.states.values(), denoiser.targets[0]
+    return next((s for s in states if s.signature == signature and target.recorded(s)), None)
+
+
 def _together(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> Part | None:
     """One call for samples that do the same; None where they cannot be told apart in it."""
     target, control = denoiser.targets[0], denoiser.control
-    group = target.together([s.state for s in samples], [s.weights[0] for s in samples])
-    if group is None:
-        return None
     places = [sample.place for sample in samples]
     samples[0].arm()
-    control.state, control.inside = group, True
     action = control.actions[0]
     try:
+        group = target.together([s.state for s in samples], [s.weights[0] for s in samples])
+        if group is None:
+            return None
+        control.state, control.inside = group, True
         if not control.begin_step(denoiser.targets):
             return None
         with denoiser.executor.backend():

@@ -74,6 +74,19 @@ class Unit:
         self.streams = [make_store(value, timeline) for value in values]
         self.held = tuple((v.shape, v.dtype, v.device) for v in values)
 
+    def like(self, timeline: Timeline, make_store: Callable[..., Any]) -> Unit:
+        """Empty storage for the same values of another request."""
+        new = Unit()
+        new.template, new.extra, new.entry, new.way = (
+            self.template,
+            self.extra,
+            self.entry,
+            self.way,
+        )
+        values = [torch.empty(shape, dtype=dtype, device=at) for shape, dtype, at in self.held]
+        new.make(values, timeline, make_store)
+        return new
+
     def fits(self, values: Sequence[Tensor], half: bool = False) -> bool:
         """Whether there is storage for these values. half: they are of half a guidance batch."""
         if len(values) != len(self.held):

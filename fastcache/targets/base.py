@@ -188,6 +188,14 @@ class BoundTarget:
             half = self.control.batch == "half"
             state.steps_until_full_batch = state.timelines[self.rule].depth if half else left
 
+    def prepare_like(self, state: State, other: State) -> None:
+        """Give a state that has had no call yet the storage that its calls will need: here, nothing.
+
+        Args:
+            state: of a request that begins.
+            other: of one whose calls have the same signature, and which has had some.
+        """
+
     def together(self, states: Sequence[State], weights: Sequence[Sequence[float]]) -> Any:
         """Several states, each of one sample, as one that a call of all of them reads and writes.
 

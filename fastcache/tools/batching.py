@@ -60,7 +60,7 @@ def mixed_batch(
     Each sample has the schedule and the state of its own request. Those that compute run as a smaller batch, and
     so do those that reuse; a batch that agrees is one call with the inputs as they are. So it
     is for a recipe of one `Stack` whose policy and predictor look at nothing inside the model, on the uncompiled
-    model, and for requests that have been called before; every other sample is a call of its own.
+    model; every other sample is a call of its own, and so is the first of each shape.
 
     Args:
         model: the model that `fastcache.enable` was called on, or a denoiser of such a pipeline.

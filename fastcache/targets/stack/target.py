@@ -196,6 +196,20 @@ class StackTarget(BoundTarget):
                 return False
         return True
 
+    @property
+    def splits(self) -> bool:
+        """Whether nothing of it looks at a whole batch."""
+        looks = self.guide is not None or self.meter is not None or self.measure
+        return not (looks or self.decider.what.feeds_back)
+
+    def prepare_like(self, state: State, other: State) -> None:
+        units = other.units[self.rule]
+        own = any(value is not None for unit in units.values() for value in unit.extra.values())
+        if self.splits and not own:
+            timeline = state.timelines[self.rule]
+            made = {at: unit.like(timeline, self.make_store) for at, unit in units.items()}
+            state.units[self.rule].update(made)
+
     def together(self, states: Sequence[State], weights: Sequence[Sequence[float]]) -> Group | None:
         """The residuals of several requests, split by sample along their first dimension.
 
@@ -205,10 +219,7 @@ class StackTarget(BoundTarget):
         folds = any(
             not isinstance(unit.template.base, bool) for unit in states[0].units[self.rule].values()
         )
-        looks = self.guide is not None or self.meter is not None or self.measure
-        if looks or folds or self.decider.what.feeds_back:
-            return None
-        return joined(states, self.rule, weights)
+        return None if folds or not self.splits else joined(states, self.rule, weights)
 
     def unanswered(self) -> bool:
         """Whether a step that was to be reused has predicted too little.
