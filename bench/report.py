@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from . import claims, common, figures, quality_figures, snippets, tune_tables
+from . import claims, common, figures, quality_figures, snippets, training_tables, tune_tables
 from .common import RESULTS, ROOT, Row
 from .page import QUALITY_IMAGES, blocks, plain
 from .render import to_html
@@ -47,6 +47,7 @@ def draw(rows: list[Row], folder: Path) -> None:
         "guided": ("quality", quality_figures.guided_figure, plain),
         "frontier": ("quality", quality_figures.frontier_figure, first),
         "more-steps": ("tune", tune_tables.more_steps_figure, curves),
+        "training": ("training", training_tables.loss_figure, list),
     }
     for model, name in QUALITY_IMAGES.items():
         makers[name] = ("quality", quality_figures.quality_figure, partial(of, model))

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from . import claims, quality_tables, speed_tables, tune_tables
+from . import claims, quality_tables, speed_tables, training_tables, tune_tables
 from .common import Row
 from .tables import markdown
 
@@ -57,5 +58,7 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "more_steps": tune_tables.more_steps,
     "tuned": tune_tables.tuned,
     "tune_sweep": tune_tables.against_sweep,
+    "losses": training_tables.losses,
+    "pictures": partial(quality_tables.leads, model="pictures"),
     "promises": promises,
 }

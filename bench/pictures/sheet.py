@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contact sheets: samples under their prompts."""
+"""Contact sheets: samples under their prompts.
+
+python -m bench.pictures.sheet --out docs/images/pictures-sheet.png
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .model import GUIDANCE, generate
+from .model import GUIDANCE, HEADS, generate, load_model
 from .words import PROMPTS
 
 COLUMNS = 8
@@ -39,3 +43,22 @@ def draw(sheets: dict[str, Tensor], path: Path) -> None:
 
 def _short(prompt: str) -> str:
     return prompt if len(prompt) < 28 else prompt[:25] + "…"
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(
+        prog="python -m bench.pictures.sheet",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--size", choices=list(HEADS), default="7M")
+    p.add_argument("--weights", type=Path, help="another file than the committed one")
+    p.add_argument("--steps", type=int, default=28)
+    p.add_argument("--out", type=Path, required=True)
+    args = p.parse_args(argv)
+    write_sheet(load_model(args.size, args.weights), args.out, args.steps)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

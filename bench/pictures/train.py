@@ -5,29 +5,26 @@
     python -m bench.pictures.train --data emoji-datasource-google-16.0.0.tgz --size 7M --minutes 120
 
 Every few minutes the state, the loss curve and a sheet of samples are written into --out; the same command
-goes on from there. With --export the average is written as fp16 weights, with its record, into bench/assets;
-with --minutes 0 nothing else is done.
+goes on from there. With --export the average is written as fp16 weights, with its card, into bench/assets;
+with --minutes 0 nothing else is done. --json bench/results/training-cpu.jsonl keeps the loss curve for the report.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 import warnings
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastcache.demo.loss_curve import CURVE_FILE, plot_history
-from fastcache.demo.model import save_weights
-from fastcache.demo.train import check_fall, versions
+from fastcache.demo.train import check_fall
 
 from .data import PACKAGE, VERSION, Pictures, load_pictures
-from .model import ASSETS, HEADS, architecture, file_of
+from .model import ASSETS, HEADS, architecture
+from .record import export, keep_row
 from .sheet import write_sheet
 from .training import Recipe, Trainer
 
@@ -49,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         trainer.resume(out / STATE_FILE)
     run(trainer, held_out, out, args.steps, args.minutes, args.save_minutes)
     if args.export:
-        export(trainer, held_out, args.size, args.export)
+        card = export(trainer, held_out, args.size, args.export)
+        if args.json:
+            keep_row(args.json, args.size, card)
     return check_fall(trainer.history)
 
 
@@ -87,39 +86,6 @@ def keep(trainer: Trainer, out: Path) -> None:
     write_sheet(average, out / f"samples-{trainer.steps // 1000}k.png")
 
 
-def export(trainer: Trainer, held_out: Pictures, size: str, folder: Path) -> None:
-    """Write the average in fp16, its record and its loss curve."""
-    file = folder / file_of(size)
-    save_weights(trainer.average, file)
-    record = _record(trainer, held_out)
-    file.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    plot_history(trainer.history, file.with_suffix(".png"))
-
-
-def _record(trainer: Trainer, held_out: Pictures) -> dict[str, Any]:
-    window = max(1, trainer.steps // 50)
-    means = torch.tensor(trainer.history.train).unfold(0, window, window).mean(1)
-    return {
-        "format": "fastcache-pictures-training",
-        "data": f"{PACKAGE} {VERSION}: MIT; pictures: Noto Emoji, Apache-2.0",
-        "architecture": trainer.fields,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "recipe": asdict(trainer.recipe),
-        "steps": trainer.steps,
-        "held_out_loss": trainer.held_out_loss(held_out, 8),
-        "train_loss_on_as_many": trainer.held_out_loss(_first(trainer.data, len(held_out)), 8),
-        "versions": versions(),
-        "history": {
-            f"train, means of {window}": [round(x, 4) for x in means.tolist()],
-            "held_out": [[step, round(loss, 4)] for step, loss in trainer.history.held_out],
-        },
-    }
-
-
-def _first(data: Pictures, count: int) -> Pictures:
-    return Pictures(data.images[:count], data.prompts[:count])
-
-
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m bench.pictures.train",
@@ -139,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=2, help="part of what makes runs equal")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--export", type=Path, nargs="?", const=ASSETS, help="write fp16 weights here")
+    p.add_argument("--json", type=Path, help="with --export: put the loss curve into these results")
     return p
 
 

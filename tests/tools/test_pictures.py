@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
 import io
 import json
 import sys
@@ -18,7 +20,15 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import points, quality, quality_tables, subjects, sweeps  # noqa: E402
+from bench import common as bench_common  # noqa: E402
+from bench import (  # noqa: E402
+    points,
+    quality,
+    quality_tables,
+    subjects,
+    sweeps,
+    training_tables,
+)
 from bench.pictures import data, picture, train, words  # noqa: E402
 from bench.pictures import model as pictures  # noqa: E402
 from bench.pictures.training import Recipe, Trainer, learning_rate  # noqa: E402
@@ -192,7 +202,9 @@ def test_program_trains_goes_on_and_exports(splits, tmp_path, monkeypatch):
     train.main([*common, "--steps", "2"])
     train.main([*common, "--steps", "4"])
     written = (out / "2M" / "state.pt").stat().st_mtime_ns
-    train.main([*common, "--minutes", "0", "--export", str(assets)])
+    results = tmp_path / "results.jsonl"
+    for _ in range(2):  # the second row takes the first one's place
+        train.main([*common, "--minutes", "0", "--export", str(assets), "--json", str(results)])
     assert (out / "2M" / "state.pt").stat().st_mtime_ns == written, "only exported"
     assert {p.name for p in (out / "2M").iterdir()} >= {
         "state.pt",
@@ -204,6 +216,22 @@ def test_program_trains_goes_on_and_exports(splits, tmp_path, monkeypatch):
     assert [step for step, _ in record["history"]["held_out"]] == [2, 4]
     model = pictures.load_model("2M", assets / pictures.file_of("2M"))
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
+    weights = (assets / pictures.file_of("2M")).read_bytes()
+    assert record["sha256"] == hashlib.sha256(weights).hexdigest()
+    (row,) = bench_common.read_lines(results)
+    assert {k: row[k] for k in ("size", "steps", "sha256")} == {
+        "size": "2M",
+        "steps": 4,
+        "sha256": record["sha256"],
+    }
+    assert [step for step, _ in row["history"]["train"]] == [1, 2, 3, 4]
+    larger = copy.deepcopy(row) | {"size": "7M"}
+    larger["history"]["held_out"] = [[2, 0.5], [4, 0.25], [6, 0.375]]
+    table = training_tables.losses([row, larger]).splitlines()
+    assert "held out, step 4" in table[0], "the last that both have seen"
+    assert "| 0.250 | 0.250 (step 4) |" in table[3]
+    labels = training_tables.loss_figure([row, larger]).axes[0].get_legend_handles_labels()[1]
+    assert labels[::2] == ["2M, training", "7M, training"]
 
 
 def awake() -> torch.nn.Module:
