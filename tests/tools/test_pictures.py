@@ -234,6 +234,19 @@ def test_program_trains_goes_on_and_exports(splits, tmp_path, monkeypatch):
     assert labels[::2] == ["2M, training", "7M, training"]
 
 
+def test_committed_card_is_that_of_the_committed_weights():
+    card = json.loads((pictures.ASSETS / "flux_pictures_7m.json").read_text())
+    weights = pictures.ASSETS / pictures.file_of("7M")
+    assert card["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert card["architecture"] == json.loads(
+        json.dumps(pictures.architecture(pictures.HEADS["7M"]))
+    )
+    images = pictures.generate(pictures.load_model(), torch.tensor([7]), steps=6)
+    heart, corner = images[0, :, 16, 16], images[0, :, 1, 1]
+    assert heart[2] > heart[0] + 0.5, "a blue heart"
+    assert (corner > 0.7).all(), "on white"
+
+
 def awake() -> torch.nn.Module:
     """A model that does something without having learnt it."""
     model = pictures.build_model(pictures.architecture(heads=1, double=1, single=2)).eval()
