@@ -37,7 +37,7 @@ def draw(rows: list[Row], folder: Path) -> None:
         return [r for r in of("flux", plain(rows)) if r["steps"] == 28]
 
     def curves(rows: list[Row]) -> list[Row]:
-        return tune_tables.of_part(rows, "curve", "flux")
+        return tune_tables.curve_of(rows)
 
     makers = {
         "ops": ("ops", figures.ops_figure, list),

@@ -56,6 +56,8 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "steps": speed_tables.steps,
     "graphs": speed_tables.graphs,
     "more_steps": tune_tables.more_steps,
+    "more_steps_pictures": partial(tune_tables.more_steps, model="pictures"),
+    "more_steps_guided": partial(tune_tables.more_steps, model="pictures", guidance="sequential"),
     "tuned": tune_tables.tuned,
     "tune_sweep": tune_tables.against_sweep,
     "losses": training_tables.losses,

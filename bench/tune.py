@@ -16,6 +16,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,7 @@ from .subjects import MODES, SUBJECTS, Cell, Subject
 from .sweeps import points
 
 PARTS = ("curve", "solvers", "sweep")
-USUAL, LONG = 28, 50  # steps
+USUAL, LONG, QUICK_LONG = 28, 50, 10  # steps
 SEEDS = (0, 1)  # that a search sees
 UNSEEN = (5, 6, 7, 8)
 CONVERGED = 400  # steps of the second-order solver that stand for the exact solution
@@ -55,8 +56,8 @@ class Bench:
         self.name, self.subject = name, SUBJECTS[name]()
         self.model, self.labels = self.subject.load(), torch.arange(batch) % self.subject.labels
         self.scale = None if guidance == "none" else self.subject.guidance
-        self.counts, self.long = ((4, 6, 8), 10) if quick else (COUNTS, LONG)
-        converged = 2 * self.long if quick else CONVERGED
+        self.counts = (4, 6, 8) if quick else COUNTS
+        converged = 2 * QUICK_LONG if quick else CONVERGED
         self.exact = {s: self.sample(converged, s, "ab2") for s in UNSEEN}
 
     def sample(self, steps: int, seed: int, solver: str = "euler", cache: Any = None) -> Tensor:
@@ -90,27 +91,44 @@ class Bench:
 # --- against solvers ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Swept:
+    """What the curve's cached runs are made of."""
+
+    solvers: Sequence[str] = tuple(SOLVERS)
+    warmups: Sequence[int] = (2,)
+    growths: Sequence[float] = (1.0,)
+    lengths: Sequence[int] = (LONG,)  # steps of a run
+
+
 def curve(
-    bench: Bench, solvers: Sequence[str] = tuple(SOLVERS), warmups: Sequence[int] = (2,)
+    bench: Bench, solvers: Sequence[str] = tuple(SOLVERS), swept: Swept = Swept()
 ) -> Iterator[Row]:
-    """PSNR to the converged run, by solver and computed steps; cached: 50 steps, spread evenly after a warm-up."""
+    """PSNR to the converged run, by solver and computed steps; cached: longer runs, spread after a warm-up."""
     for solver in solvers:
         for steps in bench.counts:
             found = bench.nearness(bench.exact, bench.cached(None, steps, solver))
             yield {"solver": solver, "steps": steps, "computed": steps, "recipe": "", "psnr": found}
-        recipes = {
-            "modulated guide, order 1": Guided(1, "modulated"),
-            "modulated guide, order 2": Guided(2, "modulated"),
-            "Taylor 2": Taylor(2, "exact"),
-        }
-        for (name, what), warmup in itertools.product(recipes.items(), warmups):
-            for computed in bench.counts[:-1]:
-                recipe = Recipe(Spread(computed / bench.long, warmup), what)
-                found = bench.nearness(bench.exact, bench.cached(recipe, bench.long, solver))
-                yield {
-                    "solver": solver, "steps": bench.long, "recipe": name + f", warm-up {warmup}" * (warmup != 2),
-                    "psnr": found, "computed": len(recipe.plan(bench.long).computed),
-                }  # fmt: skip
+        if solver in swept.solvers:
+            yield from _cached(bench, solver, swept)
+
+
+def _cached(bench: Bench, solver: str, swept: Swept) -> Iterator[Row]:
+    predictors = {
+        "modulated guide, order 1": Guided(1, "modulated"),
+        "modulated guide, order 2": Guided(2, "modulated"),
+        "Taylor 2": Taylor(2, "exact"),
+    }
+    work = itertools.product(swept.lengths, predictors.items(), swept.warmups, swept.growths)
+    for steps, (name, what), warmup, growth in work:
+        name += f", warm-up {warmup}" * (warmup != 2) + f", growth {growth:g}" * (growth != 1)
+        for computed in bench.counts[:-1]:
+            recipe = Recipe(Spread(computed / steps, warmup, growth), what)
+            found = bench.nearness(bench.exact, bench.cached(recipe, steps, solver))
+            yield {
+                "solver": solver, "steps": steps, "recipe": name, "psnr": found,
+                "computed": len(recipe.plan(steps).computed),
+            }  # fmt: skip
 
 
 def solvers(bench: Bench) -> Iterator[Row]:
@@ -189,19 +207,29 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--solver", nargs="+", choices=list(SOLVERS), default=list(SOLVERS), help="of the curve"
     )
+    p.add_argument(
+        "--cached",
+        nargs="+",
+        choices=list(SOLVERS),
+        default=list(SOLVERS),
+        help="those of them with cached runs",
+    )
     p.add_argument("--warmup", nargs="+", type=int, default=[2], help="of the curve's cached runs")
+    p.add_argument("--growth", nargs="+", type=float, default=[1.0], help="of their gaps")
+    p.add_argument("--steps", nargs="+", type=int, default=[LONG], help="of the cached runs")
     p.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     p.add_argument("--batch", type=int, default=4, help="pictures of a run")
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
     rows = common.read_lines(args.json) if args.resume else []
+    if args.quick:
+        args.model, args.part, args.batch, args.steps = args.model[:1], ["curve"], 1, [QUICK_LONG]
+    swept = Swept(args.cached, args.warmup, args.growth, args.steps)
     makers = {
-        "curve": partial(curve, solvers=args.solver, warmups=args.warmup),
+        "curve": partial(curve, solvers=args.solver, swept=swept),
         "solvers": solvers,
         "sweep": sweep,
     }
-    if args.quick:
-        args.model, args.part, args.batch = args.model[:1], ["curve"], 1
     for name in args.model:
         bench = Bench(name, args.batch, args.quick, args.guidance)
         for part in args.part:

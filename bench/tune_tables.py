@@ -32,17 +32,27 @@ def cached(rows: Sequence[Row], solver: str, most: float) -> Row | None:
     return max(within, key=lambda r: r["psnr"], default=None)
 
 
-def more_steps(rows: Sequence[Row]) -> str:
+def curve_of(rows: Sequence[Row], model: str = "flux", guidance: str = "none") -> list[Row]:
+    """Rows of one curve; older ones leave out that they were made without guidance."""
+    return [r for r in of_part(rows, "curve", model) if r.get("guidance", "none") == guidance]
+
+
+def more_steps(rows: Sequence[Row], model: str = "flux", guidance: str = "none") -> str:
     """PSNR to the converged run, by computed steps."""
-    here = of_part(rows, "curve", "flux")
+    here = curve_of(rows, model, guidance)
     counts = sorted({r["computed"] for r in here if not r["recipe"]})
     lines = []
     for n in counts:
         plain = {r["solver"]: r["psnr"] for r in here if not r["recipe"] and r["computed"] == n}
         found = [cached(here, s, n) if n < counts[-1] else None for s in CACHED]
-        cells = ["" if r is None else f"**{r['psnr']:.1f}**" for r in found]
+        cells = [
+            "" if r is None else f"**{r['psnr']:.1f}**" if r["psnr"] > max(plain.values()) else f"{r['psnr']:.1f}"
+            for r in found
+        ]  # fmt: skip
         lines.append((str(n), *(f"{plain[s]:.1f}" for s in SOLVERS), *cells))
-    columns = ("computed", *SOLVERS.values(), *(f"50 steps, {SOLVERS[s]}, cached" for s in CACHED))
+    lengths = " or ".join(str(n) for n in sorted({r["steps"] for r in here if r["recipe"]}))
+    columns = ("computed", *SOLVERS.values())
+    columns += tuple(f"{lengths} steps, {SOLVERS[s]}, cached" for s in CACHED)
     return markdown(columns, lines) if lines else ""
 
 
@@ -97,7 +107,7 @@ def against_sweep(rows: Sequence[Row]) -> str:
 
 def more_steps_figure(rows: Sequence[Row]) -> Figure:
     """PSNR to the converged run over computed steps: solvers, and 50 cached steps."""
-    here = of_part(rows, "curve", "flux")
+    here = curve_of(rows)
     figure, axes = new(width=8.4, height=4.6)
     plot: Any = axes[0][0]
     shades = {

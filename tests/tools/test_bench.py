@@ -111,7 +111,15 @@ def test_tune(tmp_path):
     euler = [r["psnr"] for r in rows if r["solver"] == "euler" and not r["recipe"]]
     assert euler == sorted(euler) and len(euler) == 3
     table = tune_tables.more_steps(rows)
-    assert f"| {euler[0]:.1f} |" in table and table.count("**") >= 4
+    assert f"| {euler[0]:.1f} |" in table
+    best = {
+        n: max(r["psnr"] for r in rows if r["computed"] == n and not r["recipe"]) for n in (4, 6)
+    }
+    nearest = [(n, tune_tables.cached(rows, s, n)) for n in best for s in tune_tables.CACHED]
+    ahead = [r["psnr"] > best[n] for n, r in nearest if r is not None]
+    assert len(ahead) == 4 and table.count("**") == 2 * sum(ahead), (
+        "those ahead of all solvers are bold"
+    )
     figures.save(tune_tables.more_steps_figure(rows), tmp_path / "tune.png")
 
 
@@ -246,12 +254,16 @@ def test_rows_of_another_model_or_dtype_are_another_cell(tmp_path):
 
 def test_tune_with_guidance_and_other_warmups(tmp_path):
     pytest.importorskip("diffusers")
-    some = ("--quick", "--solver", "euler", "--warmup", "1", "2")
+    some = ("--quick", "--solver", "euler", "--warmup", "1", "2", "--growth", "1.5")
     plain = rows_of(tune.main, tmp_path / "plain.jsonl", *some)
     guided = rows_of(tune.main, tmp_path / "guided.jsonl", *some, "--guidance", "sequential")
     names = [(r["solver"], r["recipe"]) for r in guided]
     assert names == [(r["solver"], r["recipe"]) for r in plain]
-    assert {name for _, name in names} >= {"", "Taylor 2", "Taylor 2, warm-up 1"}
+    assert {name for _, name in names} >= {
+        "",
+        "Taylor 2, growth 1.5",
+        "Taylor 2, warm-up 1, growth 1.5",
+    }
     assert {r["guidance"] for r in guided} == {"sequential"}
     assert all(a["psnr"] != b["psnr"] for a, b in zip(guided, plain, strict=True))
 
