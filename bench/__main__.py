@@ -15,6 +15,7 @@ NAMES = {
     "tune": "what fastcache.tune finds: against the full sweep, and against solvers at equal time",
     "graphs": "torch.compile: graphs, breaks, recompiles",
     "guards": "what warm-up, last step and cap are worth on the trained model",
+    "pictures": "one picture of the model that draws from words: uncached, cached, fewer steps",
     "soak": "memory of a long run with requests coming and going",
     "report": "render bench/results: tables of README and docs, one HTML page",
 }

@@ -46,9 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(args: list[str]) -> int:
+    """The demo of the model that ships, or that of the checkout's model, which parses its own arguments."""
+    choice = argparse.ArgumentParser(prog="fastcache demo", add_help=False)
+    choice.add_argument("--model", choices=("digits", "pictures"), default="digits")
+    given, rest = choice.parse_known_args(args)
+    if given.model == "pictures":
+        return _bench(["pictures", *rest])
+
     from ..demo.run import main as demo
 
-    return demo(args)
+    return demo(rest)
 
 
 def _info(args: list[str]) -> int:
@@ -65,7 +72,7 @@ def _bench(args: list[str]) -> int:
     if not (ROOT / "bench" / "__main__.py").is_file():
         raise FileNotFoundError(
             f"bench: {ROOT / 'bench'} does not exist; benchmarks are part of the repository, not "
-            "of the installed package: clone it and run `make bench` there"
+            "of the installed package: clone it and run the command there"
         )
     # `python -m bench` would run a package of this name in the current directory
     code = (

@@ -245,7 +245,11 @@ def _record(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastcache demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="fastcache demo",
+        description=__doc__.splitlines()[0],
+        epilog="--model pictures, in a checkout: colour pictures from words instead, with guidance",
+    )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for pictures")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="uncached Euler steps")

@@ -400,7 +400,8 @@ def test_info_says_what_was_installed_and_what_it_holds(capsys, monkeypatch, tmp
 def test_bench_without_a_checkout_says_where_it_is(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(commands, "ROOT", tmp_path)
     error = said(capsys, "bench", "ops", status=1)
-    assert "repository" in error and "make bench" in error
+    assert "repository" in error and "clone it" in error
+    assert "repository" in said(capsys, "demo", "--model", "pictures", status=1)
 
 
 def test_bench_is_handed_its_arguments(monkeypatch, tmp_path):
@@ -408,6 +409,7 @@ def test_bench_is_handed_its_arguments(monkeypatch, tmp_path):
     (tmp_path / "bench" / "__main__.py").write_text("import sys; sys.exit(len(sys.argv))")
     monkeypatch.setattr(commands, "ROOT", tmp_path)
     assert cli.main(["bench", "ops", "--quick"]) == 3
+    assert cli.main(["demo", "--seed", "1", "--model", "pictures"]) == 4, "bench pictures --seed 1"
 
 
 def test_errors_are_one_line_unless_asked_for(capsys):

@@ -293,7 +293,7 @@ def test_picture_has_a_line_for_every_cost():
     assert titles[2].startswith("2x: cached, 14 of 28 computed: ")
     assert titles[5].startswith("4x: 7 steps, uncached: ")
     assert all(len(line.computed) == round(28 / line.factor) for line in picture.LINES)
-    assert figure.axes[2].images[0].get_array().shape == (32, 32 * picture.SHOWN, 3)
+    assert figure.axes[2].images[0].get_array().shape == (32, 32 * len(picture.SHOWN), 3)
     assert torch.equal(picture.samples(model, 2), before), "the cache is gone again"
 
 
