@@ -139,15 +139,9 @@ NAMED: dict[str, Named] = {
 
 def named(rows: Sequence[Row]) -> str:
     """The same settings on every model, 28 steps: PSNR, and in brackets the lead over fewer steps."""
-    cells = {
-        f"{model}, {'guidance' if guidance == 'sequential' else 'no guidance'}": here
-        for model in SUBJECTS
-        for guidance in ("none", "sequential")
-        if (here := cell(rows, 28, guidance, model=model))
-    }
-    lines = []
+    cells, lines = trained(rows), []
     for name, key in NAMED.items():
-        found = [next((r for r in here if _is(r, key)), None) for here in cells.values()]
+        found = [next((r for r in here if is_named(r, key)), None) for here in cells.values()]
         if any(found):
             shares = {f"{r['compute']:.0%}" for r in found if r}
             pairs = zip(found, cells.values(), strict=True)
@@ -157,7 +151,18 @@ def named(rows: Sequence[Row]) -> str:
     return markdown(("", "compute", *cells), lines) if lines else ""
 
 
-def _is(row: Row, key: Named) -> bool:
+def trained(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of 28 steps by trained model and guidance, fp32."""
+    return {
+        f"{model}, {'guidance' if guidance == 'sequential' else 'no guidance'}": here
+        for model in SUBJECTS
+        for guidance in ("none", "sequential")
+        if (here := cell(rows, 28, guidance, model=model))
+    }
+
+
+def is_named(row: Row, key: Named) -> bool:
+    """Whether a row is that setting, and has a result."""
     return tuple(row[k] for k in KEY) == key and row.get("psnr") is not None
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from . import claims, quality_tables, speed_tables, training_tables, tune_tables
+from . import claims, preset_tables, quality_tables, speed_tables, training_tables, tune_tables
 from .common import Row
 from .tables import markdown
 
@@ -60,6 +60,8 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "more_steps_guided": partial(tune_tables.more_steps, model="pictures", guidance="sequential"),
     "tuned": tune_tables.tuned,
     "tune_sweep": tune_tables.against_sweep,
+    "peers": preset_tables.peers,
+    "smallest": preset_tables.smallest,
     "losses": training_tables.losses,
     "pictures": partial(quality_tables.leads, model="pictures"),
     "promises": promises,

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from bench import common as bench_common  # noqa: E402
 from bench import (  # noqa: E402
     points,
+    preset_tables,
     quality,
     quality_tables,
     subjects,
@@ -323,6 +324,20 @@ def test_table_of_named_settings_has_leads_over_fewer_steps():
             error="none",
         )
     )
-    table = quality_tables.named(rows).splitlines()
+    lite = quality_tables.NAMED["diffusers' lite mode, every 4th"]
+    rows += [
+        row("flux", "none", lite, 0.354, 30.0),
+        row("flux", "none", ("diffusers", "MagCache", "reuse", "0.06"), 0.36, 40.0),
+        row("pictures", "sequential", lite, 0.3, 23.5),
+    ]
+    peers = preset_tables.peers(rows).splitlines()
+    assert peers[2:] == [
+        '| `preset("fast")` | diffusers\' hooks | +1.0 | -0.5 | **-0.5** |',
+        '| `preset("fast")` | fewer steps | +11.0 | +3.0 | **+3.0** |',
+    ], "of what costs no more"
+    leads = preset_tables.smallest(rows).splitlines()
+    assert leads[2] == "| 25% |  |  |  |", "nothing of ours is so cheap"
+    assert leads[4] == "| 35% | -0.5 (pictures, guidance) |  | +3.0 (pictures, guidance) |"
+    table = quality_tables.named(rows[:-3]).splitlines()
     assert table[0] == "|  | compute | flux, no guidance | pictures, guidance |"
     assert table[2:] == ['| `preset("fast")` | 35% | 31.0 (+7.0) | 23.0 (-1.0) |']

@@ -1,0 +1,56 @@
+"""How far the presets, and the best settings, are ahead of other systems: the smallest lead over all trained models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .cells import best, frontier
+from .common import Row
+from .quality_tables import NAMED, is_named, trained
+from .tables import markdown
+
+PEERS = {"diffusers": "diffusers' hooks", "cache-dit": "cache-dit", "uncached": "fewer steps"}
+SLACK = 0.005  # of the uncached run's compute, which reused steps may differ by
+
+
+def peers(rows: Sequence[Row]) -> str:
+    """Leads in dB of each preset over the best of each peer at its compute, 28 steps, and the smallest of them."""
+    cells = trained(rows)
+    lines = []
+    for name, key in NAMED.items():
+        if not name.startswith("`preset"):
+            continue
+        found = [next((r for r in here if is_named(r, key)), None) for here in cells.values()]
+        for system, label in PEERS.items():
+            pairs = zip(found, cells.values(), strict=True)
+            leads = [None if r is None else _lead(r, here, system) for r, here in pairs]
+            known = [x for x in leads if x is not None]
+            if known:
+                shown = ("" if x is None else f"{x:+.1f}" for x in leads)
+                lines.append((name, label, *shown, f"**{min(known):+.1f}**"))
+    return markdown(("", "over", *cells, "smallest"), lines) if lines else ""
+
+
+def _lead(row: Row, here: Sequence[Row], system: str) -> float | None:
+    """Over the best of a system that costs no more; None where it has nothing so cheap."""
+    other = best([r for r in here if r["system"] == system], row["compute"] + SLACK)
+    return None if other is None else row["psnr"] - other["psnr"]
+
+
+def smallest(rows: Sequence[Row]) -> str:
+    """By budget: the smallest lead of a model's best setting over each peer's best, and on which model; 28 steps."""
+    cells = {name: frontier(here) for name, here in trained(rows).items()}
+    lines = []
+    for lines_of_budget in zip(*cells.values(), strict=True):
+        found = []
+        for system in PEERS:
+            leads = [
+                (line["fastcache"] - line[system], name)
+                for name, line in zip(cells, lines_of_budget, strict=True)
+                if line["fastcache"] is not None and line[system] is not None
+            ]
+            lead, name = min(leads, default=(None, ""))
+            found.append("" if lead is None else f"{lead:+.1f} ({name})")
+        lines.append((f"{lines_of_budget[0]['budget']:.0%}", *found))
+    columns = ("compute at most", *(f"over {label}" for label in PEERS.values()))
+    return markdown(columns, lines) if lines else ""
