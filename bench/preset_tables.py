@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .cells import best, frontier
+from .cells import frontier
 from .common import Row
 from .quality_tables import NAMED, is_named, trained
 from .tables import markdown
@@ -13,8 +13,11 @@ PEERS = {"diffusers": "diffusers' hooks", "cache-dit": "cache-dit", "uncached": 
 SLACK = 0.005  # of the uncached run's compute, which reused steps may differ by
 
 
-def peers(rows: Sequence[Row]) -> str:
-    """Leads in dB of each preset over the best of each peer at its compute, 28 steps, and the smallest of them."""
+def peers(rows: Sequence[Row], column: str = "psnr") -> str:
+    """Leads in dB of each preset over the best of each peer at its compute, 28 steps, and the smallest of them.
+
+    column: "psnr", to the uncached run, or "psnr_solution", to a run of 100 steps.
+    """
     cells = trained(rows)
     lines = []
     for name, key in NAMED.items():
@@ -23,7 +26,7 @@ def peers(rows: Sequence[Row]) -> str:
         found = [next((r for r in here if is_named(r, key)), None) for here in cells.values()]
         for system, label in PEERS.items():
             pairs = zip(found, cells.values(), strict=True)
-            leads = [None if r is None else _lead(r, here, system) for r, here in pairs]
+            leads = [None if r is None else _lead(r, here, system, column) for r, here in pairs]
             known = [x for x in leads if x is not None]
             if known:
                 shown = ("" if x is None else f"{x:+.1f}" for x in leads)
@@ -31,10 +34,16 @@ def peers(rows: Sequence[Row]) -> str:
     return markdown(("", "over", *cells, "smallest"), lines) if lines else ""
 
 
-def _lead(row: Row, here: Sequence[Row], system: str) -> float | None:
+def _lead(row: Row, here: Sequence[Row], system: str, column: str) -> float | None:
     """Over the best of a system that costs no more; None where it has nothing so cheap."""
-    other = best([r for r in here if r["system"] == system], row["compute"] + SLACK)
-    return None if other is None else row["psnr"] - other["psnr"]
+    others = [
+        r[column]
+        for r in here
+        if r["system"] == system
+        and r.get("psnr") is not None
+        and r["compute"] <= row["compute"] + SLACK
+    ]
+    return row[column] - max(others) if others else None
 
 
 def smallest(rows: Sequence[Row]) -> str:
