@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far the presets, and the best settings, are ahead of other systems: the smallest lead over all trained models."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Table and picture of how the picture models were trained."""
 
 from __future__ import annotations

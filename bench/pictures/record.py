@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is kept of a training: the weights, a card beside them, and a row of its loss curve for the report."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The half of a cache that frames and denoisers call."""
 
 from __future__ import annotations

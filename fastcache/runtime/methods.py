@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recipes on the models of one cache: its own, and those that single runs bring."""
 
 from __future__ import annotations

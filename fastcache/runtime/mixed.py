@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One call of a model whose samples belong to different requests, at steps and with decisions of their own.
 
 Each sample is located and decided by itself, as a call of its own would be. Those that compute then go through the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several states read and written as one, for a call whose samples belong to different requests."""
 
 from __future__ import annotations
@@ -80,15 +81,14 @@ def joined(states: Sequence[State], rule: int, weights: Sequence[Sequence[float]
     for number, unit in first.items():
         units = [state.units[rule][number] for state in states]
         alike = all(
-            (u.template, u.held, u.entry, u.way, u.extra)
-            == (unit.template, unit.held, unit.entry, unit.way, unit.extra)
+            (u.template, u.held, u.entry, u.way) == (unit.template, unit.held, unit.entry, unit.way)
             for u in units
         )
         shapes = [*(shape for shape, _, _ in unit.held), unit.entry]
         if not alike or any(shape[:1] != (1,) for shape in shapes):
             return None
         made[number] = together = Unit()
-        together.template, together.extra, together.way = unit.template, unit.extra, unit.way
+        together.template, together.way = unit.template, unit.way
         count = len(states)
         together.entry = torch.Size((count, *unit.entry[1:]))
         together.held = tuple(

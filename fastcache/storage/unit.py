@@ -77,12 +77,7 @@ class Unit:
     def like(self, timeline: Timeline, make_store: Callable[..., Any]) -> Unit:
         """Empty storage for the same values of another request."""
         new = Unit()
-        new.template, new.extra, new.entry, new.way = (
-            self.template,
-            self.extra,
-            self.entry,
-            self.way,
-        )
+        new.template, new.entry, new.way = self.template, self.entry, self.way
         values = [torch.empty(shape, dtype=dtype, device=at) for shape, dtype, at in self.held]
         new.make(values, timeline, make_store)
         return new

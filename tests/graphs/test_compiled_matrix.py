@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every tiny model under every method that people know by name, inside fastcache.compile.
 
 A cell runs a trajectory twice, eagerly and compiled: as many graphs as the method has programs, none later, no

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches whose samples belong to different requests: each gets what it gets alone, in two calls at most."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs with recipes of their own on one model: each gets what it gets alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models that keep what each block returns, as a ControlNet does: refused where they would be left without."""
 
 from __future__ import annotations

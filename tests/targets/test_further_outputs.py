@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks that return more than their streams, and models that hand it on: nothing of it is lost, compiled or not."""
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ first and the last one wrapped; on a reused step one callable in place of all of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ...models.adapter import Block
 from ...policies import COMPUTE, REUSE
 from ...storage.state import State
 from ...storage.together import Group, joined
+from ...storage.unit import Unit
 from ..base import BoundTarget
 from ..control import PENDING
 from ..decide import Part
@@ -204,8 +205,7 @@ class StackTarget(BoundTarget):
 
     def prepare_like(self, state: State, other: State) -> None:
         units = other.units[self.rule]
-        own = any(value is not None for unit in units.values() for value in unit.extra.values())
-        if self.splits and not own:
+        if self.splits and not _returns_more(units):
             timeline = state.timelines[self.rule]
             made = {at: unit.like(timeline, self.make_store) for at, unit in units.items()}
             state.units[self.rule].update(made)
@@ -216,10 +216,10 @@ class StackTarget(BoundTarget):
         Nothing that looks inside the stack can, nor can blocks that fold frames into the batch, which shows by the
         sizes of what is held.
         """
-        folds = any(
-            not isinstance(unit.template.base, bool) for unit in states[0].units[self.rule].values()
-        )
-        return None if folds or not self.splits else joined(states, self.rule, weights)
+        units = states[0].units[self.rule]
+        folds = any(not isinstance(unit.template.base, bool) for unit in units.values())
+        apart = folds or not self.splits or any(_returns_more(s.units[self.rule]) for s in states)
+        return None if apart else joined(states, self.rule, weights)
 
     def unanswered(self) -> bool:
         """Whether a step that was to be reused has predicted too little.
@@ -289,3 +289,8 @@ class StackTarget(BoundTarget):
             unit.way = tuple(recorder.way.calls)
         for number, entered, left in residuals:
             keep(state, rule, number, entered, left, self.measure)
+
+
+def _returns_more(units: Mapping[Any, Unit]) -> bool:
+    """Whether a segment returns what is no tensor, so that nothing says which samples it belongs to."""
+    return any(leaf is not None for unit in units.values() for leaf in unit.template.extras.rest)
