@@ -163,10 +163,10 @@ class Player:
             x = x.clone()
         output = self.blocks.looked_at()(*args, **kwargs)
         hidden, encoder = self.probed_io.streams(output, given, text, self.positions)
-        left = Left(hidden, encoder, {})
+        more = None
         if control.may_be_compiled:  # what else it returns is for the second part of a step
-            left = left._replace(extra=self.probed_io.further(output, given, text, self.positions))
-        look_at_output(stack, left, x, self.returns)
+            more = self.probed_io.further(output, given, text, self.positions)
+        look_at_output(stack, hidden, encoder, more, x, self.returns)
         if control.actions[stack.rule] != REUSE:
             if eager:
                 self._note_first(given, output, text)

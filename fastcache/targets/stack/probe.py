@@ -18,29 +18,31 @@ from ..outputs import Entries, ReturnLayout
 from .layout import BlockList, Left, Stack
 
 
-def look_at_output(stack: Stack, left: Left, x: Tensor, returns: ReturnLayout) -> None:
+def look_at_output(
+    stack: Stack, hidden: Tensor, encoder: Any, more: Any, x: Tensor, returns: ReturnLayout
+) -> None:
     """Have the step decided by what the first block made of x. Traced by torch.compile.
 
-    left: what the block has returned. returns: how. In the head region of a compiled step it raises Stop, having
-    kept that.
+    more: what the block has returned beside the streams, by place; None where nothing is compiled. returns: how it
+    returns them. In the head region of a compiled step it raises Stop, having kept all of that.
     """
-    hidden = left.hidden
     control, guide = stack.control, stack.guide
     image, head = without_text(hidden, x) if stack.early else hidden, control.phase == HEAD
     if head or control.actions[stack.rule] == PENDING:
         stack.decider.measure(image, x)
     now = None if guide is None else guide.of(image, x)
     if head:
-        keep_output(control.state.slots[stack.rule].own, left, now)
+        keep_output(control.state.slots[stack.rule].own, Left(hidden, encoder, more), now)
         raise Stop
     action = control.actions[stack.rule]
     if action == COMPUTE or now is not None or stack.every_step:
         note_decided(stack, image, x, now)
     if control.may_be_compiled and action == COMPUTE:
         if lacks_slots(stack, control.state):
-            if returns.encoder is None:  # not for the second part to give back
-                left = left._replace(encoder=None)
-            allocate_slots(control.state.slots[stack.rule], left)
+            text = (
+                None if returns.encoder is None else encoder
+            )  # what it has not returned it need not give back
+            allocate_slots(control.state.slots[stack.rule], Left(hidden, text, more))
 
 
 def without_text(hidden: Tensor, x: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class Recorder:
         seen.probed = None if index else copy  # by its second block the order of returns is known
         if isinstance(encoder, Tensor) and seen.returns.encoder is None:
             self._refuse_lost_text(at)
-        look_at_output(self.stack, left, copy if self.writes_inputs else x, seen.returns)
+        look_at_output(self.stack, *left, copy if self.writes_inputs else x, seen.returns)
         if not alone(self.lists[at]):
             self._enter(at, hidden, encoder, False)
 
@@ -231,7 +231,7 @@ class Recorder:
         seen.returns = ReturnLayout.of(output, at, text)
         if seen.probed is not None:  # the step was decided, and its entry noted, by the wrong order
             left = Left(hidden, encoder, io.further(output, hidden, encoder, seen.positions))
-            look_at_output(self.stack, left, seen.probed, seen.returns)
+            look_at_output(self.stack, *left, seen.probed, seen.returns)
             self._keep_entered(seen, hidden, encoder)
 
     def _refuse_collected(self) -> None:
