@@ -11,18 +11,20 @@ from .quality_tables import NAMED, is_named, trained
 from .tables import markdown
 
 PEERS = {"diffusers": "diffusers' hooks", "cache-dit": "cache-dit", "uncached": "fewer steps"}
+RANKED = ("`preset", "0 1 2 4")  # how the names of the settings begin that are compared
 SLACK = 0.005  # of the uncached run's compute, which reused steps may differ by
 
 
 def peers(rows: Sequence[Row], column: str = "psnr") -> str:
-    """Leads in dB of each preset over the best of each peer at its compute, 28 steps, and the smallest of them.
+    """Leads in dB of each preset, and of what may replace one, over the best of each peer at its compute, and the
+    smallest of them; 28 steps.
 
     column: "psnr", to the uncached run, or "psnr_solution", to a run of 100 steps.
     """
     cells = trained(rows)
     lines = []
     for name, key in NAMED.items():
-        if not name.startswith("`preset"):
+        if not name.startswith(RANKED):
             continue
         found = [next((r for r in here if is_named(r, key)), None) for here in cells.values()]
         for system, label in PEERS.items():

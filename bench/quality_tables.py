@@ -11,7 +11,6 @@ from fastcache.configs.presets import presets
 from . import quality_claims
 from .cells import KEY, frontier
 from .common import Row
-from .subjects import SUBJECTS
 from .sweeps import ABLATED, INTERVALS, Guide
 from .tables import cell, digits, markdown
 
@@ -116,6 +115,9 @@ def leads(rows: Sequence[Row], model: str = "video") -> str:
     return markdown(columns, lines) if lines else ""
 
 
+COMMITTED = ("flux", "video", "pictures")  # models whose weights are in the repository
+SIZES = ("pictures-2m", "pictures", "pictures-20m")
+
 Named = tuple[str, ...]  # system, method, predictor, setting
 
 # settings that were named before the picture models were measured
@@ -125,6 +127,19 @@ NAMED: dict[str, Named] = {
         for name, row in presets().items()
         if "point" in row
     },
+    # of TaylorSeer's schedule, with the last step and without it
+    "0 1 2 4 8 ... 24 27, modulated guide": (
+        "fastcache",
+        "TaylorSeer",
+        "modulated guide",
+        "stack, every 4, last 1",
+    ),
+    "0 1 2 4 8 ... 24, modulated guide": (
+        "fastcache",
+        "TaylorSeer",
+        "modulated guide",
+        "stack, every 4",
+    ),
     "every 3rd from 1, Taylor 2": ("fastcache", "Interval", "order 2", "every 3, phase 1"),
     "every 4th from 1, Taylor 2": ("fastcache", "Interval", "order 2", "every 4, phase 1"),
     "every 4th, warm-up 4, modulated guide": ("fastcache", "Guided", "modulated guide", "every 4"),
@@ -137,9 +152,9 @@ NAMED: dict[str, Named] = {
 }
 
 
-def named(rows: Sequence[Row]) -> str:
-    """The same settings on every model, 28 steps: PSNR, and in brackets the lead over fewer steps."""
-    cells, lines = trained(rows), []
+def named(rows: Sequence[Row], models: Sequence[str] = COMMITTED) -> str:
+    """The same settings on several models, 28 steps: PSNR, and in brackets the lead over fewer steps."""
+    cells, lines = trained(rows, models), []
     for name, key in NAMED.items():
         found = [next((r for r in here if is_named(r, key)), None) for here in cells.values()]
         if any(found):
@@ -151,11 +166,11 @@ def named(rows: Sequence[Row]) -> str:
     return markdown(("", "compute", *cells), lines) if lines else ""
 
 
-def trained(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def trained(rows: Sequence[Row], models: Sequence[str] = COMMITTED) -> dict[str, list[Row]]:
     """Rows of 28 steps by trained model and guidance, fp32."""
     return {
         f"{model}, {'guidance' if guidance == 'sequential' else 'no guidance'}": here
-        for model in SUBJECTS
+        for model in models
         for guidance in ("none", "sequential")
         if (here := cell(rows, 28, guidance, model=model))
     }

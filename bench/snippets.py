@@ -49,6 +49,7 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "video": quality_tables.video,
     "leads": quality_tables.leads,
     "named": quality_tables.named,
+    "sizes": partial(quality_tables.named, models=quality_tables.SIZES),
     "bf16": quality_tables.bf16,
     "presets": quality_tables.budgets,
     "kernels": speed_tables.kernels,
