@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -207,3 +209,25 @@ def test_loops_within_one_call_of_a_pipeline_that_shows_no_progress(experts, pla
     with caller.under_a_cache():
         caller.target(3, experts, caller, place)
     assert caller.world.reused
+
+
+def test_a_thread_that_ends_leaves_the_branches_of_others_alone():
+    """The request of a thread that is gone was forgotten between a step's first branch and its second."""
+    caller, alone = Caller(LONG), Caller(LONG)
+    texts = torch.zeros(1), torch.ones(1)
+
+    def run(caller: Caller, between: Any) -> list[tuple[str, str]]:
+        with caller.under_a_cache() as cache:
+            between()
+            for step, time in enumerate((900, 600, 300)):
+                for branch, text in zip(("cond", "uncond"), texts, strict=True):
+                    caller.call(1, branch, step, time, text)
+            return [(r.context, r.action) for r in cache.stats if r.request == 0]
+
+    def other() -> None:
+        thread = threading.Thread(target=lambda: caller.call(0, "cond", 0, 900, texts[0]))
+        thread.start()
+        thread.join()
+        gc.collect()  # its request goes with it
+
+    assert run(caller, other) == run(alone, lambda: None)
