@@ -41,6 +41,12 @@ def target_from(text: str) -> tuple[Any, Callable[..., Any] | None]:
     if found is None:
         return model_from(text), None
     if inspect.isroutine(found) or inspect.isclass(found):
+        try:
+            inspect.signature(found).bind()
+        except TypeError as error:
+            raise ValueError(
+                f"doctor: {text} cannot be called without arguments ({error}); name a function that makes the pipeline"
+            ) from error
         found = found()
     return pair("doctor", text, found, "run") if isinstance(found, tuple) else (found, None)
 

@@ -203,9 +203,12 @@ def _with(
                 )
             patients = tuple(_patient(cache, i) for i in range(len(cache.denoisers)))
             tried, outcome = ("", []) if run is None else _try(cache, run)
-    own = [
-        Finding(WARNING, str(w.message)) for w in said if issubclass(w.category, FastcacheWarning)
-    ]
+    own = []
+    for w in said:
+        if issubclass(w.category, FastcacheWarning):
+            own.append(Finding(WARNING, str(w.message)))
+        else:  # somebody else's
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     order = (ERROR, WARNING, NOTE)
     return Diagnosis(
         type(target).__name__,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from patients import (
@@ -86,6 +88,18 @@ def test_a_generation_that_is_given_is_tried():
     mine, run = with_a_run()
     found = diagnose(mine, run=run)
     assert found.works and found.tried.startswith("8 calls: ") and ", 0 reused" not in found.tried
+
+
+def test_warnings_of_others_are_not_kept_back():
+    mine, run = with_a_run()
+
+    def warns(cache):
+        warnings.warn("a word of the model's own", stacklevel=1)
+        run(cache)
+
+    with pytest.warns(UserWarning, match="a word of the model's own"):
+        found = diagnose(mine, run=warns)
+    assert "a word" not in found.text()
 
 
 # --- it does not ----------------------------------------------------------------------------------

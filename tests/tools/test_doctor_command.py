@@ -40,6 +40,7 @@ def test_the_status_tells_that_it_will_not_work(capsys):
     ("args", "what"),
     [
         (["no.such.module:x"], "cannot import"),
+        (["patients:asking"], "cannot be called without arguments"),
         (["patients:nothing"], "has no 'nothing'"),
         (["patients:broken_pair"], "must return (target, run)"),
         (["patients:model", "--config", "nope"], "config: 'nope'"),
