@@ -7,7 +7,7 @@ import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 
-from . import overhead
+from . import method_tables, overhead
 from .catalogue import FROZEN
 from .claim import Claim, at_least
 from .common import Row
@@ -24,6 +24,7 @@ def all_claims(rows: Sequence[Row]) -> list[Claim]:
         by_bench.setdefault(row["bench"], []).append(row)
     makers = {
         "quality": quality,
+        "methods": method_tables.claims,
         "steps": steps,
         "graphs": graphs,
         "ops": ops,

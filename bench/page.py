@@ -12,16 +12,12 @@ from .cells import KEY, cells, frontier
 from .common import Row
 from .gpu import show
 from .subjects import NAMES
+from .tables import digits, padded
 
-BENCHES = ("quality", "steps", "graphs", "ops", "overhead", "gpu")
-COMMANDS = {name: f"python -m bench {name}" for name in BENCHES} | {"gpu": "bash bench/gpu.sh"}
-QUALITY_IMAGES = {
-    "flux": "quality",
-    "video": "quality-video",
-    "pictures": "quality-pictures",
-    "pictures-2m": "quality-pictures-2m",
-    "pictures-20m": "quality-pictures-20m",
-}
+BENCHES = ("quality", "methods", "steps", "graphs", "ops", "overhead", "gpu")
+COMMANDS = {name: f"python -m bench {name}" for name in BENCHES}
+COMMANDS |= {"methods": "python -m bench quality --named", "gpu": "bash bench/gpu.sh"}
+QUALITY_IMAGES = {model: f"quality-{model}" for model in NAMES} | {"flux": "quality"}
 
 
 @dataclass(frozen=True)
@@ -172,8 +168,8 @@ def _steps(rows: list[Row]) -> Iterator[Block]:
                 r["method"],
                 r["system"],
                 r["compiled"] or "eager",
-                *(_digits(r.get(k), 3) for k in ("computed_ms", "reused_ms")),
-                _digits(r.get("own_ms") if "own_p20" in r else None, 3),  # of runs in pairs
+                *(digits(r.get(k), 3) for k in ("computed_ms", "reused_ms")),
+                digits(r.get("own_ms") if "own_p20" in r else None, 3),  # of runs in pairs
                 f"{1e3 * r['run_p50']:.1f}",
                 r.get("launches"),
                 r.get("reads"),
@@ -245,19 +241,26 @@ def _quality(rows: list[Row]) -> Iterator[Block]:
             yield from _cell(f"{cell.title}, {part[0]['seeds']} seeds", part)
 
 
+def _methods(rows: list[Row]) -> Iterator[Block]:
+    yield Block("h2", "Methods by name")
+    yield from _origin(rows, COMMANDS["methods"])
+    for cell, part in cells(rows):
+        yield from _cell(f"{cell.title}, {part[0]['seeds']} seeds", part)
+
+
 def _cell(title: str, rows: list[Row]) -> Iterator[Block]:
     """What is best at a budget, and every setting."""
     yield Block("h3", f"{title}: best PSNR in dB at a compute budget")
     yield frontier_table(rows)
     columns = {
         "compute": lambda r: f"{r['compute']:.1%}",
-        "PSNR": lambda r: _digits(r["psnr"], 1),
+        "PSNR": lambda r: digits(r["psnr"], 1),
         "rel. L2": lambda r: f"{r['relative_l2']:.4f}",
         "SSIM": lambda r: f"{r['ssim']:.4f}",
         "judge": lambda r: "" if r["accuracy"] is None else f"{r['accuracy']:.1%}",
-        "Fréchet": lambda r: _digits(r["frechet"], 2),
-        "PSNR to 100 steps": lambda r: _digits(r["psnr_solution"], 1),
-        "PSNR to fp32": lambda r: _digits(r.get("psnr_fp32"), 1),
+        "Fréchet": lambda r: digits(r["frechet"], 2),
+        "PSNR to 100 steps": lambda r: digits(r["psnr_solution"], 1),
+        "PSNR to fp32": lambda r: digits(r.get("psnr_fp32"), 1),
         "cache KiB": lambda r: _kib(r["cache_bytes"]),
     }
     if not any("psnr_fp32" in r for r in rows):
@@ -267,7 +270,7 @@ def _cell(title: str, rows: list[Row]) -> Iterator[Block]:
         failed = ("", r["error"][:70]) if r.get("error") else None
         found = failed or tuple(show(r) for show in columns.values())
         lines.append((*(r[k] for k in KEY), *found))
-    lines = _padded(lines, len(KEY) + len(columns))
+    lines = padded(lines, len(KEY) + len(columns))
     yield table((*KEY, *columns), lines, folded=f"{title}: all {len(rows)} settings")
 
 
@@ -290,7 +293,7 @@ def frontier_table(rows: Sequence[Row]) -> Block:
     lines = [
         (
             f"{f['budget']:.0%}",
-            *(_digits(f[k], 1) for k in systems),
+            *(digits(f[k], 1) for k in systems),
             f["fastcache setting"],
         )
         for f in frontier(rows)
@@ -305,16 +308,9 @@ SECTIONS: dict[str, Any] = {
     "steps": _steps,
     "graphs": _graphs,
     "quality": _quality,
+    "methods": _methods,
     "gpu": _gpu,
 }
-
-
-def _padded(rows: Sequence[Sequence[object]], width: int) -> list[tuple[object, ...]]:
-    return [(*row, *[""] * (width - len(row))) for row in rows]
-
-
-def _digits(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _kib(value: int | None) -> str:

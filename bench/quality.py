@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from . import common, systems
 from .cells import KEY, cell_of, cells, frontier
 from .common import Row
+from .method_sweeps import named_points
 from .points import Point
 from .subjects import DTYPES, MODES, SUBJECTS, Cell, Subject
 from .sweeps import points
@@ -52,7 +53,7 @@ class Announced:
         self, name: str, step_index: int, num_inference_steps: int, timestep: float, sigma: float
     ) -> Any:
         systems.CLOCK["t"] = timestep
-        with self.attached.context(name, step_index, num_inference_steps, timestep):
+        with self.attached.context(name, step_index, num_inference_steps, timestep, sigma):
             yield
 
 
@@ -161,7 +162,10 @@ def main(argv: list[str] | None = None) -> int:
 def _sweep(args: Any, rows: list[Row], cell: Cell, environment: Row) -> None:
     """Measure what `rows` does not hold yet; every finished point is written at once."""
     subject = SUBJECTS[cell.model]()
-    work = list(points(cell, calibrate(subject, cell), subject.output))
+    if args.named:
+        work, bench_name = list(named_points(cell, subject)), "methods"
+    else:
+        work, bench_name = list(points(cell, calibrate(subject, cell), subject.output)), "quality"
     if args.quick:
         kinds = {p.key[:2]: p for p in work}
         work = list(kinds.values())
@@ -179,11 +183,11 @@ def _sweep(args: Any, rows: list[Row], cell: Cell, environment: Row) -> None:
     solution = bench.solve() if not args.quick else bench.reference
     if ("uncached", "uncached", "", f"{cell.steps} steps") not in have:
         whole = Point("uncached", "uncached", "", f"{cell.steps} steps", None, cell.steps)
-        rows.append({"bench": "quality", **bench.row(whole, solution), **environment})
+        rows.append({"bench": bench_name, **bench.row(whole, solution), **environment})
     with common.bar(len(work), cell.title) as progress:
         for point in work:
             progress.set_postfix_str(" ".join(point.key))
-            row = {"bench": "quality", **bench.row(point, solution), **environment}
+            row = {"bench": bench_name, **bench.row(point, solution), **environment}
             rows.append(row)
             if args.json:
                 common.write_lines(args.json, [row], append=len(rows) > 2)
@@ -244,6 +248,11 @@ def _parser() -> Any:
     p.add_argument("--guidance", nargs="+", choices=MODES, default=["none", "sequential"])
     p.add_argument("--seeds", type=int, default=64, help="images, each with its own noise")
     p.add_argument("--method", nargs="+", help="only these methods or systems")
+    p.add_argument(
+        "--named",
+        action="store_true",
+        help="the methods that people know by name, a benchmark of their own",
+    )
     p.add_argument("--setting", help="only settings in whose whole name this expression is found")
     return p
 

@@ -13,7 +13,15 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from . import claims, preset_tables, quality_tables, speed_tables, training_tables, tune_tables
+from . import (
+    claims,
+    method_tables,
+    preset_tables,
+    quality_tables,
+    speed_tables,
+    training_tables,
+    tune_tables,
+)
 from .common import Row
 from .tables import markdown
 
@@ -51,6 +59,8 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "named": quality_tables.named,
     "sizes": partial(quality_tables.named, models=quality_tables.SIZES),
     "bf16": quality_tables.bf16,
+    "methods": method_tables.methods,
+    "method_leads": method_tables.method_leads,
     "presets": quality_tables.budgets,
     "kernels": speed_tables.kernels,
     "overhead": speed_tables.overhead,

@@ -70,9 +70,10 @@ def attach_fastcache(model: nn.Module, config: Any) -> Attached:
     cache = fastcache.enable(model, config)
 
     def context(
-        name: str, step: int, steps: int, timestep: float | None = None
+        name: str, step: int, steps: int, timestep: float | None = None, sigma: float | None = None
     ) -> AbstractContextManager[Any]:
-        return cache.context(name, step_index=step, num_inference_steps=steps, timestep=timestep)
+        told = {"num_inference_steps": steps, "timestep": timestep, "sigma": sigma}
+        return cache.context(name, step_index=step, **told)
 
     return Attached(context, cache.reset, cache.disable, cache.nbytes, cache)
 
@@ -97,7 +98,9 @@ def attach_diffusers(model: nn.Module, config: Any) -> Attached:
         getattr(hooks, APPLY[type(config).__name__])(model, config)
 
     @contextlib.contextmanager
-    def context(name: str, step: int, steps: int, timestep: float | None = None) -> Iterator[None]:
+    def context(
+        name: str, step: int, steps: int, timestep: float | None = None, sigma: float | None = None
+    ) -> Iterator[None]:
         registry._set_cache_context(model, registry.CacheContext(name))
         try:
             yield
@@ -170,7 +173,7 @@ def attach_cache_dit(
         cache_dit.enable_cache(_known(model), cache_config=config, calibrator_config=calibrator)
 
     def context(
-        name: str, step: int, steps: int, timestep: float | None = None
+        name: str, step: int, steps: int, timestep: float | None = None, sigma: float | None = None
     ) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
 

@@ -34,3 +34,8 @@ def cell(
 
 def digits(value: float | None, places: int = 1) -> str:
     return "" if value is None else f"{value:.{places}f}"
+
+
+def padded(rows: Sequence[Sequence[object]], width: int) -> list[tuple[object, ...]]:
+    """Rows of as many cells."""
+    return [(*row, *[""] * (width - len(row))) for row in rows]
