@@ -60,24 +60,27 @@ def _faster(cell: dict[str, Row], ours: str, *others: str) -> float | None:
 
 
 def _cpu(rows: Sequence[Row]) -> Iterator[Claim]:
-    decision, predict = "residual_l1 + store", "linear_combine of 3"
-    for model, dtype, bound in (
-        ("CogVideoX", "fp32", 5),
-        ("CogVideoX", "bf16", 10),
-        ("FLUX", "fp32", 4),
-        ("FLUX", "bf16", 4),
+    decision, predict, signal = "residual_l1 + store", "linear_combine of 3", "modulated_l1 + store"
+    for op, chain, model, dtype, bound in (
+        (decision, "diffusers", "CogVideoX", "fp32", 5),
+        (decision, "diffusers", "CogVideoX", "bf16", 10),
+        (decision, "diffusers", "FLUX", "fp32", 4),
+        (decision, "diffusers", "FLUX", "bf16", 4),
+        (signal, "TeaCache", "FLUX", "fp32", 4),
+        (signal, "TeaCache", "FLUX", "bf16", 4),
     ):
-        value = _faster(_cell(rows, decision, model, dtype), "C++", "diffusers")
+        value = _faster(_cell(rows, op, model, dtype), "C++", chain)
         if value is not None:
             shape = next(r["shape"] for r in rows if r["model"] == model)
-            text = f"C++ {decision} over diffusers' eager chain, {shape[0]}×{shape[1]} {dtype}"
+            whose = f"{chain}'" if chain.endswith("s") else f"{chain}'s"
+            text = f"C++ {op} over {whose} eager chain, {shape[0]}×{shape[1]} {dtype}"
             yield at_least("kernels", text, value, bound)
     found = [_faster(cell, "C++", "diffusers") for _, cell in _cells(rows, predict)]
     values = [v for v in found if v is not None]
     if values:
         text = f"C++ {predict} over diffusers' Taylor chain, median over shapes and dtypes"
         yield at_least("kernels", text, statistics.median(values), 8)
-    for op in (decision, predict):
+    for op in (decision, predict, signal):
         values = []
         for _, cell in _cells(rows, op):
             ratio = _faster(cell, "C++", "compile", "compile out=")
