@@ -53,7 +53,7 @@ def test_a_lead_is_taken_at_equal_compute():
 
 def test_every_setting_that_was_committed_is_one_of_the_sweep():
     """So the tables say what the command measures."""
-    for model in ("flux", "video"):
+    for model in ("flux", "video", "pictures"):
         cell = subjects.Cell(model, "fp32", 28, "none")
         keys = [p.key for p in method_sweeps.named_points(cell, subjects.SUBJECTS[model]())]
         assert len(set(keys)) == len(keys)
