@@ -16,6 +16,7 @@ NAMES = {
     "graphs": "torch.compile: graphs, breaks, recompiles",
     "guards": "what warm-up, last step and cap are worth on the trained model",
     "pictures": "one picture of the model that draws from words: uncached, cached, fewer steps",
+    "load": "requests per second and latency of many users at once; --soak: random traffic, checked",
     "soak": "memory of a long run with requests coming and going",
     "report": "render bench/results: tables of README and docs, one HTML page",
 }
