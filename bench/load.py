@@ -28,18 +28,17 @@ from fastcache.demo.metrics import psnr
 from fastcache.demo.model import load_model
 from fastcache.demo.sample import GUIDANCE, initial_noise, sigmas
 
-from . import common, systems
+from . import common, load_soak, systems
 from .common import Row
+from .load_soak import EARLY, MOST, SHARED
 
-STEPS, MOST = 28, 8  # of a request, and requests in a batch
+STEPS = 28  # of a request
 # arrivals, as a multiple of the rate of the slowest server
 OVERLOAD, LOAD = 8.0, 0.8
-EARLY = fastcache.Interval(4, phase=1, warmup=2, last=True)
 OURS = {
     "every 4, Taylor(2, skip_first)": fastcache.Recipe(EARLY, fastcache.Taylor(2, skip_first=True))
 }
 BRANCHES = ("cond", "uncond")
-SHARED = ("img_ids", "txt_ids")
 
 
 @dataclass
@@ -282,9 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.soak is not None:
-        from .load_soak import report
-
-        return report(args.soak * 60, args.json)
+        return load_soak.report(args.soak * 60, args.json)
     found = servers(args.quick)
     count, rounds = (
         args.requests or (4 if args.quick else 24),

@@ -28,9 +28,11 @@ from fastcache.demo.model import load_model
 from fastcache.demo.sample import GUIDANCE, initial_noise, sigmas
 
 from . import common
-from .load import EARLY, MOST, SHARED
 from .soak import GROWTH, resident
 
+MOST = 8  # requests in a batch
+SHARED = ("img_ids", "txt_ids")  # what they have in common
+EARLY = fastcache.Interval(4, phase=1, warmup=2, last=True)
 RECIPES: dict[str, Any] = {
     "off": "off",
     "early": fastcache.Recipe(EARLY, fastcache.Taylor(2, skip_first=True)),

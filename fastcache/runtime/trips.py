@@ -39,8 +39,9 @@ class Trips:
         """Forget what is known of the branches of a request, or of all."""
         self.several -= {k for k in self.several if request is ALL or k[0] == request}
         self._trips.pop(request, None)
+        # that of another request is still needed: its state may not have been made yet
         if request is ALL or (self._last is not None and self._last.request == request):
-            self._last = None  # of another request it is still needed: its state may not have been made
+            self._last = None
         if request is ALL:
             self._trips.clear()
 
