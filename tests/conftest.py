@@ -31,8 +31,8 @@ settings.load_profile("fastcache")
 SLOW = {
     "parity": ("parity", "diffusers_presets", "matrix", "pipelines"),
     "slow": (
-        "bench", "captured_reuse", "compile", "compile_gpu", "cuda_build", "cuda_emulation", "demo_model",
-        "docs", "export", "field_doors", "field_facts", "field_pipelines",
+        "bench", "bench_methods", "captured_reuse", "compile", "compile_gpu", "compiled_matrix",
+        "cuda_build", "cuda_emulation", "demo_model", "docs", "export", "field_doors", "field_facts", "field_pipelines",
         "generated_code", "gpu_code", "gpu_kit", "gpu_pretended", "gpu_run",
         "model_kernels", "native_cuda", "on_device", "packaging", "ranks", "serve", "state_machine",
         "static_addresses", "transfers", "triton_aot", "triton_counters", "triton_gpu",
