@@ -31,7 +31,7 @@ from . import common
 from .soak import GROWTH, resident
 
 MOST = 8  # requests in a batch
-SHARED = ("img_ids", "txt_ids")  # what they have in common
+SHARED = ("img_ids", "txt_ids")  # inputs that all samples have
 EARLY = fastcache.Interval(4, phase=1, warmup=2, last=True)
 RECIPES: dict[str, Any] = {
     "off": "off",

@@ -15,6 +15,7 @@ from functools import partial
 
 from . import (
     claims,
+    load_tables,
     method_tables,
     preset_tables,
     quality_tables,
@@ -76,5 +77,7 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "smallest": preset_tables.smallest,
     "losses": training_tables.losses,
     "pictures": partial(quality_tables.leads, model="pictures"),
+    "load": load_tables.load,
+    "load_soak": load_tables.soak,
     "promises": promises,
 }
