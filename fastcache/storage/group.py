@@ -38,13 +38,14 @@ class SlotGroup:
 
     Class attributes: `holds` names the slots of one tensor; `parts` those of a stream or another group, given
     when the group is made or None until then; `facts` what the host knows of them, with its value while they
-    hold nothing.
+    hold nothing; `forms` what the host knows of how they lie, made with them and for as long.
     """
 
     __slots__ = ("told",)
     holds: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[dict[str, Any]] = {}
+    forms: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, **parts: Any) -> None:
         for name in self.holds:

@@ -101,13 +101,13 @@ def mixed_batch(
     parts = call_mixed(denoiser, samples, gather)
     if len(parts) == 1:
         return parts[0][1]
-    order = [place for places, _ in parts for place in places]
-    back = torch.tensor(sorted(range(count), key=lambda at: order[at]))
+    found = {p: (part, row) for part, (ps, _) in enumerate(parts) for row, p in enumerate(ps)}
 
     def whole(*values: Any) -> Any:
         if not isinstance(values[0], Tensor):
             return values[0]
-        return torch.cat(values)[back.to(values[0].device)]
+        rows = (found[place] for place in range(count))
+        return torch.cat([values[part][row : row + 1] for part, row in rows])
 
     return tree_map(whole, *(output for _, output in parts))
 
@@ -129,8 +129,9 @@ def _batched(count: int, inputs: Mapping[str, Any], shared: Sequence[str]) -> se
 
 def _some(inputs: Mapping[str, Any], batched: set[str], places: Sequence[int]) -> dict[str, Any]:
     """The inputs of some of the samples."""
-    if len(places) == 1:
-        at: Any = slice(places[0], places[0] + 1)
-    else:
-        at = list(places)
-    return {k: v[at] if k in batched else v for k, v in inputs.items()}
+
+    def of(value: Tensor) -> Tensor:  # by slices: a list of places would be copied to the device
+        parts = [value[place : place + 1] for place in places]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return {k: of(v) if k in batched else v for k, v in inputs.items()}

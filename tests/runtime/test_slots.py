@@ -94,6 +94,6 @@ def test_every_tensor_has_a_name_by_which_it_can_be_replaced(group):
 
 
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.__name__)
-def test_every_slot_is_said_to_be_a_tensor_a_part_or_a_fact(kind):
-    assert set(kind.__slots__) == {*kind.holds, *kind.parts, *kind.facts}
+def test_every_slot_is_said_to_be_a_tensor_a_part_a_fact_or_a_form(kind):
+    assert set(kind.__slots__) == {*kind.holds, *kind.parts, *kind.facts, *kind.forms}
     assert not hasattr(kind(), "__dict__")

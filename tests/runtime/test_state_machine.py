@@ -257,8 +257,8 @@ def test_any_sequence_of_events_agrees_with_the_oracle(method):
 
 def survive_faults(monkeypatch) -> None:
     """Exceptions no longer forget the request's runs."""
-    for room in ("runtime.denoiser", "cache"):
-        monkeypatch.setattr(f"fastcache.{room}.abandon", lambda pools, request: None)
+    for room in ("denoiser", "called"):
+        monkeypatch.setattr(f"fastcache.runtime.{room}.abandon", lambda pools, request: None)
 
 
 def told_otherwise(monkeypatch, **fields) -> None:

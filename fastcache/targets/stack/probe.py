@@ -112,6 +112,7 @@ class ProbeSlots(SlotGroup):
     __slots__ = ("encoder", "entries", "extra", "hidden", "now")
     holds = ("hidden", "encoder", "now")
     parts = ("extra",)
+    forms = ("entries",)
     encoder: Any
     extra: Any  # the tensors of what else it returns
     hidden: Any
