@@ -666,12 +666,12 @@ def test_bad_fields_of_policies_predictors_targets_and_adapters(kind, field, val
 
 
 class Small(nn.Module):
-    """Two blocks, quick; a picture in and out."""
+    """Three blocks, quick; a picture in and out."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.transformer_blocks = nn.ModuleList(SmallBlock() for _ in range(2))
+        self.transformer_blocks = nn.ModuleList(SmallBlock() for _ in range(3))
         self.proj_out = nn.Linear(4, 4)
         self.eval().requires_grad_(False)
 
