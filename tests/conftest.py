@@ -33,7 +33,7 @@ SLOW = {
     "slow": (
         "bench", "bench_methods", "captured_reuse", "compile", "compile_gpu", "compiled_matrix",
         "cuda_build", "cuda_emulation", "demo_model", "docs", "export", "field_doors", "field_facts", "field_pipelines",
-        "generated_code", "gpu_code", "gpu_kit", "gpu_pretended", "gpu_run",
+        "generated_code", "gpu_code", "gpu_kit", "gpu_pretended", "gpu_run", "load",
         "model_kernels", "native_cuda", "on_device", "packaging", "ranks", "serve", "state_machine",
         "static_addresses", "transfers", "triton_aot", "triton_counters", "triton_gpu",
         "triton_interpreter", "triton_launcher", "triton_layouts", "triton_offsets", "triton_sass",
