@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 pytest.importorskip("diffusers")
 
 import test_matrix as matrix
+from test_compile import Graphs
 
 import fastcache
 from fastcache import (
@@ -68,17 +69,6 @@ UNTRACED = {
     "OmniGen": "compares its largest position with a limit",
     "QwenImage21": "makes a list of which tokens are of pictures",
 }
-
-
-class Graphs:
-    """A backend that counts graphs and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, module: Any, example_inputs: Any) -> Callable:
-        self.count += 1
-        return module.forward
 
 
 def trajectory(model: nn.Module, inputs: dict[str, Any]) -> list[dict[str, Any]]:

@@ -38,15 +38,6 @@ def record() -> dict:
     return json.loads((model.ASSETS / model.RECORD_FILE).read_text())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Equal on every machine, and steady beside other test processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def labels_of(count: int) -> torch.Tensor:
     return torch.arange(count) % data.NUM_CLASSES
 

@@ -6,19 +6,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 pytest.importorskip("diffusers")
 
 from bench import load, load_soak
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_short_soak_crosses_nothing_and_loses_nothing(monkeypatch):
