@@ -170,17 +170,13 @@ class Programs:
 
 
 class Compiled:
-    """A callable with the model's signature. Attributes are the model's own."""
+    """A callable with the model's signature. Attributes are the model's own.
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        options: dict[str, Any],
-        cudagraphs: bool | str,
-        frozen: bool,
-        on_device: bool,
-    ) -> None:
-        self._model, self._asked = denoiser.model, (options, cudagraphs, frozen, on_device)
+    programs_of: makes the programs of a denoiser.
+    """
+
+    def __init__(self, denoiser: Denoiser, programs_of: Callable[[Denoiser], Programs]) -> None:
+        self._model, self._programs_of = denoiser.model, programs_of
         self.__signature__ = inspect.signature(denoiser.original)
         functools.update_wrapper(self, denoiser.original, updated=())
         self._follow(denoiser)
@@ -188,7 +184,7 @@ class Compiled:
     def _follow(self, denoiser: Denoiser) -> None:
         """Drive this denoiser: the model's first one, or what `update` or another `enable` put in its place."""
         self._denoiser = denoiser
-        self._own = Programs(denoiser, *self._asked)
+        self._own = self._programs_of(denoiser)
         self._others: dict[Denoiser, Programs] = {}  # of the recipes of single runs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +206,7 @@ class Compiled:
             return self._own.run
         if denoiser not in self._others:
             self._others = {d: p for d, p in self._others.items() if not d.ended}
-            self._others[denoiser] = Programs(denoiser, *self._asked)
+            self._others[denoiser] = self._programs_of(denoiser)
         return self._others[denoiser].run
 
 
@@ -273,7 +269,11 @@ def compile(
         options = captured_options(denoiser.model, cudagraphs, options)
     if frozen:
         options = frozen_options(options)
-    return Compiled(denoiser, options, cudagraphs, frozen, on_device)
+
+    def programs_of(denoiser: Denoiser) -> Programs:
+        return Programs(denoiser, options, cudagraphs, frozen, on_device)
+
+    return Compiled(denoiser, programs_of)
 
 
 def captured_options(
