@@ -16,20 +16,25 @@ from ..guide import Guide
 
 
 class SignalSlots(SlotGroup):
-    """reference: the value that a change is measured against. sums: of the change, for a step in two parts.
-    nothing: zeros, of which a value that is no residual is one. output: the model's, of the same step as the
-    reference. kept_reference: a reference is there. slopes: how many outputs in a row were compared with the one
-    before."""
+    """reference: the value that a change is measured against. form: its shape and dtype. sums: of the change, for a
+    step in two parts. nothing: zeros, of which a value that is no residual is one. output: the model's, of the same
+    step as the reference. kept_reference: a reference is there. slopes: how many outputs in a row were compared with
+    the one before."""
 
-    __slots__ = ("kept_reference", "nothing", "output", "reference", "slopes", "sums")
+    __slots__ = ("form", "kept_reference", "nothing", "output", "reference", "slopes", "sums")
     holds = ("reference", "sums", "nothing", "output")
     facts: ClassVar[dict[str, Any]] = {"kept_reference": False, "slopes": 0}
+    forms = ("form",)
     reference: Any
     sums: Any
     nothing: Any
     output: Any
     kept_reference: bool
     slopes: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.form: tuple | None = None
 
 
 class Meter:

@@ -53,6 +53,7 @@ class Change(Meter):
             or (held.dtype, held.device) != (y.dtype, y.device)
         ):
             slots.reference = allocate(y.shape, y.dtype, y.device, strides_of(y))
+            slots.form = (y.shape, y.dtype)
             if x is None:
                 slots.nothing = allocate(y.shape, y.dtype, y.device, strides_of(y))
         if x is None:

@@ -11,7 +11,7 @@ import torch
 
 from ...policies import COMPUTE, REUSE
 from ...storage.allocate import Unfit
-from ..control import REST, WHOLE
+from ..control import HEAD, PENDING, REST, WHOLE
 from .layout import BlockList, Layout, Stack
 from .play import Player
 from .probe import decide_by_input
@@ -36,6 +36,8 @@ class BlockListHook(Player):
         self.opening = not blocks.index and (
             stack.probed or stack.guide is not None or stack.meter is not None
         )
+        # how many blocks are called until the step is decided, where it is in this list
+        self.decided_by = self.head if self.probed else 1
         makes = [(role, getattr(self, role)) for role in ROLES]
         self.stand_ins = {role: [BlockStandIn(f, b) for b in blocks.known] for role, f in makes}
         known = enumerate(blocks.known)
@@ -51,14 +53,17 @@ class BlockListHook(Player):
         self.take_layout(layout, place)
         self.opener = hooks[place.opener]
         self._forget_handed_out()
-        for phase in (WHOLE, REST):
-            roles = self._roles(REUSE, phase)
-            self.reused[phase] = self._items(roles)
+        known = [(WHOLE, self._roles(REUSE, WHOLE)), (REST, self._roles(REUSE, REST))]
+        if self.probed or self.asks:  # a head ends in it
+            known.append((HEAD, self._roles(PENDING, HEAD)[: self.decided_by]))
+        for phase, roles in known:
+            self.made[phase] = self._items(roles)
             if self.tail or BLOCK in roles:
                 self.ready_made = False
 
     def _forget_handed_out(self) -> None:
-        self.reused: dict[str, list] = {}  # what is handed out on reused steps, by their phase
+        # what is handed out on reused steps, and before a decision that ends a program, by the phase
+        self.made: dict[str, list] = {}
         self.ready_made = True  # also for traced code, which is given the blocks themselves
         self.waiting: list | None = None  # until a step is decided
 
@@ -67,12 +72,13 @@ class BlockListHook(Player):
     def route(self) -> Iterator:
         """What the model's loop gets."""
         control = self.control
-        action = control.actions[self.stack.rule]
+        action, phase = control.actions[self.stack.rule], control.phase
         if self.recorder is not None:
             return iter(self.recorder.items(self.blocks.index))
-        if action == REUSE and self.reused and (self.ready_made or not control.may_be_compiled):
-            return iter(self.reused[control.phase])
-        if self.skips and action not in (COMPUTE, REUSE) and control.phase == WHOLE:
+        if action == REUSE or phase == HEAD:
+            if phase in self.made and (self.ready_made or not control.may_be_compiled):
+                return iter(self.made[phase])
+        elif self.skips and action != COMPUTE and phase == WHOLE:
             return self._route_undecided()
         return iter(self._items(self._roles()))
 
@@ -129,13 +135,13 @@ class BlockListHook(Player):
         if not (self.probed or self.asks):  # taking turns with the first list: not yet decided
             yield from self._late(0)
             return
-        before = self.head if self.probed else 1
+        before = self.decided_by
         if self.waiting is None:
             self.waiting = self._items(self._roles())[:before]
         yield from self.waiting
         action = self.control.actions[self.stack.rule]
         if action == REUSE:
-            yield from (self.reused[WHOLE] if self.reused else self._items(self._roles()))[before:]
+            yield from (self.made[WHOLE] if self.made else self._items(self._roles()))[before:]
         elif action == COMPUTE:
             yield from self._items(self._roles())[before:]
         else:  # all blocks are asked for before the first one runs

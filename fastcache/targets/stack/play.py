@@ -184,7 +184,7 @@ class Player:
         given, encoder = self.probed_io.read(args, kwargs)
         x = given if self.alone else self._opened()
         own = self.control.state.slots[self.stack.rule].own
-        (hidden, encoder, extra), now = kept_output(own, given, encoder)
+        hidden, encoder, extra, now = kept_output(own, given, encoder)
         note_decided(self.stack, without_text(hidden, x), x, now)
         output = self.returns.build(hidden, encoder, extra)
         computes = self.control.actions[self.stack.rule] != REUSE

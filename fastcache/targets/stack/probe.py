@@ -32,7 +32,7 @@ def look_at_output(
         stack.decider.measure(image, x)
     now = None if guide is None else guide.of(image, x)
     if head:
-        keep_output(control.state.slots[stack.rule].own, Left(hidden, encoder, more), now)
+        keep_output(control.state.slots[stack.rule].own, hidden, encoder, more, now)
         raise Stop
     action = control.actions[stack.rule]
     if action == COMPUTE or now is not None or stack.every_step:
@@ -107,20 +107,24 @@ def look_at_input(stack: Stack, blocks: BlockList, args: tuple, kwargs: dict) ->
 
 class ProbeSlots(SlotGroup):
     """What a step in two parts keeps of its first block, for its second part to start from: its hidden states,
-    its text stream and what else the block returns, and the guide of the step where there is one."""
+    its text stream and what else the block returns, and the guide of the step where there is one. form: of the
+    reference that they were made beside."""
 
-    __slots__ = ("encoder", "entries", "extra", "hidden", "now")
+    __slots__ = ("encoder", "entries", "extra", "form", "hidden", "now")
     holds = ("hidden", "encoder", "now")
     parts = ("extra",)
-    forms = ("entries",)
+    forms = ("entries", "form")
     encoder: Any
     extra: Any  # the tensors of what else it returns
     hidden: Any
     now: Any
 
+    entries: Entries | None  # how that lies; None where it returns nothing else
+    form: tuple
+
     def __init__(self) -> None:
         super().__init__()
-        self.entries = Entries.of({})
+        self.entries, self.form = None, ()
 
     def rows(self) -> list[Tensor]:
         """The slots of `extra`. Traced by torch.compile, which cannot follow `tensors`."""
@@ -134,14 +138,8 @@ def lacks_slots(stack: Stack, state: State) -> bool:
     if meter is None or meter.at_input:
         return False
     rule: RuleSlots = state.slots[stack.rule]
-    held, like = rule.own.hidden, rule.signal.reference
-    if held is None or like is None:
-        return held is None
-    return (held.shape[0], held.shape[2:], held.dtype) != (
-        like.shape[0],
-        like.shape[2:],
-        like.dtype,
-    )
+    own, signal = rule.own, rule.signal
+    return own.form != signal.form and (own.hidden is None or signal.reference is not None)
 
 
 def allocate_slots(rule: RuleSlots, left: Left) -> None:
@@ -154,12 +152,13 @@ def allocate_slots(rule: RuleSlots, left: Left) -> None:
     else:  # joined with the text
         shape = (like.shape[0], *hidden.shape[1:])
         slots.hidden = allocate(shape, like.dtype, like.device)
+    slots.form = (like.shape, like.dtype)
     if isinstance(encoder, Tensor):
         slots.encoder = allocate_like(encoder)
     if rule.guide is not None:
         slots.now = allocate_like(rule.guide.guides.views[0])
-    slots.entries = Entries.of(extra)
-    if slots.entries.at:
+    slots.entries = Entries.of(extra) if extra else None
+    if slots.entries is not None and slots.entries.at:
         values = slots.entries.tensors(extra)
         slots.extra = numbered(len(values))()
         for name, value in zip(slots.extra.holds, values, strict=True):
@@ -171,24 +170,27 @@ def allocate_like(value: Tensor) -> Tensor:
     return allocate(value.shape, value.dtype, value.device, strides_of(value))
 
 
-def keep_output(slots: ProbeSlots, left: Left, now: Tensor | None) -> None:
+def keep_output(
+    slots: ProbeSlots, hidden: Tensor, encoder: Any, more: Any, now: Tensor | None
+) -> None:
     """now: the guide of this step; None without one."""
-    hidden, encoder, extra = left
     tail(slots.hidden, hidden).copy_(hidden)
     if slots.encoder is not None:
         tail(slots.encoder, encoder).copy_(encoder)
     if now is not None:
         tail(slots.now, now).copy_(now)
-    for row, value in zip(slots.rows(), slots.entries.tensors(extra), strict=True):
-        tail(row, value).copy_(value)
+    if slots.entries is not None:
+        for row, value in zip(slots.rows(), slots.entries.tensors(more), strict=True):
+            tail(row, value).copy_(value)
 
 
-def kept_output(slots: ProbeSlots, x: Tensor, encoder: Any) -> tuple[Left, Tensor | None]:
+def kept_output(slots: ProbeSlots, x: Tensor, encoder: Any) -> tuple[Tensor, Any, Any, Any]:
     """What `keep_output` has kept, for a call with these streams."""
     if slots.encoder is not None:  # streams without a batch differ in their first dimension
         encoder = tail(slots.encoder, encoder if isinstance(encoder, Tensor) else x)
     now = None if slots.now is None else tail(slots.now, x)
-    whole, extra = slots.hidden.shape[0], {}
-    if slots.entries.rest:
-        extra = slots.entries.build([end_of(row, x, whole) for row in slots.rows()])
-    return Left(tail(slots.hidden, x), encoder, extra), now
+    more = {}
+    if slots.entries is not None:
+        whole = slots.hidden.shape[0]
+        more = slots.entries.build([end_of(row, x, whole) for row in slots.rows()])
+    return tail(slots.hidden, x), encoder, more, now

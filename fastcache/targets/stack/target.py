@@ -230,8 +230,7 @@ class StackTarget(BoundTarget):
         control = self.control
         action = control.actions[self.rule]
         if action == REUSE:  # nothing counts in compiled code, where what chooses blocks is guarded
-            few = control.predicted < self.segments
-            return few and not control.may_be_compiled
+            return not control.may_be_compiled and control.predicted < self.segments
         if action == PENDING:
             self.decider.compute_instead("its first block did not run")
         return False
