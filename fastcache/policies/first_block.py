@@ -49,5 +49,8 @@ class FirstBlock(Policy):
         if guard or signal is None:
             return Decision(COMPUTE, signal, self.threshold, guard or "no residual yet")
         if math.isfinite(signal) and signal <= self.threshold:
-            return Decision(REUSE, signal, self.threshold, "change within threshold")
+            # as Decision(...) does it, without a call into Python
+            return tuple.__new__(
+                Decision, (REUSE, signal, self.threshold, "change within threshold")
+            )
         return Decision(COMPUTE, signal, self.threshold, "change above threshold")

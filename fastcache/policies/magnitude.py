@@ -140,7 +140,8 @@ class Magnitude(Policy):
             error <= account.threshold
         )  # False where the ratio is missing: the error is NaN then
         if within and not guard and account.steps <= self.max_skip_steps and math.isfinite(error):
-            return Decision(REUSE, error, self.threshold, "error within threshold")
+            # as Decision(...) does it, without a call into Python
+            return tuple.__new__(Decision, (REUSE, error, self.threshold, "error within threshold"))
         if not calibrated:
             reason = "past the calibrated steps"
         elif within:

@@ -205,7 +205,8 @@ class Ahead:
         state, step, _, frame = self.prepared
         told = UNASKED
         if call is frame and not frame.calls:
-            self.runs.refuse(frame)
+            if self.runs.one_batch:
+                self.runs.refuse(frame)
             told = step.timestep
             fits = state.signature == call_signature(args, kwargs)
             always = self.runs.always
@@ -233,9 +234,7 @@ class Ahead:
         """Whether a call is the next step of its run, by what it is given."""
         if state.trip.left_out(state, now):
             return False
-        return (
-            not state.index or self.runs.steps.follows(state, frame, frame.generation, now) == NEXT
-        )
+        return self.runs.steps.index(state, frame, frame.generation, now)[1] == NEXT
 
     def withdraw(self) -> None:
         """Take back decisions that were prepared for a graph and not used."""

@@ -59,17 +59,20 @@ class Committer:
             )
         request, context = state.key
         actions = tuple(control.actions)
-        record = Record(
-            request,
-            context,
-            index,
-            action,
-            signal,
-            threshold,
-            reason,
-            step.timestep,
-            actions,
-            self.name,
+        record = tuple.__new__(  # as Record(...) does it, without a call into Python
+            Record,
+            (
+                request,
+                context,
+                index,
+                action,
+                signal,
+                threshold,
+                reason,
+                step.timestep,
+                actions,
+                self.name,
+            ),
         )
         state.records.append(record)
         self.stats.add(record)

@@ -84,7 +84,7 @@ class Denoiser:
         )
         _, self.original = place_of(model)
         control, targets, pool = self.control, self.targets, self.pool
-        self.executor = Executor(settings, self.original, bound, pool)
+        self.executor = Executor(settings, model, self.original, bound, pool)
         self.runs = Runs(settings, name, model, self.recipe, adapter, pool, targets)
         self.decider = Decider(settings, self.recipe, control, targets)
         self.committer = Committer(settings, name, self.recipe, control, targets, pool)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..ops import dispatch
 from ..policies import COMPUTE, REUSE
@@ -17,7 +18,7 @@ from ..storage.pool import Slots
 from ..storage.state import State
 from ..targets.bind import BoundModel
 from .compiling import NOTHING, eagerly
-from .gradients import ASKED_FOR, asked_for, has_gradient, refusing
+from .gradients import ASKED_FOR, asked_for, has_gradient, refuse_training, refusing
 from .notices import LOG
 from .settings import Settings
 
@@ -28,11 +29,12 @@ class Executor:
     def __init__(
         self,
         settings: Settings,
+        model: nn.Module,
         original: Callable,
         bound: BoundModel,
         pool: Slots,
     ) -> None:
-        self.original, self.pool = original, pool
+        self.model, self.original, self.pool = model, original, pool
         self.control, self.targets = bound.control, bound.targets
         # what stands around the forward, the innermost first
         self.wrappers: list[Any] = [target for target in reversed(bound.targets) if target.wraps]
@@ -53,8 +55,10 @@ class Executor:
         control, graded = self.control, torch.is_grad_enabled()
         control.inside = True
         try:
-            if graded and asked_for(args, kwargs):
-                return self._differentiated(state, args, kwargs)
+            if graded:
+                refuse_training(self.model)
+                if asked_for(args, kwargs):
+                    return self._differentiated(state, args, kwargs)
             if control.step.again and control.computes:
                 state.uncached_step = True  # what the step stores, its first evaluation has stored
                 return self.original(*args, **kwargs)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -24,6 +24,15 @@ def asked_for(args: tuple, kwargs: dict) -> bool:
     if torch.compiler.is_compiling():
         return False
     return peek_interpreter_stack() is not None
+
+
+def refuse_training(model: nn.Module) -> None:
+    """Raise ValueError where a model is trained. For calls in grad mode."""
+    if model.training and any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "target: the model is in training mode with gradients on; a cached step has no gradient. "
+            "Call model.eval(), run under torch.no_grad(), or cache.disable() first"
+        )
 
 
 class Refused(torch.autograd.Function):

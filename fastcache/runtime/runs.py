@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..models.adapter import BlockAdapter
@@ -54,7 +53,7 @@ class Runs:
         pool: Slots,
         targets: Iterable[BoundTarget],
     ) -> None:
-        self.model, self.name, self.pool = model, name, pool
+        self.name, self.pool = name, pool
         self.one_batch = [target for target in targets if target.one_batch]
         self.callback, self.notices = settings.timestep_callback, settings.notices
         self.experts = Experts(name, pool, settings.pools)
@@ -82,30 +81,27 @@ class Runs:
             if frame.one_call:
                 context = frame
         if told is UNASKED:
+            told = None if context is None else context.timestep
             if self.callback is not None:
                 told = steps.told(context, self.callback)
+        if context is None or context.step_index is None:
+            value, several = steps.argument(args, kwargs), self.trips.several
+            if value is not None or told is not None or generation is not None:
+                moment = steps.moment(told, generation, value)
+            if context is None or context.calls:
+                call, unclear, first = self.trips.unnamed(frame, moment, args, kwargs)
+            elif several and (context.request, context.name) in several:
+                call, unclear, first = self.trips.unnamed(frame, moment, args, kwargs)
             else:
-                told = None if context is None else context.timestep
-        if context is not None and context.step_index is not None:
+                call = context
+                call.first = moment, args, kwargs
+        else:
             call = context
             if self.timed or generation is not None or told is not None:
                 needed = self.timed and told is None
                 value = steps.argument(args, kwargs) if needed else None
                 moment = steps.moment(told, generation, value)
-        else:
-            value, several = steps.argument(args, kwargs), self.trips.several
-            if value is not None or told is not None or generation is not None:
-                moment = steps.moment(told, generation, value)
-            if (
-                context is not None
-                and not context.calls
-                and not (several and (context.request, context.name) in several)
-            ):
-                call = context
-                call.first = moment, args, kwargs
-            else:
-                call, unclear, first = self.trips.unnamed(frame, moment, args, kwargs)
-        if self.one_batch or torch.is_grad_enabled():
+        if self.one_batch:
             self.refuse(call)
         key = (call.request, call.name)
         state = self.pool.states.get(key) or self.add(key)
@@ -250,18 +246,11 @@ class Runs:
                 state.doubt()
 
     def refuse(self, call: Context) -> None:
-        """Raise where a call cannot be cached: one of guidance that comes apart, or one that is trained on."""
-        if self.one_batch:
-            states = self.pool.states.values()
-            began = {s.key[1] for s in states if s.index and s.key[0] == call.request}
-            for target in self.one_batch:
-                target.refuse({call.name, *began})
-        training = torch.is_grad_enabled() and self.model.training
-        if training and any(p.requires_grad for p in self.model.parameters()):
-            raise ValueError(
-                "target: the model is in training mode with gradients on; a cached step has no gradient. "
-                "Call model.eval(), run under torch.no_grad(), or cache.disable() first"
-            )
+        """Raise where guidance comes apart that has to be one batch."""
+        states = self.pool.states.values()
+        began = {s.key[1] for s in states if s.index and s.key[0] == call.request}
+        for target in self.one_batch:
+            target.refuse({call.name, *began})
 
     def reset(self, request: Any = ALL) -> None:
         """Forget the runs of one request, or all; their storage serves the next ones."""

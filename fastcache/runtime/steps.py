@@ -159,12 +159,19 @@ class StepTracker:
                 return 0, NEXT
             if state.indexed:  # by somebody else, who does not say which step it is
                 return 0, BEGINS
-            how = self.follows(state, call, generation, moment)
-            if how == NEXT:
-                return index, how
-            if how == BEGINS:
-                return 0, how
-            return (index - 1 if how in (EVALUATION, UNCLEAR) else index), how
+            mark, total = moment.mark, call.num_inference_steps or state.total
+            if mark is not None and mark == state.mark:
+                if generation is None and total == 1:
+                    return 0, BEGINS
+                again = moment.evaluation not in (None, state.evaluation)
+                return index - 1, EVALUATION if again else UNCLEAR
+            now, before = moment.clock, state.timestep
+            if now is not None and before is not None and now != before:
+                how = self.moved(state, generation, before, now)
+                return (0 if how == BEGINS else index), how
+            if total is not None and index >= total and generation is None:
+                return 0, BEGINS
+            return index, NEXT
         if index and known == index - 1 and (len(state.records) > 1 or call.calls):
             raise ValueError(
                 f"step_index {known} came twice for request {call.request!r}, context {call.name!r}: a second "
@@ -180,27 +187,14 @@ class StepTracker:
         now, before = moment.clock, state.timestep
         return now is not None and before is not None and self.backwards(before, now)
 
-    def follows(
-        self, state: State, call: Context, generation: Generation | None, moment: Moment
-    ) -> How:
-        """How a call without a step index follows the one before in its state."""
-        _, mark, evaluation, now, _ = moment
-        before = state.timestep
-        if mark is not None and mark == state.mark:
-            if generation is None and 1 == (call.num_inference_steps or state.total):
-                return BEGINS
-            again = evaluation is not None and evaluation != state.evaluation
-            return EVALUATION if again else UNCLEAR
-        if now is None or before is None or now == before:
-            total = call.num_inference_steps or state.total
-            over = generation is None and total is not None and state.index >= total
-            return BEGINS if over else NEXT
-        if generation is not None and (generation.loops or state.index == 1):
+    def moved(self, state: State, generation: Generation | None, before: float, now: float) -> How:
+        """How a call without a step index follows the one before in its state, time having moved."""
+        if generation is None:
+            return self._turned(state, before, now)
+        if generation.loops or state.index == 1:
             state.rising = now > before  # nothing else has begun since
             return NEXT
-        if generation is not None:
-            return NEXT if (now > before) == state.rising else BEGINS
-        return self._turned(state, before, now)
+        return NEXT if (now > before) == state.rising else BEGINS
 
     def _turned(self, state: State, before: float, now: float) -> How:
         """Whether time has turned back, where nobody has announced a run."""

@@ -32,6 +32,25 @@ def masked(text: str, what: Any = None, where: Any = None) -> Recipe:
 # --- gradients ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("trained_by", ["parameters", "input too"])
+def test_a_model_in_training_with_gradients_is_refused(compiled, trained_by):
+    model, (call,) = toys.model().train(), toys.inputs(1)
+    if trained_by == "input too":
+        call["hidden_states"].requires_grad_()
+    with fastcache.enable(model, masked("CC")) as cache:
+        target = fastcache.compile(model, backend="eager") if compiled else model
+        with pytest.raises(ValueError, match="training mode with gradients on"):
+            target(**call)
+        assert not len(cache.stats)
+        model.eval()
+        call["hidden_states"].requires_grad_(False)
+        with torch.no_grad():
+            got = target(**call)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(**call), rtol=0, atol=0)
+
+
 def gradient(model: Any, call: dict[str, Any]) -> Tensor:
     x = call["hidden_states"].clone().requires_grad_()
     return torch.autograd.grad((model(x, call["timestep"]) ** 2).sum(), x)[0]

@@ -448,14 +448,6 @@ def test_the_second_expert_begins_where_the_first_has_stopped():
     assert [run.key for run in first.pool.ended] == [(0, "cond")]
 
 
-def test_a_model_in_training_with_gradients_is_refused():
-    of, _ = runs()
-    of.model.weight = nn.Parameter(torch.ones(1))
-    of.model.train()
-    with pytest.raises(ValueError, match="training mode with gradients on"):
-        of.locate(None, (torch.zeros(1, 2, 4), 1000.0), {})
-
-
 def test_an_exception_gives_up_the_runs_of_one_request():
     of, settings = runs()
     owner = Owner()

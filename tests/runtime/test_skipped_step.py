@@ -64,11 +64,11 @@ FIRST = fastcache.FirstBlockCacheConfig(threshold=1e9)
 @pytest.mark.parametrize(
     ("config", "named", "timed", "most"),
     [
-        (MAG, True, False, 43),
-        (MAG, False, False, 47),
-        (MAG, True, True, 50),
-        (FIRST, True, False, 67),
-        (FIRST, True, True, 74),
+        (MAG, True, False, 40),
+        (MAG, False, False, 44),
+        (MAG, True, True, 48),
+        (FIRST, True, False, 62),
+        (FIRST, True, True, 70),
     ],
 )
 def test_a_skipped_step_enters_no_more_functions(config, named, timed, most):
