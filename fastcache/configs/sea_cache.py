@@ -68,4 +68,4 @@ class SeaCacheConfig(Config):
             last=BARE["last"],
         )
         what = Taylor(1) if self.residual_order else Reuse()
-        return Recipe.of((Rule(when, what, Stack()),), self._name())
+        return Recipe.of((Rule(when, what, Stack(normed=True)),), self._name())

@@ -78,6 +78,8 @@ class BlockAdapter:
         temporal: regular expressions of those that attend over time; None goes by name.
         always_compute: names of arguments of the model; a call in which one of them is given (and not None)
             runs in full, such as one that writes a key/value cache of the model's own.
+        norm: dotted name of the module that the image stream goes through right after the last block, which a
+            `Stack(normed=True)` skips too; None: not known.
     Raises:
         TypeError: a field is of another type; the message names it.
         ValueError: a pattern is no regular expression; the message names its field.
@@ -90,6 +92,7 @@ class BlockAdapter:
     attention: tuple[str, ...] | None = None
     temporal: tuple[str, ...] | None = None
     always_compute: tuple[str, ...] = ()
+    norm: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("blocks", "attention", "temporal"):
@@ -105,6 +108,8 @@ class BlockAdapter:
             if self.always_compute
             else (),
         )
+        if self.norm is not None:
+            names_of("BlockAdapter", "norm", [self.norm])
         if self.encoder_read is not None:
             flag("BlockAdapter", "encoder_read", self.encoder_read)
         if self.block is not None and not isinstance(self.block, Block):

@@ -103,6 +103,8 @@ MODELS: dict[str, BlockAdapter] = {
     },
     # it holds LTX-2's audio attention for its checkpoint, and runs the attention of the video alone
     "SanaWMLTX2RefinerTransformer3DModel": BlockAdapter(attention=(r"\.attn[12]$",)),
+    # the text of Cosmos 3 is normalised too, and never read
+    "Cosmos3OmniTransformer": BlockAdapter(encoder_read=False, norm="norm_moe_gen"),
     "T5FilmDecoder": BlockAdapter(blocks=("decoders",)),
 }
 

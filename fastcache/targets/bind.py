@@ -160,6 +160,7 @@ def _stack(binding: Binding, where: Stack) -> StackTarget:
         adapter.block,
         adapter.encoder_read,
         binding.make_store,
+        _norm(model, adapter) if where.normed else None,
     )
     if not modulated:
         needed = "needs the normalisation with the timestep in it of"
@@ -177,6 +178,19 @@ def _stack(binding: Binding, where: Stack) -> StackTarget:
                 f"when: {type(part.when).__name__} {needed} {block}, and none is known; name it with {named}"
             )
     return target
+
+
+def _norm(model: nn.Module, adapter: BlockAdapter) -> tuple[str, nn.Module] | None:
+    """What stands right behind the blocks, by its name; None where no adapter says so."""
+    if adapter.norm is None:
+        return None
+    found = dict(model.named_modules()).get(adapter.norm)
+    if found is None:
+        raise ValueError(
+            f"adapter: norm is {adapter.norm!r}, and {type(model).__name__} has no such module; name the one that the "
+            "image stream goes through right after the last block"
+        )
+    return adapter.norm, found
 
 
 # What makes a target of its description, by the scope of that.

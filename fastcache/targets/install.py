@@ -14,6 +14,12 @@ def refuse_copy(module: object, protocol: Any) -> Any:
     )
 
 
+def put_back(module: Any, mixin: type) -> None:
+    """Give a module the class back that `hooked_class` was made of, if it still has that one."""
+    if isinstance(module, mixin):
+        module.__class__ = type(module).__mro__[2]
+
+
 _MADE: dict[tuple[type, type], type] = {}
 
 

@@ -21,7 +21,7 @@ from ..storage.state import State
 from ..storage.unit import Unit
 from .base import BoundTarget
 from .decide import Part
-from .install import hooked_class, refuse_copy
+from .install import hooked_class, put_back, refuse_copy
 from .outputs import rebuilt, template_of, tensors
 
 NODE = "_fastcache_node"
@@ -96,8 +96,7 @@ class ModulesTarget(BoundTarget):
             module = node.module
             if module.__dict__.pop(NODE, None) is None:
                 continue
-            if isinstance(module, Caching):
-                module.__class__ = type(module).__mro__[2]
+            put_back(module, Caching)
             if node.forward is not None:
                 module.__dict__["forward"], node.forward = node.forward, None
 

@@ -83,20 +83,30 @@ class Stack(Target):
         first, last: how many of the first and of the last blocks always run, counts, the block lists of a model
             being one; the blocks between are skipped. A rule that looks at the first block looks at what the first
             `first` make of their input; with 0 at the first one.
+        normed: the residual reaches over the normalisation behind the last block, where `BlockAdapter(norm=...)`
+            names one; it is not run on reused steps either. Nothing changes for models without one.
     Raises:
         TypeError: a field is of another type; the message names it.
-        ValueError: a field is negative; the message names it.
-    Source: FirstBlockCache and MagCache of diffusers 0.42.1; Fn and Bn of cache-dit 1.5.3's DBCache.
+        ValueError: a field is negative, or blocks always run between the skipped ones and the normalisation; the
+            message names it.
+    Source: FirstBlockCache, MagCache and SeaCache of diffusers 0.42.1; Fn and Bn of cache-dit 1.5.3's DBCache.
     """
 
     first: int = 0
     last: int = 0
+    normed: bool = False
     scope = "stack"
     excludes: ClassVar[dict[str, str]] = {"stack": _WHOLE, "modules": _WHOLE}
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
             object.__setattr__(self, name, whole("Stack", name, getattr(self, name), 0))
+        flag("Stack", "normed", self.normed)
+        if self.normed and self.last:
+            raise ValueError(
+                f"Stack: normed is True, so no block may always run behind the skipped ones, and last is {self.last}; "
+                "leave one of them out"
+            )
 
 
 @dataclass(frozen=True)

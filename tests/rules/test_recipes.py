@@ -145,7 +145,7 @@ PREDICTORS = {
 }  # fmt: skip
 band = optional(reals | st.builds(TimestepWeight, reals, ranges))
 TARGETS = {
-    Stack: {"first": counts, "last": counts},
+    Stack: {"first": counts, "last": counts, "normed": st.booleans()},
     Output: {},
     Nothing: {},
     Modules: {
@@ -173,8 +173,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
     found: Recipe | None = None
     for _ in range(draw(st.integers(1, 3))):
         when, what = draw(some(POLICIES, guards)), draw(some(PREDICTORS, {}))
-        where = draw(some(TARGETS, {}))
         try:
+            where = draw(some(TARGETS, {}))
             one = (
                 Recipe(when, what, where)
                 if draw(st.booleans())

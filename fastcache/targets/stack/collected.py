@@ -58,6 +58,14 @@ class Returned:
             for each in holders
         )
 
+    def refusal(self) -> ValueError:
+        """What is to be raised where it is collected."""
+        return ValueError(
+            f"target: the model keeps what each block of {[blocks.name for blocks in self.lists]} returns, as a "
+            "ControlNet does, so they cannot be skipped together; skip modules instead: TaylorSeer, "
+            "PyramidAttentionBroadcast, FasterCache, or a recipe with where=fastcache.Modules(...)"
+        )
+
     def _held(self, alive: Any) -> bool:
         known = {id(v) for leaf in tree_leaves(alive) for v in (leaf, getattr(leaf, "_base", None))}
         values = [value for reference in self.references if (value := reference()) is not None]

@@ -126,6 +126,7 @@ class BlockList:
     ) -> None:
         self.index, self.name, self.modules, self.row = index, name, modules, row
         (self.head, self.tail), self.probed = ends, probed
+        self.closing: Any = None  # what its last block runs too, a `Closing`
         self.known = self.blocks()
         self.count = len(self.known)
         self._ios: dict[type, BlockIO] = {}

@@ -46,7 +46,7 @@ class Player:
         self.probed, self.head, self.tail = blocks.probed, blocks.head, blocks.tail
         self.first_io, self.last_io = blocks.first_io, blocks.last_io
         self.replaced_io, self.probed_io = blocks.replaced_io, blocks.probed_io
-        self.skips = blocks.skips
+        self.skips, self.closing = blocks.skips, blocks.closing
         self.alone = (
             blocks.head == 1 and not blocks.index
         )  # what the head is given has entered the stack
@@ -124,6 +124,9 @@ class Player:
         """Store the residual of the segment that this list closes; returns what its last block has returned."""
         stack, state = self.stack, self.control.state
         hidden, encoder = self.last_io.read(args, kwargs)
+        if self.closing is not None:
+            given = hidden, encoder, self.positions, self.returns
+            output = self.closing.after(self.last_io, output, *given)
         left = Left(*self.last_io.taken_apart(output, hidden, encoder, self.positions))
         entered = self.opener._take_entered()
         if not torch.compiler.is_compiling():

@@ -71,9 +71,13 @@ class Recorder:
         elif index < last or not index:
             self._note_written(at, output)
         if blocks.head <= index == stop:
-            positions = self.seen[at].positions
-            left = Left(*io.taken_apart(output, hidden, encoder, positions))
-            self.seen[at].left = self._kept(at, left)
+            seen = self.seen[at]
+            if blocks.closing is not None:
+                output = blocks.closing.after(
+                    io, output, hidden, encoder, seen.positions, seen.returns
+                )
+            left = io.taken_apart(output, hidden, encoder, seen.positions)
+            seen.left = self._kept(at, Left(*left))
             self.events.append((at, LEAVE))
         if index == last and blocks.skips:
             ours = [(seen.entered, seen.left, seen.passed) for seen in self.seen]
@@ -184,9 +188,8 @@ class Recorder:
         """Go on with the copy of what entered, where that has been written into."""
         if seen.clone is not None and seen.entered is not None:
             entered = seen.entered
-            counted = (
-                version(entered.hidden) != entered.version
-            )  # also where nothing but zeros was added
+            # also where nothing but zeros was added
+            counted = version(entered.hidden) != entered.version
             if counted or not sync.same(entered.hidden, seen.clone):
                 self.writes_inputs = True
                 seen.entered = entered._replace(hidden=seen.clone, version=version(seen.clone))
@@ -237,14 +240,8 @@ class Recorder:
     def _refuse_collected(self) -> None:
         """Raise, unless calls before have shown another model: then this one is computed, and nothing learnt."""
         self.learns = False
-        if self.known.segments:
-            return
-        names = [blocks.name for blocks in self.lists]
-        raise ValueError(
-            f"target: the model keeps what each block of {names} returns, as a "
-            "ControlNet does, so they cannot be skipped together; skip modules instead: TaylorSeer, "
-            "PyramidAttentionBroadcast, FasterCache, or a recipe with where=fastcache.Modules(...)"
-        )
+        if not self.known.segments:
+            raise self.returned.refusal()
 
     # --- what it has learnt -----------------------------------------------------------------------------
 

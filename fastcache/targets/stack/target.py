@@ -22,7 +22,8 @@ from ..base import BoundTarget
 from ..control import PENDING
 from ..decide import Part
 from ..guide import Guide
-from ..install import hooked_class
+from ..install import hooked_class, put_back
+from .closing import Closing
 from .gate import BlockListHook
 from .layout import BlockList, Entered, Layout, Left, spread
 from .play import NOTHING
@@ -47,8 +48,9 @@ class StackTarget(BoundTarget):
         row: Block | None,
         encoder_read: bool | None,
         make_store: Callable[[Tensor, Any], Any],
+        norm: tuple[str, nn.Module] | None = None,
     ) -> None:
-        """always: how many of the first and of the last blocks always run, of all lists as one."""
+        """always: how many of the first and of the last blocks always run, of all lists as one. norm: see `Closing`."""
         # a predictor whose weights come from this step's own blocks
         self.guide = None if part.what.guide is None else Guide(part.what)
         super().__init__(part, self.guide)
@@ -66,6 +68,7 @@ class StackTarget(BoundTarget):
         # calibration: also measure the magnitude ratio of every residual
         self.measure = part.when.calibrates
         self.row = row
+        self.closing = None if norm is None else Closing(self, *norm)
         self.lists = self._furnished(lists)
         self.opening: Any = None  # what entered the first block, until the head is looked at
         self.hooks = [BlockListHook(self, blocks) for blocks in self.lists]
@@ -77,10 +80,12 @@ class StackTarget(BoundTarget):
         """What is known of these lists, beforehand."""
         places = spread([len(modules) for _, modules in lists], *self.always)
         looked_at = max((i for i, (head, _) in enumerate(places) if head), default=0)
-        return [
+        found = [
             BlockList(i, name, modules, self.row, places[i], self.probed and i == looked_at)
             for i, (name, modules) in enumerate(lists)
         ]
+        found[-1].closing = self.closing
+        return found
 
     # --- installing -------------------------------------------------------------------------------------
 
@@ -89,12 +94,15 @@ class StackTarget(BoundTarget):
             modules = hook.blocks.modules
             modules.__dict__[HOOK] = hook
             modules.__class__ = hooked_class(type(modules), RoutedModuleList)
+        if self.closing is not None:
+            self.closing.install()
 
     def remove(self) -> None:
         for blocks in self.lists:
             blocks.modules.__dict__.pop(HOOK, None)
-            if isinstance(blocks.modules, RoutedModuleList):
-                blocks.modules.__class__ = type(blocks.modules).__mro__[2]
+            put_back(blocks.modules, RoutedModuleList)
+        if self.closing is not None:
+            self.closing.remove()
 
     def hooked(self) -> list[str]:
         return [f"{blocks.name} ({len(blocks)} blocks)" for blocks in self.lists]
@@ -155,6 +163,8 @@ class StackTarget(BoundTarget):
         self.opening = None
         for hook in self.hooks:
             hook.entered = NOTHING
+        if self.closing is not None:
+            self.closing.done = False
 
     def _refurnish(self) -> None:
         """The lists hold other blocks than they did: forget how they run."""
@@ -275,6 +285,8 @@ class StackTarget(BoundTarget):
         if self.control.actions[self.rule] == REUSE:
             return
         self.go_by(recorder.finish())
+        if self.closing is not None:
+            self.closing.check(self.layout.order[-1:] in ((), (len(self.lists) - 1,)))
         for hook in self.hooks if self.layout.places else ():
             hook.arrange(self.layout, self.hooks)
         state, rule = self.control.state, self.rule
