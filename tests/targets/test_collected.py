@@ -70,3 +70,69 @@ def test_two_blocks_of_a_plain_model_are_skipped():
         with fastcache.enable(model, Recipe(Mask(MASK), Reuse(), Stack())) as cache:
             driven(cache, model, calls)
             assert "." in toys.actions(cache)
+
+
+class Walks(toys.Model):
+    """Two blocks, gone through as `way` says; `keeps` what each returns, needed or not."""
+
+    way = "loop"
+    keeps = "nothing"
+
+    def walked(self):
+        if self.way == "counted":  # never asks for what comes after the last block
+            return (block for _, block in zip(range(2), self.blocks, strict=False))
+        if self.way == "index":
+            return (self.blocks[i] for i in range(2))
+        return iter(list(self.blocks)) if self.way == "listed" else iter(self.blocks)
+
+    def through(self, hidden, text):
+        if self.keeps == "a generator's":
+            return sum(list(self.each(hidden))), text
+        kept = self.kept = []
+        for block in self.walked():
+            before, hidden = hidden, self._call(block, hidden, None)
+            if self.keeps == "all":
+                kept.append(hidden)
+        if self.keeps == "what came before":
+            hidden = hidden + 0 * before
+        return sum(kept, hidden), text
+
+    def each(self, hidden):
+        for block in self.walked():
+            hidden = self._call(block, hidden, None)
+            yield hidden
+
+
+@pytest.mark.parametrize("style", ["keyword", "positional"])
+@pytest.mark.parametrize("way", ["loop", "counted", "index", "listed"])
+@pytest.mark.parametrize("keeps", ["all", "a generator's", "nothing"])
+def test_it_is_seen_however_the_list_is_gone_through(way, keeps, style):
+    model, calls = Walks(depth=2, style=style), toys.inputs()
+    model.way, model.keeps = way, keeps
+    with fastcache.enable(model, Recipe(Mask(MASK), Reuse(), Stack())) as cache:
+        if keeps == "nothing":
+            driven(cache, model, calls)
+            assert "." in toys.actions(cache)
+        else:
+            with pytest.raises(ValueError, match="keeps what each block"):
+                driven(
+                    cache, model, calls[:2]
+                )  # a loop that never ends shows it at the second call
+
+
+@pytest.mark.parametrize("style", ["keyword", "positional"])
+def test_the_end_of_a_loop_shows_it_without_a_look_at_the_whole_process(style, monkeypatch):
+    asked: list[object] = []
+    monkeypatch.setattr("gc.get_referrers", lambda *objects: asked.append(objects) or [])
+    model, calls = toys.Model(depth=2, style=style), toys.inputs()
+    with fastcache.enable(model, Recipe(Mask(MASK), Reuse(), Stack())) as cache:
+        driven(cache, model, calls)
+        assert "." in toys.actions(cache) and not asked
+
+
+def test_a_variable_of_the_loop_is_no_collection():
+    model, calls = Walks(depth=2), toys.inputs()
+    model.keeps = "what came before"
+    with fastcache.enable(model, Recipe(Mask(MASK), Reuse(), Stack())) as cache:
+        driven(cache, model, calls)
+        assert "." in toys.actions(cache)

@@ -74,7 +74,7 @@ class BlockListHook(Player):
         control = self.control
         action, phase = control.actions[self.stack.rule], control.phase
         if self.recorder is not None:
-            return iter(self.recorder.items(self.blocks.index))
+            return self.recorder.walk(self.blocks.index)
         if action == REUSE or phase == HEAD:
             if phase in self.made and (self.ready_made or not control.may_be_compiled):
                 return iter(self.made[phase])

@@ -127,6 +127,9 @@ class BlockList:
         self.index, self.name, self.modules, self.row = index, name, modules, row
         (self.head, self.tail), self.probed = ends, probed
         self.closing: Any = None  # what its last block runs too, a `Closing`
+        self.loop_ends = (
+            True  # a loop over it is expected to ask for what comes after the last block
+        )
         self.known = self.blocks()
         self.count = len(self.known)
         self._ios: dict[type, BlockIO] = {}

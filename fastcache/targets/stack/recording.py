@@ -17,7 +17,7 @@ from .collected import Returned
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import decide_by_input, look_at_input, look_at_output
 from .roles import BlockStandIn
-from .seen import Passed, Seen, carried, copied
+from .seen import Passed, Seen, carried, copied, no_hidden_states
 from .segments import ENTER, LEAVE, Cut, Event, alone, continues_previous, cut
 from .way import Way, version
 
@@ -48,6 +48,14 @@ class Recorder:
         """What list number `at` hands out in this call."""
         blocks = self.lists[at].blocks()
         return [BlockStandIn(partial(self._run, at, i), block) for i, block in enumerate(blocks)]
+
+    def walk(self, at: int) -> Iterator[BlockStandIn]:
+        """The same to a loop over the list, whose end shows what the model has kept."""
+        self.returned.loop_begins(at)
+        yield from self.items(at)
+        self.seen[at].let_go()
+        if self.returned.loop_ends(at):
+            self._refuse_collected()
 
     # --- the call, block by block -----------------------------------------------------------------------
 
@@ -81,7 +89,7 @@ class Recorder:
             self.events.append((at, LEAVE))
         if index == last and blocks.skips:
             ours = [(seen.entered, seen.left, seen.passed) for seen in self.seen]
-            if self.returned.collected(args, kwargs, [*ours, (self.counts,)]):
+            if self.returned.collected(at, args, kwargs, [*ours, (self.counts,)]):
                 self._refuse_collected()
         return output
 
@@ -159,12 +167,7 @@ class Recorder:
         places = io.positions(output, hidden, encoder, seen.positions)
         value = io.streams(output, hidden, encoder, seen.positions)[0]
         if not isinstance(value, Tensor):
-            raise ValueError(
-                f"target: {io.name} in {self.lists[at].name!r} returns a {type(output).__name__}, in which no "
-                "hidden states were found; blocks may return a tensor, or a tuple, list, dict or dataclass "
-                "with one. Name other lists with fastcache.BlockAdapter(blocks=...), or skip modules instead "
-                "with a recipe of where=fastcache.Modules(...)"
-            )
+            raise no_hidden_states(io.name, self.lists[at].name, output)
         self.way.leave(value)
         copy = value.clone() if value.is_inference() else None
         seen.passed = Passed(index, io, output, hidden, encoder, version(value), copy)
@@ -251,7 +254,7 @@ class Recorder:
         Raises ValueError where the lists have no residual, unless calls before have shown another model.
         """
         known = self.known
-        if not self.learns or not self._ran_whole():
+        if not self.learns or self.returned.unsettled() or not self._ran_whole():
             self.learns = False
             return known
         try:

@@ -40,6 +40,11 @@ class Seen:
     # copy of what entered the stack, until the order of returns of its first block is known
     probed: Tensor | None = None
 
+    def let_go(self) -> None:
+        """Keep what the last block was called with no longer alive: no other one follows."""
+        if self.passed is not None:
+            self.passed = self.passed._replace(hidden=None, encoder=None)
+
     def place(
         self, segment: int = -1, opens: bool = False, closes: bool = False, opener: int = 0
     ) -> Place:
@@ -60,3 +65,12 @@ def copied(left: Left, entered: Entered | None) -> Left:
     hidden, text, extra = left
     passes_by = entered is not None and text is entered.encoder
     return Left(hidden.clone(), text if passes_by or text is None else text.clone(), extra)
+
+
+def no_hidden_states(block: str, name: str, output: Any) -> ValueError:
+    """What is to be raised where a block of the list `name` returns this."""
+    return ValueError(
+        f"target: {block} in {name!r} returns a {type(output).__name__}, in which no hidden states were found; blocks "
+        "may return a tensor, or a tuple, list, dict or dataclass with one. Name other lists with "
+        "fastcache.BlockAdapter(blocks=...), or skip modules instead with a recipe of where=fastcache.Modules(...)"
+    )
