@@ -249,6 +249,10 @@ class BlockIO:
         self, output: Any, hidden: Any, encoder: Any, learnt: Positions | None
     ) -> tuple[Any, Any]:
         """(hidden, encoder) as the block has returned them; text that it does not return is as it came."""
+        known = self.returns
+        if known is not None and type(output) is tuple and len(output) >= len(known):
+            at, text = self.declared  # as below, in fewer calls: reused steps come here too
+            return output[at], encoder if text is None else output[text]
         hidden_at, encoder_at = self.positions(output, hidden, encoder, learnt)
         if hidden_at is None:
             return output, encoder

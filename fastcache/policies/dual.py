@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..checks import limit, marks_of, whole
 from ..signals import Signal
@@ -77,7 +78,7 @@ class DualBlock(Policy):
         return Run(memory=_Counts())
 
     def must_compute(self, run: Run, step: Step) -> str:
-        at, counts = self._place(step.index), run.memory
+        at = step.index if self.refresh is None else self._place(step.index)
         if not at:
             return "first step"
         if step.compute:
@@ -88,15 +89,15 @@ class DualBlock(Policy):
             return "last step"
         if self.compute is not None and at < len(self.compute) and self.compute[at]:
             return "mask"
-        if self.max_reused is not None and counts.reused >= self.max_reused:
+        if self.max_reused is not None and run.memory.reused >= self.max_reused:
             return "max_reused"
         if self.max_skips and run.in_a_row >= self.max_skips:
             return "max_skips"
-        if self.budget and counts.change >= self.budget:
+        if self.budget and run.memory.change >= self.budget:
             return "budget"
         return ""
 
-    @property
+    @cached_property
     def _warmed(self) -> int:
         """Steps of the warm-up, which ends with the first marks of a mask."""
         warmup = self.warmup or 0
@@ -124,19 +125,19 @@ class DualBlock(Policy):
         return tuple(not at or (at < len(mask) and mask[at]) for at in places)
 
     def _judge(self, run: Run, step: Step, signal: float | None, guard: str) -> Decision:
-        if not self._place(step.index):
-            run.memory = _Counts()
-        counts, threshold = run.memory, self.threshold
-        decision = Decision(COMPUTE, signal, threshold, guard or "no residual yet")
-        if not guard and signal is not None:
-            finite = math.isfinite(signal)
-            within = finite and 0 < threshold and (signal < threshold or threshold >= 1)
-            counts.change += signal if finite and threshold < 1 else 0.0
-            decision = Decision(COMPUTE, signal, threshold, "change above threshold")
-            if within:
-                decision = Decision(REUSE, signal, threshold, "change within threshold")
-        counts.reused += decision.action == REUSE
-        return decision
+        threshold = self.threshold
+        if guard or signal is None:
+            if not self._place(step.index):
+                run.memory = _Counts()
+            return Decision(COMPUTE, signal, threshold, guard or "no residual yet")
+        if math.isfinite(signal):
+            counts = run.memory
+            if threshold < 1:
+                counts.change += signal
+            if signal < threshold or threshold >= 1:
+                counts.reused += 1
+                return Decision(REUSE, signal, threshold, "change within threshold")
+        return Decision(COMPUTE, signal, threshold, "change above threshold")
 
     def computed(self, run: Run, step: Step) -> None:
         super().computed(run, step)

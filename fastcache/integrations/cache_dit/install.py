@@ -114,7 +114,7 @@ def _session(
     dummies = joined[number] if joined and isinstance(joined[0], list) else joined
     names = [*block_adapter.blocks_name[number], *(dummies or ())]
     lists = list(block_adapter.blocks[number])
-    adapter = adapter_of(names, lists, block_adapter.forward_pattern[number])
+    adapter = adapter_of(transformer, names, lists, block_adapter.forward_pattern[number])
     return Session(transformer, recipes[0], adapter, own[0], lists, block_adapter.pipe)
 
 

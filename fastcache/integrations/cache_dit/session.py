@@ -57,8 +57,11 @@ class Session:
 
         @functools.wraps(forward)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            with self.next_step():
-                return forward(*args, **kwargs)
+            context = self.next_step()
+            with context:
+                output = forward(*args, **kwargs)
+            self.closed[context.name] = context
+            return output
 
         self.attached.swaps.put(transformer, "forward", counted)
         vars(transformer)[SESSION] = self
@@ -70,6 +73,8 @@ class Session:
         self.separate, self.steps = bool(config.enable_separate_cfg), config.num_inference_steps
         self.cfg_first = bool(config.cfg_compute_first)
         self.calls, self.taken = 0, Counter[str]()
+        # by branch, the context of its last call, to be opened again
+        self.closed: dict[str, Any] = {}
         self.cache.reset()
 
     def next_step(self) -> Any:
@@ -87,7 +92,11 @@ class Session:
             step = 0
         self.calls += 1
         self.taken[name] = step + 1
-        return self.cache.context(name, step_index=step, num_inference_steps=self.steps)
+        context = self.closed.pop(name, None)
+        if context is None:  # the first one, or another thread has it open
+            return self.cache.context(name, step_index=step, num_inference_steps=self.steps)
+        context.step_index, context.num_inference_steps = step, self.steps
+        return context
 
     def refresh(self, kwargs: dict[str, Any], recipe: Recipe) -> None:
         """The next call is a first step, of a run with these settings."""

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...configs import DBCacheConfig
 from ...models.adapter import ENCODER, HIDDEN, Block, BlockAdapter
+from ...models.registry import adapter_for
 from ...models.table import BLOCKS
 from ...predictors import DMD, Predictor, Taylor
 from ...recipe import Recipe
@@ -77,22 +78,22 @@ def forecast_of(calibrator: Any) -> Predictor | None:
 
 
 def adapter_of(
-    names: Sequence[str], blocks: Sequence[Any], patterns: Sequence[Any]
+    transformer: Any, names: Sequence[str], blocks: Sequence[Any], patterns: Sequence[Any]
 ) -> BlockAdapter:
-    """How the block lists of a transformer are found and driven.
+    """How the block lists of a transformer are found and driven: as cache-dit has it, the rest as its class is known.
 
     Args:
+        transformer: the module.
         names: of the lists, in the order in which they run, the ones that cache-dit joins included.
         blocks: those lists.
         patterns: cache-dit's, of each.
     Returns:
         A BlockAdapter.
     """
+    known = replace(adapter_for(transformer), blocks=tuple(names))
     kinds = {kind.__name__ for found in blocks for block in found for kind in type(block).__mro__}
     if kinds & BLOCKS.keys() or len({pattern.Out for pattern in patterns}) > 1:
-        return BlockAdapter(blocks=tuple(names))  # by class, or as a first call shows
+        return known  # by class, or as a first call shows
     streams = {"hidden_states": HIDDEN, "encoder_hidden_states": ENCODER}
     returns: Any = tuple(streams[name] for name in patterns[0].Out)
-    return BlockAdapter(
-        blocks=tuple(names), block=Block(returns=returns if len(returns) > 1 else None)
-    )
+    return replace(known, block=Block(returns=returns if len(returns) > 1 else None))

@@ -69,7 +69,8 @@ def _op(name: str) -> Callable[..., None]:
     reason = available()
     if reason is not True:
         raise RuntimeError(f"C++ kernels: {reason}")
-    return getattr(torch.ops.fastcache_C, name).default
+    overload = getattr(torch.ops.fastcache_C, name).default
+    return overload._op  # what the overload itself calls, from Python
 
 
 def capability() -> str:
