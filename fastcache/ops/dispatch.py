@@ -186,9 +186,9 @@ def resolve(
         if first.is_cuda and _forced.get() == AUTO:
             _report(op, tensors, "no kernels work on this device")
         return function(REFERENCE, op), tensors
-    shape, dtype, dense = first.shape, first.dtype, True
+    shape, dtype, dense = first.shape, first.dtype, first.is_contiguous()
     uniform = dtype is not torch.float64  # which no kernel takes
-    for t in tensors:
+    for t in tensors[1:]:
         if t.shape != shape:
             raise ValueError(f"{op}: shapes {tuple(shape)} and {tuple(t.shape)} differ")
         if not t.is_contiguous():

@@ -44,12 +44,16 @@ def direct(name: str) -> Callable[..., Any]:
         A function with the op's arguments.
     """
     op, body = getattr(torch.ops.fastcache, name).default, BODIES[name]
+    # looked up once: each op of an eager step asks
+    traced, modes = torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch_stack
 
     def call(*args: Any) -> Any:
         # export traces under a dispatch mode, so asking for Dynamo is enough
-        if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
+        if traced() or modes():
             return op(*args)
         first = args[0]
+        if type(first) is Tensor:
+            return body(*args)
         plain = type(first if isinstance(first, Tensor) else first[0]) in (Tensor, Parameter)
         return body(*args) if plain else op(*args)
 

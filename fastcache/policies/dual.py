@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 
 from ..checks import limit, marks_of, whole
 from ..signals import Signal
@@ -85,6 +85,8 @@ class DualBlock(Policy):
             return "asked for"
         if at < self._warmed and at % self.interval == 0:
             return "warm-up"
+        if not self._limited:
+            return ""
         if self.last and step.total is not None and step.index == step.total - 1:
             return "last step"
         if self.compute is not None and at < len(self.compute) and self.compute[at]:
@@ -96,6 +98,12 @@ class DualBlock(Policy):
         if self.budget and run.memory.change >= self.budget:
             return "budget"
         return ""
+
+    @cached_property
+    def _limited(self) -> bool:
+        """Whether anything but the change decides after the warm-up."""
+        limits = self.compute is not None or self.max_reused is not None
+        return bool(limits or self.last or self.max_skips or self.budget)
 
     @cached_property
     def _warmed(self) -> int:
@@ -130,7 +138,7 @@ class DualBlock(Policy):
             if not self._place(step.index):
                 run.memory = _Counts()
             return Decision(COMPUTE, signal, threshold, guard or "no residual yet")
-        if math.isfinite(signal):
+        if isfinite(signal):
             counts = run.memory
             if threshold < 1:
                 counts.change += signal

@@ -42,7 +42,7 @@ class Taylor(OfOrder):
         if self.skip_first and len(steps) > 1 and steps[-1] == 0:
             steps = steps[:-1]
         rule = latest_gap_weights if self.spacing == "latest" else polynomial_weights
-        return rule(tuple(steps[0] - s for s in steps), step - steps[0])
+        return rule(steps_back(steps), step - steps[0])
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,12 @@ class TaylorTable(OfOrder):
         """
         offset = step - steps[0]
         return tuple(offset**k / math.factorial(k) for k in range(min(len(steps), self.depth)))
+
+
+@lru_cache(maxsize=4096)
+def steps_back(steps: tuple[int, ...]) -> tuple[int, ...]:
+    """How many steps before the newest each value lies, (0, 2, 3, ...)."""
+    return tuple(steps[0] - s for s in steps)
 
 
 @lru_cache(maxsize=4096)

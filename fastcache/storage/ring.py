@@ -125,7 +125,9 @@ class Ring(Stream):
                 return base + row  # the kernel's bits and passes, with a sixth of its call overhead
         if torch.compiler.is_compiling():
             return self._predict_compiled(base)
-        rows = [fitting(self.views[r], base) for r in self.timeline.rows[: len(weights)]]
+        rows = [self.views[r] for r in self.timeline.rows[: len(weights)]]
+        if base is not None and rows[0].shape != base.shape:
+            rows = [fitting(row, base) for row in rows]
         return weighted(rows, weights, base, self.dtype)
 
     def _handed_out(self, row: Tensor) -> Tensor:

@@ -114,6 +114,9 @@ class ReturnLayout:
         kind: Any = self.kind
         if kind is None:
             return hidden
+        if kind is tuple and self.length == 2 and not extra:  # as most blocks do
+            text = None if self.encoder is None else encoder
+            return (text, hidden) if self.hidden else (hidden, text)
         values: list[Any] = [None] * self.length
         for i, value in extra.items():
             values[i] = value

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...models.adapter import BlockAdapter
 from ...recipe import Recipe
-from ...runtime.frames import innermost
+from ...runtime.frames import innermost, latest
 from ..attached import Attached
 
 SESSION = "_fastcache_session"  # what a transformer keeps
@@ -79,19 +79,20 @@ class Session:
 
     def next_step(self) -> Any:
         """The context of the call that comes: a branch that somebody has named, else one by parity."""
-        around = innermost(self.cache)
+        around: Any = latest() and innermost(self.cache)  # mostly nothing is open
         if around is not None and around.one_call:
             name = around.name
         elif self.separate and (self.calls % 2 == 0) is self.cfg_first:
             name = CFG
         else:
             name = MAIN
-        step = self.taken[name]
+        taken = self.taken
+        step = taken[name]
         if step == self.steps:
             self.begin()
-            step = 0
+            taken, step = self.taken, 0
         self.calls += 1
-        self.taken[name] = step + 1
+        taken[name] = step + 1
         context = self.closed.pop(name, None)
         if context is None:  # the first one, or another thread has it open
             return self.cache.context(name, step_index=step, num_inference_steps=self.steps)

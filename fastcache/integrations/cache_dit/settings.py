@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from ...configs import DBCacheConfig
@@ -31,12 +32,14 @@ class LateTaylor(Taylor):
         Returns:
             A weight per value that counts.
         """
-        late = 0
-        for computed in steps:  # no generator: this runs on every reused step
-            if computed < DIFFERENCES:
-                break
-            late += 1
-        return super().weights(steps[: late + 1], step)
+        return super().weights(counting(steps), step)
+
+
+@lru_cache(maxsize=4096)
+def counting(steps: tuple[int, ...]) -> tuple[int, ...]:
+    """Of computed steps, newest first, those from which cache-dit takes differences, and the one before."""
+    late = sum(computed >= DIFFERENCES for computed in steps)
+    return steps[: late + 1]
 
 
 class Elsewhere(ValueError):
