@@ -80,7 +80,7 @@ def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path) -> float:
     model, inputs = build()
     model.eval().requires_grad_(False)
     calls = trajectory(inputs)
@@ -110,6 +110,7 @@ def main(folder: Path) -> None:
     print(
         f"cache: {sum(t.numel() * t.element_size() for t in own.values())} bytes; worst {worst:.1e}"
     )
+    return worst
 
 
 if __name__ == "__main__":

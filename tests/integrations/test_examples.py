@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ def example(name: str) -> Any:
 
 
 def test_all_of_them_are_run():
-    elsewhere = {"serve", "export_aoti"}  # the latter compiles for minutes
-    run = {"diffusers_pipeline", "hand_loop", "from_cache_dit", "engine_template"}
+    elsewhere = {"serve"}
+    run = {"diffusers_pipeline", "hand_loop", "from_cache_dit", "engine_template", "export_aoti"}
     run |= {"flux", "wan", "qwen_image"}  # but for loading weights
     assert {path.stem for path in EXAMPLES.glob("*.py")} == elsewhere | run
 
@@ -59,6 +60,32 @@ def test_the_template_of_an_engine():
     assert (found["plain"] - found["cached"]).abs().mean() < 0.2 * moved
     assert torch.equal(found["turns"][0], found["cached"]), "a slot is not what it is alone"
     assert torch.equal(found["plain"], found["after"])
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param("WanTransformer3DModel", marks=pytest.mark.slow), "Plain"]
+)
+def test_two_packages_share_a_cache(model, monkeypatch, tmp_path, capsys):
+    """All but AOTInductor, which compiles for minutes: the exported programs are packaged as they are."""
+
+    def package(program: Any, package_path: str) -> str:
+        torch.export.save(program, package_path)
+        return package_path
+
+    def load(path: str) -> Any:
+        return torch.export.load(path).module()
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", package)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
+    if model == "Plain":
+        monkeypatch.setitem(sys.modules, "diffusers", None)  # not installed
+    script = example("export_aoti")
+    built, _ = script.build()
+    assert type(built).__name__ == model
+    assert script.main(tmp_path) < 1e-5
+    assert {path.name for path in tmp_path.iterdir()} == {"compute.pt2", "reuse.pt2"}
+    said = capsys.readouterr().out
+    assert said.count(": compute differs") + said.count(": reuse   differs") == script.STEPS
 
 
 # --- for large checkpoints: everything but loading them, with pipelines of the same class -----------------
