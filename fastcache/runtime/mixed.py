@@ -2,7 +2,9 @@
 """One call of a model whose samples belong to different requests, at steps and with decisions of their own.
 
 Each sample is located and decided by itself, as a call of its own would be. Those that compute then go through the
-model together, as a smaller batch, and so do those that reuse; a batch that agrees is one call.
+model together, as a smaller batch, and so do those that reuse; a batch that agrees is one call. Samples that decide
+inside the stack enter it together: where they agree, that call goes on; else it was their head, and those that compute
+and those that reuse each go on from it in a call of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 from ..policies import COMPUTE, REUSE
 from ..storage.allocate import NoRoom, Unfit
 from ..storage.state import State
-from ..targets.control import WHOLE
+from ..storage.together import Group
+from ..targets.control import PENDING, REST, WHOLE, Stop
 from .context import Context
 from .denoiser import Denoiser
 from .frames import OWN
@@ -55,7 +58,11 @@ class Sample:
             self.context.pop()
             if self.run is not None:
                 self.run.pause()
-        control = denoiser.control
+        self.note()
+
+    def note(self) -> None:
+        """Take over what the control holds."""
+        control = self.denoiser.control
         self.step, self.batch = control.step, control.batch
         self.decisions, self.actions = list(control.decisions), list(control.actions)
         self.weights = list(control.weights)
@@ -120,7 +127,7 @@ def _run(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[
     eager = not (denoiser.control.may_be_compiled or torch.is_grad_enabled())
     if eager and len(denoiser.targets) == 1 and not denoiser.executor.wrappers:
         grouped = [sample for sample in samples if sample.joins]
-    for action in (COMPUTE, REUSE):
+    for action in (COMPUTE, REUSE, PENDING):
         alike = [sample for sample in grouped if sample.actions == [action]]
         new = [s for s in alike if not denoiser.targets[0].recorded(s.state)]
         if new and _like(new[0]) is None:  # the first call of its kind shows how the model runs
@@ -130,10 +137,11 @@ def _run(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[
         if new and (other := _like(new[0])) is not None:
             for sample in new:
                 denoiser.targets[0].prepare_like(sample.state, other)
-        found = _together(denoiser, alike, gather) if len(alike) > 1 else None
-        if found is not None:
-            parts.append(found)
-            rest = [sample for sample in rest if sample not in alike]
+        if len(alike) > 1:
+            found = _together(denoiser, alike, gather)
+            served = {place for places, _ in found for place in places}
+            rest = [sample for sample in rest if sample.place not in served]
+            parts += found
     return parts + [sample.alone() for sample in rest]
 
 
@@ -144,33 +152,44 @@ def _like(sample: Sample) -> State | None:
     return next((s for s in states if s.signature == signature and target.recorded(s)), None)
 
 
-def _together(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> Part | None:
-    """One call for samples that do the same; None where they cannot be told apart in it."""
+def _together(
+    denoiser: Denoiser, samples: Sequence[Sample], gather: Gather, head: Group | None = None
+) -> list[Part]:
+    """One call for samples that do the same, or two more where they decide inside and differ; none for those that
+    cannot be told apart in it.
+
+    head: of a call that has run the first blocks for these samples and others.
+    """
     target, control = denoiser.targets[0], denoiser.control
     places = [sample.place for sample in samples]
+    group: Any = target.together(samples, head)
+    if group is None:
+        return []
     samples[0].arm()
-    action = control.actions[0]
+    parted, control.inside, control.phase = False, True, WHOLE if head is None else REST
     try:
-        group = target.together([s.state for s in samples], [s.weights[0] for s in samples])
-        if group is None:
-            return None
-        control.state, control.inside = group, True
-        if not control.begin_step(denoiser.targets):
-            return None
-        with denoiser.executor.backend():
+        with target.serving(group) as recorded, denoiser.executor.backend():
+            if not recorded:
+                return []
             output = denoiser.executor.original(**gather(places))
-        if action == REUSE and control.predicted != target.segments:
-            return None
+            action = control.actions[0]
+            if action == REUSE and control.predicted != target.segments:
+                return []
+            if action == COMPUTE:
+                target.commit(group, COMPUTE)
+                group.settle(target.rule)
+    except Stop:
+        parted = True
     except (Unfit, NoRoom) as error:
         LOG.debug("samples do not go together: %s", error)
-        return None
+        return []
     finally:
         control.inside = control.active = False
-    if action == COMPUTE:
-        target.commit(group, COMPUTE)
-        group.settle(target.rule)
+    if parted:
+        kinds = [[s for s in samples if s.actions == [action]] for action in (COMPUTE, REUSE)]
+        return [part for alike in kinds for part in _together(denoiser, alike, gather, group)]
     for sample in samples:
         sample.arm()
         sample.state.uncached_step = False
         denoiser.committer.commit(sample.state, sample.step)
-    return places, output
+    return [(places, output)]

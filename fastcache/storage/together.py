@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,10 +15,40 @@ from .stream import Stream
 from .unit import Unit
 
 
+class Member(Protocol):
+    """One sample of a call whose samples belong to different requests.
+
+    state: of its request. actions, weights: per rule, what was decided of its step.
+    """
+
+    state: State
+    actions: list[str]
+    weights: list[Sequence[float]]
+
+    def arm(self) -> None:
+        """Have the control hold what was decided of it."""
+
+    def note(self) -> None:
+        """Take over what the control holds: a decision has fallen inside the call."""
+
+
+def apart(value: Any, count: int) -> Iterator[Any]:
+    """A value of `count` samples, sample by sample: a tensor [count, ...], a named tuple with such in it, or what all
+    have in common. Raises Unfit for a tensor of another length."""
+    if isinstance(value, Tensor):
+        if value.shape[:1] != (count,):
+            raise Unfit(f"{tuple(value.shape)} is not one sample for each of {count}")
+        return iter(value.split(1))
+    if isinstance(value, tuple):
+        fields = [apart(field, count) for field in value]
+        return (type(value)(*row) for row in zip(*fields, strict=True))
+    return iter([value] * count)
+
+
 class Together(Stream):
     """One value of several states, each of which has a sample of it, in their order.
 
-    streams: those of the value. states: whose they are. weights: of each one's prediction.
+    streams: those of the value. states: whose they are. weights: of each one's prediction, by the time that is made.
     """
 
     __slots__ = ("states", "streams", "weights")
@@ -27,54 +57,63 @@ class Together(Stream):
         self,
         streams: Sequence[Stream],
         states: Sequence[State],
-        weights: Sequence[Sequence[float]],
+        weights: Sequence[Any],
     ) -> None:
         super().__init__(streams[0].dtype)
         self.streams, self.states, self.weights = streams, states, weights
 
-    def _samples(self, value: Tensor) -> tuple[Tensor, ...]:
-        if value.shape[:1] != (len(self.streams),):
-            raise Unfit(f"{tuple(value.shape)} is not one sample for each of {len(self.streams)}")
-        return value.split(1)
-
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
-        before = [None] * len(self.streams) if x is None else self._samples(x)
-        after = self._samples(y)
-        for stream, state, new, old in zip(self.streams, self.states, after, before, strict=True):
+        count = len(self.streams)
+        rows = zip(self.streams, self.states, apart(y, count), apart(x, count), strict=True)
+        for stream, state, new, old in rows:
             stream.store(new, old, state.armed_step)
 
     def predict(self, base: Tensor | None, weights: Any) -> Tensor:
-        bases = [None] * len(self.streams) if base is None else self._samples(base)
-        each = zip(self.streams, bases, self.weights, strict=True)
+        each = zip(self.streams, apart(base, len(self.streams)), self.weights, strict=True)
         return torch.cat([stream.predict(one, w) for stream, one, w in each])
 
 
 class Group:
     """What a call of several requests has in the place of a state, as far as one rule reads it.
 
-    states: those of its samples, in their order. units: by rule, as a `State` has them.
+    samples: in their order. weights: of the prediction of each, by rule in lists that its streams read. units, slots:
+    by rule, as a `State` has them. way: how the first blocks went, where others are still to come.
     """
 
-    __slots__ = ("armed_step", "made", "states", "steps_until_full_batch", "timelines", "units")
+    __slots__ = (
+        "armed_step",
+        "made",
+        "samples",
+        "slots",
+        "steps_until_full_batch",
+        "timelines",
+        "units",
+        "way",
+        "weights",
+    )
 
-    def __init__(self, states: Sequence[State], rule: int, made: dict[Any, Unit]) -> None:
-        self.states, self.made = states, made
-        self.units = {rule: dict(made)}
-        self.timelines = states[0].timelines  # their depth is read
+    def __init__(
+        self, samples: Sequence[Member], rule: int, made: dict[Any, Unit], weights: list[Any]
+    ) -> None:
+        self.samples, self.made, self.weights = samples, made, weights
+        self.units, self.slots = {rule: dict(made)}, dict[int, Any]()
+        self.timelines = samples[0].state.timelines  # their depth is read
         self.armed_step = self.steps_until_full_batch = 0
+        self.way: Any = None
 
     def settle(self, rule: int) -> None:
         """The call has computed: what it has stored is its states'; where it stored otherwise, they hold nothing."""
         whole = self.units[rule] == self.made
-        for state in self.states:
+        for state in (sample.state for sample in self.samples):
             if not whole:
                 state.units[rule].clear()
             for number, unit in state.units[rule].items():
                 unit.touched = self.made[number].touched
 
 
-def joined(states: Sequence[State], rule: int, weights: Sequence[Sequence[float]]) -> Group | None:
-    """The states as one; None unless each holds one sample of the same values, gone through the same way."""
+def joined(samples: Sequence[Member], rule: int) -> Group | None:
+    """The samples as one; None unless the state of each holds one of the same values, gone through the same way."""
+    states, weights = [sample.state for sample in samples], [s.weights[rule] for s in samples]
     first, made = states[0].units[rule], dict[Any, Unit]()
     if any(state.units[rule].keys() != first.keys() for state in states):
         return None
@@ -98,4 +137,4 @@ def joined(states: Sequence[State], rule: int, weights: Sequence[Sequence[float]
             Together([u.streams[at] for u in units], states, weights)
             for at in range(len(unit.streams))
         ]
-    return Group(states, rule, made) if made else None
+    return Group(samples, rule, made, weights) if made else None

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
@@ -12,6 +13,7 @@ from ..models.adapter import BlockAdapter
 from ..policies import COMPUTE
 from ..storage.group import SlotGroup
 from ..storage.state import State
+from ..storage.together import Group, Member
 from .decide import Part, RuleDecider
 from .guide import Guide
 
@@ -196,16 +198,28 @@ class BoundTarget:
             other: of one whose calls have the same signature, and which has had some.
         """
 
-    def together(self, states: Sequence[State], weights: Sequence[Sequence[float]]) -> Any:
+    def together(self, samples: Sequence[Member], head: Group | None = None) -> Group | None:
         """Several states, each of one sample, as one that a call of all of them reads and writes.
 
         Args:
-            states: of requests whose step does the same.
-            weights: of the prediction of each.
+            samples: of requests whose step does the same, or is to be decided inside the call.
+            head: of a call that has run the first blocks for these samples and others, which go on otherwise.
         Returns:
-            A `fastcache.storage.together.Group`; None where samples cannot be told apart: here, always.
+            What stands for the states; None where samples cannot be told apart: here, always.
         """
         return None
+
+    @contextlib.contextmanager
+    def serving(self, group: Group) -> Iterator[bool]:
+        """Be in charge of the model's forward for a group.
+
+        Args:
+            group: made by `together`.
+        Returns:
+            A context, with whether all storage exists.
+        """
+        self.control.state = group
+        yield self.control.begin_step([self])
 
     # --- compiled steps ---------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from ..policies import Policy
 from ..predictors import Predictor
 from ..storage.allocate import FP8
 from ..storage.state import State
+from ..storage.together import Group, Member
 from ..storage.unit import make_store
 from .base import Binding, BoundTarget, NothingToHook
 from .control import StepControl
@@ -124,6 +125,9 @@ class NothingTarget(BoundTarget):
 
     def recorded(self, state: State) -> bool:
         return True
+
+    def together(self, samples: Sequence[Member], head: Group | None = None) -> Group | None:
+        return Group(samples, self.rule, {}, [])
 
 
 def _nothing(binding: Binding, where: Nothing) -> NothingTarget:

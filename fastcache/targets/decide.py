@@ -187,7 +187,7 @@ class RuleDecider:
         """Measure y, or y - x, inside the forward, and decide by it unless compiled code waits for the number."""
         if not self.inside:
             return
-        control, meter, measured = self.control, self.meter, None
+        control, meter = self.control, self.meter
         assert meter is not None
         state: State = control.state
         if (
@@ -195,12 +195,18 @@ class RuleDecider:
         ):  # `prepare_head` has seen that there is something to measure against
             meter.measure_head(state, y, x)
             return
+        self.decide_with(self.measured(state, y, x))
+
+    def measured(self, state: State, y: Any, x: Tensor | None) -> Tensor | None:
+        """What the device gives for y, or for y - x; None where there is nothing to measure it against."""
+        meter = self.meter
+        assert meter is not None
         if not meter.needs_history:
-            measured = meter.measure(state, y, x)
-        elif self.ready(state):
-            self.upload_prior(state)
-            measured = meter.measure(state, y, x)
-        self.decide_with(measured)
+            return meter.measure(state, y, x)
+        if not self.ready(state):
+            return None
+        self.upload_prior(state)
+        return meter.measure(state, y, x)
 
     def decide_with(self, measured: Tensor | None) -> None:
         """Decide the running step with what was measured; the one device read of a step."""

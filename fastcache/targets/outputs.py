@@ -127,6 +127,11 @@ class ReturnLayout:
             return tuple(values) if kind is tuple else values
         return container(kind, self.names, values)
 
+    @property
+    def further(self) -> bool:
+        """Whether something comes beside the streams."""
+        return self.length > 1 + (self.encoder is not None)
+
 
 BARE = ReturnLayout()
 

@@ -58,9 +58,10 @@ def mixed_batch(
     """Call a model once for a batch whose samples belong to different requests, each decided by itself.
 
     Each sample has the schedule and the state of its own request. Those that compute run as a smaller batch, and
-    so do those that reuse; a batch that agrees is one call with the inputs as they are. So it
-    is for a recipe of one `Stack` whose policy and predictor look at nothing inside the model, on the uncompiled
-    model; every other sample is a call of its own, and so is the first of each shape.
+    so do those that reuse; a batch that agrees is one call with the inputs as they are. Where the first block
+    decides, it runs in one call for all, and those that compute and those that reuse go on from it in a call each
+    unless they agree. So it is for a recipe of one `Stack`, and for "off", on the uncompiled model; every other
+    sample is a call of its own, and so is the first of each shape.
 
     Args:
         model: the model that `fastcache.enable` was called on, or a denoiser of such a pipeline.

@@ -11,7 +11,7 @@ from ...policies import REUSE
 from ...storage.allocate import Unfit
 from ..control import REST
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
-from .probe import kept_output, look_at_input, look_at_output, note_decided, without_text
+from .probe import look_at_input, look_at_output, note_decided, without_text
 from .residual import keep, predict
 from .segments import continues_previous
 from .way import version
@@ -187,7 +187,7 @@ class Player:
         given, encoder = self.probed_io.read(args, kwargs)
         x = given if self.alone else self._opened()
         own = self.control.state.slots[self.stack.rule].own
-        hidden, encoder, extra, now = kept_output(own, given, encoder)
+        hidden, encoder, extra, now = own.give_back(given, encoder)
         note_decided(self.stack, without_text(hidden, x), x, now)
         output = self.returns.build(hidden, encoder, extra)
         computes = self.control.actions[self.stack.rule] != REUSE

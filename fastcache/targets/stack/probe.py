@@ -24,15 +24,16 @@ def look_at_output(
     """Have the step decided by what the first block made of x. Traced by torch.compile.
 
     more: what the block has returned beside the streams, by place; None where nothing is compiled. returns: how it
-    returns them. In the head region of a compiled step it raises Stop, having kept all of that.
+    returns them. In the head region of a compiled step it raises Stop, having kept all of that; so it does where the
+    samples of a call have decided differently, which makes what has run their head.
     """
     control, guide = stack.control, stack.guide
-    image, head = without_text(hidden, x) if stack.early else hidden, control.phase == HEAD
-    if head or control.actions[stack.rule] == PENDING:
+    image = without_text(hidden, x) if stack.early else hidden
+    if control.phase == HEAD or control.actions[stack.rule] == PENDING:
         stack.decider.measure(image, x)
     now = None if guide is None else guide.of(image, x)
-    if head:
-        keep_output(control.state.slots[stack.rule].own, hidden, encoder, more, now)
+    if control.phase == HEAD:
+        control.state.slots[stack.rule].own.keep(hidden, encoder, more, now)
         raise Stop
     action = control.actions[stack.rule]
     if action == COMPUTE or now is not None or stack.every_step:
@@ -108,7 +109,7 @@ def look_at_input(stack: Stack, blocks: BlockList, args: tuple, kwargs: dict) ->
 class ProbeSlots(SlotGroup):
     """What a step in two parts keeps of its first block, for its second part to start from: its hidden states,
     its text stream and what else the block returns, and the guide of the step where there is one. form: of the
-    reference that they were made beside."""
+    reference that they were made beside. Traced by torch.compile."""
 
     __slots__ = ("encoder", "entries", "extra", "form", "hidden", "now")
     holds = ("hidden", "encoder", "now")
@@ -127,9 +128,31 @@ class ProbeSlots(SlotGroup):
         self.entries, self.form = None, ()
 
     def rows(self) -> list[Tensor]:
-        """The slots of `extra`. Traced by torch.compile, which cannot follow `tensors`."""
+        """The slots of `extra`: torch.compile cannot follow `tensors`."""
         group = self.extra
         return [] if group is None else [getattr(group, name) for name in group.holds]
+
+    def keep(self, hidden: Tensor, encoder: Any, more: Any, now: Tensor | None) -> None:
+        """now: the guide of this step; None without one."""
+        tail(self.hidden, hidden).copy_(hidden)
+        if self.encoder is not None:
+            tail(self.encoder, encoder).copy_(encoder)
+        if now is not None:
+            tail(self.now, now).copy_(now)
+        if self.entries is not None:
+            for row, value in zip(self.rows(), self.entries.tensors(more), strict=True):
+                tail(row, value).copy_(value)
+
+    def give_back(self, x: Tensor, encoder: Any) -> tuple[Tensor, Any, Any, Tensor | None]:
+        """What `keep` has kept, for a call with these streams."""
+        if self.encoder is not None:  # streams without a batch differ in their first dimension
+            encoder = tail(self.encoder, encoder if isinstance(encoder, Tensor) else x)
+        now = None if self.now is None else tail(self.now, x)
+        more = {}
+        if self.entries is not None:
+            whole = self.hidden.shape[0]
+            more = self.entries.build([end_of(row, x, whole) for row in self.rows()])
+        return tail(self.hidden, x), encoder, more, now
 
 
 def lacks_slots(stack: Stack, state: State) -> bool:
@@ -168,29 +191,3 @@ def allocate_slots(rule: RuleSlots, left: Left) -> None:
 def allocate_like(value: Tensor) -> Tensor:
     """Storage for such a tensor, which lies in memory as that does."""
     return allocate(value.shape, value.dtype, value.device, strides_of(value))
-
-
-def keep_output(
-    slots: ProbeSlots, hidden: Tensor, encoder: Any, more: Any, now: Tensor | None
-) -> None:
-    """now: the guide of this step; None without one."""
-    tail(slots.hidden, hidden).copy_(hidden)
-    if slots.encoder is not None:
-        tail(slots.encoder, encoder).copy_(encoder)
-    if now is not None:
-        tail(slots.now, now).copy_(now)
-    if slots.entries is not None:
-        for row, value in zip(slots.rows(), slots.entries.tensors(more), strict=True):
-            tail(row, value).copy_(value)
-
-
-def kept_output(slots: ProbeSlots, x: Tensor, encoder: Any) -> tuple[Tensor, Any, Any, Any]:
-    """What `keep_output` has kept, for a call with these streams."""
-    if slots.encoder is not None:  # streams without a batch differ in their first dimension
-        encoder = tail(slots.encoder, encoder if isinstance(encoder, Tensor) else x)
-    now = None if slots.now is None else tail(slots.now, x)
-    more = {}
-    if slots.entries is not None:
-        whole = slots.hidden.shape[0]
-        more = slots.entries.build([end_of(row, x, whole) for row in slots.rows()])
-    return tail(slots.hidden, x), encoder, more, now

@@ -8,7 +8,8 @@ first and the last one wrapped; on a reused step one callable in place of all of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 from ...models.adapter import Block
 from ...policies import COMPUTE, REUSE
 from ...storage.state import State
-from ...storage.together import Group, joined
-from ...storage.unit import Unit
+from ...storage.together import Group, Member
 from ..base import BoundTarget
-from ..control import PENDING
+from ..control import PENDING, REST, Stop
 from ..decide import Part
 from ..guide import Guide
 from ..install import hooked_class, put_back
+from ..outputs import BARE
 from .closing import Closing
+from .each import group_of, looking, returns_more
 from .gate import BlockListHook
 from .layout import BlockList, Entered, Layout, Left, spread
 from .play import NOTHING
@@ -209,27 +211,50 @@ class StackTarget(BoundTarget):
 
     @property
     def splits(self) -> bool:
-        """Whether nothing of it looks at a whole batch."""
-        looks = self.guide is not None or self.meter is not None or self.measure
-        return not (looks or self.decider.what.feeds_back)
+        """Whether a batch can be told apart by sample: a calibration measures, and a series feeds, all of it."""
+        return not (self.measure or self.decider.what.feeds_back)
 
     def prepare_like(self, state: State, other: State) -> None:
         units = other.units[self.rule]
-        if self.splits and not _returns_more(units):
+        if self.splits and not returns_more(units):
             timeline = state.timelines[self.rule]
             made = {at: unit.like(timeline, self.make_store) for at, unit in units.items()}
             state.units[self.rule].update(made)
 
-    def together(self, states: Sequence[State], weights: Sequence[Sequence[float]]) -> Group | None:
+    def together(self, samples: Sequence[Member], head: Group | None = None) -> Group | None:
         """The residuals of several requests, split by sample along their first dimension.
 
-        Nothing that looks inside the stack can, nor can blocks that fold frames into the batch, which shows by the
-        sizes of what is held.
+        Blocks that fold frames into the batch go alone, which shows by the sizes of what is held; so do those whose
+        first ones return what a step that goes on after them would have to keep.
         """
-        units = states[0].units[self.rule]
-        folds = any(not isinstance(unit.template.base, bool) for unit in units.values())
-        apart = folds or not self.splits or any(_returns_more(s.units[self.rule]) for s in states)
-        return None if apart else joined(states, self.rule, weights)
+        rule = self.rule
+        states = [sample.state for sample in samples]
+        folds = any(not isinstance(u.template.base, bool) for u in states[0].units[rule].values())
+        if folds or not self.splits or any(returns_more(state.units[rule]) for state in states):
+            return None
+        seen = next((b.index for b in self.lists if b.probed), 0)
+        returns = self.layout.places[seen].returns if self.layout.places else BARE
+        if returns.further and self.in_parts and samples[0].actions[rule] == PENDING:
+            return None
+        return group_of(self, samples, head, returns.encoder is not None)
+
+    @contextlib.contextmanager
+    def serving(self, group: Group) -> Iterator[bool]:
+        control = self.control
+        before = self.decider, self.meter, self.guide
+        looks: Any = looking(*before, group)
+        control.state = group
+        recorded = control.begin_step([self])
+        if control.phase == REST:
+            self.way = group.way if control.actions[self.rule] == COMPUTE else None
+        self.decider, self.meter, self.guide = looks
+        try:
+            yield recorded
+        except Stop:
+            group.way = self.way
+            raise
+        finally:
+            self.decider, self.meter, self.guide = before
 
     def unanswered(self) -> bool:
         """Whether a step that was to be reused has predicted too little.
@@ -300,8 +325,3 @@ class StackTarget(BoundTarget):
             unit.way = tuple(recorder.way.calls)
         for number, entered, left in residuals:
             keep(state, rule, number, entered, left, self.measure)
-
-
-def _returns_more(units: Mapping[Any, Unit]) -> bool:
-    """Whether a segment returns what is no tensor, so that nothing says which samples it belongs to."""
-    return any(leaf is not None for unit in units.values() for leaf in unit.template.extras.rest)
