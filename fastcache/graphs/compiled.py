@@ -109,6 +109,7 @@ class Programs:
     ) -> None:
         self.denoiser, self._options, self._compiles = denoiser, options, COMPILED[cudagraphs]
         self._captured, self._frozen = bool(cudagraphs), frozen
+        self.batches = not cudagraphs  # of which a graph would be recorded for each set of states
         self.made: dict[tuple, Callable] = {}
         # the recipes of single runs have their decisions read by the host
         decides = on_device and denoiser.settings.own
@@ -140,7 +141,7 @@ class Programs:
         control.phase = phase
         if not self._compiles(phase, control.actions):
             return self.denoiser.original(*args, **kwargs)
-        program = self._program(*control.actions, control.batch, phase)
+        program = self._program(*control.actions, control.batch, control.members, phase)
         return self._replayed(program, *args, **kwargs)
 
     def _replayed(self, program: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -194,20 +195,30 @@ class Compiled:
         if denoiser is not self._denoiser:
             self._follow(denoiser)
         if denoiser.switch is not None:
-            return denoiser.switch.call(args, kwargs, self._run_of)
+            return denoiser.switch.call(args, kwargs, lambda meant: self.programs(meant).run)
         return denoiser.call(args, kwargs, self._own.run)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def _run_of(self, denoiser: Denoiser) -> Callable:
-        """What runs a step of a denoiser of this model."""
+    def programs(self, denoiser: Denoiser) -> Programs:
+        """What runs the steps of a denoiser of this model."""
         if denoiser is self._denoiser:
-            return self._own.run
+            return self._own
         if denoiser not in self._others:
             self._others = {d: p for d, p in self._others.items() if not d.ended}
             self._others[denoiser] = self._programs_of(denoiser)
-        return self._others[denoiser].run
+        return self._others[denoiser]
+
+
+def driven(call: Any) -> tuple[nn.Module, Callable[[Denoiser], Programs]] | None:
+    """The model that a callable made by `compile` drives, and its programs by denoiser; None for anything else."""
+    if type(call) is not Compiled:
+        return None
+    denoiser = call._model.__dict__.get(ATTACHED)
+    if denoiser is not None and denoiser is not call._denoiser:
+        call._follow(denoiser)
+    return call._model, call.programs
 
 
 def compile(

@@ -9,8 +9,8 @@ and those that reuse each go on from it in a call of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -27,6 +27,19 @@ from .runs import abandon
 
 Gather = Callable[[Sequence[int]], dict[str, Any]]  # keywords of a call for some of the samples
 Part = tuple[Sequence[int], Any]  # places of samples, and what the model returned for them
+# Of the batches that are compiled: larger ones are split, and a last sample goes alone.
+SIZES = (8, 4, 2)
+
+
+class Programs(Protocol):
+    """What stands in for the forward of a denoiser once storage exists. batches: also for several requests at once."""
+
+    batches: bool
+
+    def run(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+ProgramsOf = Callable[[Denoiser], Programs]
 
 
 class Sample:
@@ -36,6 +49,7 @@ class Sample:
         self.place, self.context, self.run, self.kwargs = place, context, run, kwargs
         self.denoiser: Any = None
         self.state: Any = None
+        self.programs: Programs | None = None
 
     @property
     def key(self) -> Any:
@@ -45,13 +59,14 @@ class Sample:
             request = self.run.request
         return request, self.context.name
 
-    def decide(self, own: Denoiser) -> None:
+    def decide(self, own: Denoiser, programs_of: ProgramsOf | None) -> None:
         """Find out which step it is and what becomes of it. own: the model's, by the cache's own recipe."""
         if self.run is not None:
             self.run.resume()
         self.context.push()
         try:
             self.denoiser = denoiser = own if own.switch is None else own.switch.meant()
+            self.programs = None if programs_of is None else programs_of(denoiser)
             self.state, step = denoiser.runs.locate(self.context, (), self.kwargs)
             denoiser.decider.decide(self.state, step, (), self.kwargs)
         finally:
@@ -84,27 +99,46 @@ class Sample:
         budget = executor.budget
         return not (budget and budget.refuses(executor.pool, state, executor.group, state.device))
 
+    @property
+    def program(self) -> Callable[..., Any]:
+        """The model's own forward, or what stands in for it once storage exists."""
+        return self.denoiser.executor.original if self.programs is None else self.programs.run
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has storage, and the device holds what compiled code has to know of its step."""
+        self.arm()
+        if self.denoiser.control.may_be_compiled:
+            self.denoiser.ahead.upload(self.state)
+        return not self.state.out_of_memory
+
     def alone(self) -> Part:
         """Run it as a call of its own."""
-        self.arm()
         denoiser = self.denoiser
+        self.arm()
         if denoiser.control.may_be_compiled:
             denoiser.ahead.upload(self.state)
-        output = denoiser.executor.execute(self.state, (), self.kwargs, None)
+        output = denoiser.executor.execute(self.state, (), self.kwargs, self.program)
         denoiser.committer.commit(self.state, self.step)
         return [self.place], output
 
 
-def call_mixed(own: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[Part]:
+def call_mixed(
+    own: Denoiser,
+    samples: Sequence[Sample],
+    gather: Gather,
+    programs_of: ProgramsOf | None = None,
+) -> list[Part]:
     """Call a model for a batch. What it returns comes in parts.
 
-    own: the model's denoiser, by the cache's own recipe. An exception forgets the runs of all requests of the batch.
+    own: the model's denoiser, by the cache's own recipe. programs_of: what stands in for the forward of a denoiser
+    whose model is compiled. An exception forgets the runs of all requests of the batch.
     """
     with own.lock:
         parts: list[Part] = []
         try:
             for sample in samples:
-                sample.decide(own)
+                sample.decide(own, programs_of)
             for denoiser in dict.fromkeys(sample.denoiser for sample in samples):
                 if own.switch is not None:
                     own.switch.hook(denoiser)
@@ -123,26 +157,41 @@ def call_mixed(own: Denoiser, samples: Sequence[Sample], gather: Gather) -> list
 def _run(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[Part]:
     """The samples of one recipe: those that do the same go together where they can, the others alone."""
     parts: list[Part] = []
-    rest, grouped = list(samples), []
-    eager = not (denoiser.control.may_be_compiled or torch.is_grad_enabled())
-    if eager and len(denoiser.targets) == 1 and not denoiser.executor.wrappers:
-        grouped = [sample for sample in samples if sample.joins]
-    for action in (COMPUTE, REUSE, PENDING):
+    target, programs = denoiser.targets[0], samples[0].programs
+    # compiled code measures what one sample shows inside the model
+    actions = (COMPUTE, REUSE) if denoiser.control.may_be_compiled else (COMPUTE, REUSE, PENDING)
+    grouped = (
+        [sample for sample in samples if sample.joins] if _may_join(denoiser, programs) else []
+    )
+    for action in actions:
         alike = [sample for sample in grouped if sample.actions == [action]]
-        new = [s for s in alike if not denoiser.targets[0].recorded(s.state)]
+        new = [sample for sample in alike if not target.recorded(sample.state)]
         if new and _like(new[0]) is None:  # the first call of its kind shows how the model runs
             parts.append(new[0].alone())
-            alike.remove(new[0])
-            rest.remove(new.pop(0))
+            alike.remove(new.pop(0))
         if new and (other := _like(new[0])) is not None:
             for sample in new:
-                denoiser.targets[0].prepare_like(sample.state, other)
-        if len(alike) > 1:
-            found = _together(denoiser, alike, gather)
-            served = {place for places, _ in found for place in places}
-            rest = [sample for sample in rest if sample.place not in served]
-            parts += found
-    return parts + [sample.alone() for sample in rest]
+                target.prepare_like(sample.state, other)
+        for some in [alike] if programs is None else _in_sizes(alike):
+            parts += _together(denoiser, some, gather)
+    served = {place for places, _ in parts for place in places}
+    return parts + [sample.alone() for sample in samples if sample.place not in served]
+
+
+def _may_join(denoiser: Denoiser, programs: Programs | None) -> bool:
+    """Whether samples of this recipe may go together at all."""
+    if torch.is_grad_enabled() or len(denoiser.targets) > 1 or denoiser.executor.wrappers:
+        return False
+    return not denoiser.control.may_be_compiled or (programs is not None and programs.batches)
+
+
+def _in_sizes(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+    """The samples in batches of few sizes, so that few programs are compiled."""
+    at = 0
+    for size in SIZES:
+        while len(samples) - at >= size:
+            yield samples[at : at + size]
+            at += size
 
 
 def _like(sample: Sample) -> State | None:
@@ -153,7 +202,10 @@ def _like(sample: Sample) -> State | None:
 
 
 def _together(
-    denoiser: Denoiser, samples: Sequence[Sample], gather: Gather, head: Group | None = None
+    denoiser: Denoiser,
+    samples: Sequence[Sample],
+    gather: Gather,
+    head: Group | None = None,
 ) -> list[Part]:
     """One call for samples that do the same, or two more where they decide inside and differ; none for those that
     cannot be told apart in it.
@@ -162,18 +214,21 @@ def _together(
     """
     target, control = denoiser.targets[0], denoiser.control
     places = [sample.place for sample in samples]
+    if len(samples) < 2 and head is None:
+        return []
     group: Any = target.together(samples, head)
-    if group is None:
+    if group is None or not all(sample.ready for sample in samples):
         return []
     samples[0].arm()
-    parted, control.inside, control.phase = False, True, WHOLE if head is None else REST
+    control.phase = WHOLE if head is None else REST
+    control.inside, control.members, parted = True, len(samples), False
     try:
         with target.serving(group) as recorded, denoiser.executor.backend():
             if not recorded:
                 return []
-            output = denoiser.executor.original(**gather(places))
+            output = samples[0].program(**gather(places))
             action = control.actions[0]
-            if action == REUSE and control.predicted != target.segments:
+            if action == PENDING or (action == REUSE and target.unanswered()):
                 return []
             if action == COMPUTE:
                 target.commit(group, COMPUTE)
@@ -184,10 +239,10 @@ def _together(
         LOG.debug("samples do not go together: %s", error)
         return []
     finally:
-        control.inside = control.active = False
+        control.inside, control.active, control.members = False, False, 1
     if parted:
         kinds = [[s for s in samples if s.actions == [action]] for action in (COMPUTE, REUSE)]
-        return [part for alike in kinds for part in _together(denoiser, alike, gather, group)]
+        return [p for alike in kinds for p in _together(denoiser, alike, gather, group)]
     for sample in samples:
         sample.arm()
         sample.state.uncached_step = False

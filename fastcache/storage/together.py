@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,58 +32,70 @@ class Member(Protocol):
         """Take over what the control holds: a decision has fallen inside the call."""
 
 
-def apart(value: Any, count: int) -> Iterator[Any]:
+def apart(value: Any, count: int) -> Sequence[Any]:
     """A value of `count` samples, sample by sample: a tensor [count, ...], a named tuple with such in it, or what all
-    have in common. Raises Unfit for a tensor of another length."""
+    have in common, as a tensor [1, ...] is. Raises Unfit for a tensor of another length. Traced by torch.compile."""
     if isinstance(value, Tensor):
-        if value.shape[:1] != (count,):
+        if value.shape[:1] == (count,):
+            return value.split(1)
+        if value.shape[:1] != (1,):
             raise Unfit(f"{tuple(value.shape)} is not one sample for each of {count}")
-        return iter(value.split(1))
-    if isinstance(value, tuple):
+    elif isinstance(value, tuple):
         fields = [apart(field, count) for field in value]
-        return (type(value)(*row) for row in zip(*fields, strict=True))
-    return iter([value] * count)
+        return [type(value)(*row) for row in zip(*fields, strict=True)]
+    return [value] * count
 
 
 class Together(Stream):
     """One value of several states, each of which has a sample of it, in their order.
 
     streams: those of the value. states: whose they are. weights: of each one's prediction, by the time that is made.
+    guided: these lie on the device. Traced by torch.compile, which finds others on the device too.
     """
 
-    __slots__ = ("states", "streams", "weights")
+    __slots__ = ("guided", "states", "streams", "weights")
 
     def __init__(
         self,
         streams: Sequence[Stream],
         states: Sequence[State],
         weights: Sequence[Any],
+        guided: bool,
     ) -> None:
         super().__init__(streams[0].dtype)
-        self.streams, self.states, self.weights = streams, states, weights
+        self.streams, self.states, self.weights, self.guided = streams, states, weights, guided
 
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
         count = len(self.streams)
-        rows = zip(self.streams, self.states, apart(y, count), apart(x, count), strict=True)
-        for stream, state, new, old in rows:
-            stream.store(new, old, state.armed_step)
+        steps = [0] * count
+        if not torch.compiler.is_compiling():
+            steps = [state.armed_step for state in self.states]
+        rows = zip(self.streams, apart(y, count), apart(x, count), steps, strict=True)
+        for stream, new, old, at in rows:
+            stream.store(new, old, at)
 
     def predict(self, base: Tensor | None, weights: Any) -> Tensor:
-        each = zip(self.streams, apart(base, len(self.streams)), self.weights, strict=True)
-        return torch.cat([stream.predict(one, w) for stream, one, w in each])
+        count = len(self.streams)
+        each: Sequence[Any] = [()] * count
+        if self.guided or not torch.compiler.is_compiling():
+            each = self.weights
+        rows = zip(self.streams, apart(base, count), each, strict=True)
+        return torch.cat([stream.predict(one, w) for stream, one, w in rows])
 
 
 class Group:
     """What a call of several requests has in the place of a state, as far as one rule reads it.
 
-    samples: in their order. weights: of the prediction of each, by rule in lists that its streams read. units, slots:
-    by rule, as a `State` has them. way: how the first blocks went, where others are still to come.
+    samples: in their order. weights: of the prediction of each, a list that its streams read. units, slots: by rule,
+    as a `State` has them. way: how the first blocks went, where others are still to come. signature: of the call that
+    each sample would be.
     """
 
     __slots__ = (
         "armed_step",
         "made",
         "samples",
+        "signature",
         "slots",
         "steps_until_full_batch",
         "timelines",
@@ -98,6 +110,7 @@ class Group:
         self.samples, self.made, self.weights = samples, made, weights
         self.units, self.slots = {rule: dict(made)}, dict[int, Any]()
         self.timelines = samples[0].state.timelines  # their depth is read
+        self.signature = samples[0].state.signature
         self.armed_step = self.steps_until_full_batch = 0
         self.way: Any = None
 
@@ -111,9 +124,12 @@ class Group:
                 unit.touched = self.made[number].touched
 
 
-def joined(samples: Sequence[Member], rule: int) -> Group | None:
-    """The samples as one; None unless the state of each holds one of the same values, gone through the same way."""
-    states, weights = [sample.state for sample in samples], [s.weights[rule] for s in samples]
+def joined(samples: Sequence[Member], rule: int, weights: list[Any], guided: bool) -> Group | None:
+    """The samples as one; None unless the state of each holds one of the same values, gone through the same way.
+
+    weights: of the prediction of each. guided: a guide leaves them on the device.
+    """
+    states = [sample.state for sample in samples]
     first, made = states[0].units[rule], dict[Any, Unit]()
     if any(state.units[rule].keys() != first.keys() for state in states):
         return None
@@ -134,7 +150,7 @@ def joined(samples: Sequence[Member], rule: int) -> Group | None:
             (torch.Size((count, *shape[1:])), dtype, device) for shape, dtype, device in unit.held
         )
         together.streams = [
-            Together([u.streams[at] for u in units], states, weights)
+            Together([u.streams[at] for u in units], states, weights, guided)
             for at in range(len(unit.streams))
         ]
     return Group(samples, rule, made, weights) if made else None

@@ -48,11 +48,7 @@ class Guide:
         with torch.no_grad():
             slots: GuideSlots = state.slots[rule].guide
             if not torch.compiler.is_compiling() and not _fits(slots.guides, guide, action):
-                depth, device = self.predictor.depth, guide.device
-                slots.guides = Ring(guide, state.timelines[rule])
-                slots.weights = allocate((depth + 1,), torch.float32, device)
-                slots.misfit = allocate((1,), torch.float32, device)
-                slots.prior = allocate((depth - 1,), torch.float32, device)
+                self._hold(state, rule, guide)
             if action == REUSE:
                 rows = slots.guides.newest_first(guide)
                 weights, misfit = _weights(guide, rows, slots.prior, self.predictor.ridge)
@@ -60,6 +56,20 @@ class Guide:
                 slots.misfit.copy_(misfit)
             elif action == COMPUTE:
                 slots.guides.store(guide, None, 0)
+
+    def prepare_like(self, state: State, other: State, rule: int) -> None:
+        """Have storage for guides such as another state's, where that has any."""
+        held = other.slots[rule].guide.guides
+        if held is not None:
+            self._hold(state, rule, held.views[0])
+
+    def _hold(self, state: State, rule: int, guide: Tensor) -> None:
+        slots: GuideSlots = state.slots[rule].guide
+        depth, device = self.predictor.depth, guide.device
+        slots.guides = Ring(guide, state.timelines[rule])
+        slots.weights = allocate((depth + 1,), torch.float32, device)
+        slots.misfit = allocate((1,), torch.float32, device)
+        slots.prior = allocate((depth - 1,), torch.float32, device)
 
     def stage(self, state: State, rule: int, prior: tuple[float, ...]) -> None:
         """Have the device hold the prior of this step."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..graphs.compiled import driven
 from ..runtime.context import Context
 from ..runtime.mixed import Sample, call_mixed
 from ..runtime.patch import ATTACHED
@@ -49,7 +50,7 @@ def split_batch(
 
 
 def mixed_batch(
-    model: nn.Module,
+    model: Callable[..., Any],
     contexts: Sequence[Context],
     inputs: Mapping[str, Any],
     shared: Sequence[str] = (),
@@ -60,11 +61,13 @@ def mixed_batch(
     Each sample has the schedule and the state of its own request. Those that compute run as a smaller batch, and
     so do those that reuse; a batch that agrees is one call with the inputs as they are. Where the first block
     decides, it runs in one call for all, and those that compute and those that reuse go on from it in a call each
-    unless they agree. So it is for a recipe of one `Stack`, and for "off", on the uncompiled model; every other
-    sample is a call of its own, and so is the first of each shape.
+    unless they agree. So it is for a recipe of one `Stack`, and for "off"; every other sample is a call of its own,
+    and so is the first of each shape. Compiled, a batch is split into calls of 8, 4, 2 and 1 samples, each with a
+    program of its own; samples whose stack decides, and all of them with `cudagraphs`, are then calls of their own.
 
     Args:
-        model: the model that `fastcache.enable` was called on, or a denoiser of such a pipeline.
+        model: the model that `fastcache.enable` was called on, a denoiser of such a pipeline, or what
+            `fastcache.compile` made of it.
         contexts: one `cache.context(name, request=..., step_index=...)` per sample, unopened.
         inputs: keyword arguments of the call. A tensor [B, ...], B the number of contexts, is split;
             everything else goes to all samples.
@@ -73,13 +76,16 @@ def mixed_batch(
     Returns:
         What the model returns, tensors joined along dimension 0, anything else from one of the samples.
     Raises:
-        TypeError: `model` is no nn.Module.
+        TypeError: `model` is neither an nn.Module nor made by `fastcache.compile`.
         ValueError: it is not enabled, two contexts say the same, or no input has a first dimension of B.
     Source: ours; docs/serving.md has an example.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}, must be the nn.Module that was enabled")
-    denoiser = model.__dict__.get(ATTACHED)
+    module, programs_of = driven(model) or (model, None)
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"model is {type(model).__name__}, must be the nn.Module that was enabled, or fastcache.compile of it"
+        )
+    denoiser = module.__dict__.get(ATTACHED)
     if denoiser is None:
         raise ValueError("model is not enabled; call fastcache.enable(model, config) first")
     count = len(contexts)
@@ -99,7 +105,7 @@ def mixed_batch(
     def gather(places: Sequence[int]) -> dict[str, Any]:
         return dict(inputs) if len(places) == count else _some(inputs, batched, places)
 
-    parts = call_mixed(denoiser, samples, gather)
+    parts = call_mixed(denoiser, samples, gather, programs_of)
     if len(parts) == 1:
         return parts[0][1]
     found = {p: (part, row) for part, (ps, _) in enumerate(parts) for row, p in enumerate(ps)}

@@ -65,21 +65,30 @@ def joined(members: list[tuple[int, int]], text: bool) -> dict[str, Tensor]:
 
 
 def mixed(
-    recipe: Any, shape: str = "tensor", seed: int = 0, make: Make = toys.model, **options: Any
+    recipe: Any,
+    shape: str = "tensor",
+    seed: int = 0,
+    make: Make = toys.model,
+    driven: Callable[[Any], Any] | None = None,
+    **options: Any,
 ) -> tuple[list[list[Tensor]], list[str], Forwards, list[int]]:
-    """Outputs and actions per request, what the model ran, and the calls of the model in each batch."""
+    """Outputs and actions per request, what the model ran, and the calls of the model in each batch.
+
+    driven: what is called in the model's place, and sees nothing of what the model runs.
+    """
     target, text = make(shape), toys.SHAPES[shape][1]
     outputs: list[list[Tensor]] = [[] for _ in range(REQUESTS)]
     counts = []
     with fastcache.enable(target, recipe, **options) as cache, torch.no_grad():
-        forwards = Forwards(target)
+        forwards = Forwards(target if driven is None else toys.model())
+        call = target if driven is None else driven(target)
         for members in batches(seed):
             contexts = [
                 cache.context("cond", request=r, step_index=i, num_inference_steps=toys.STEPS)
                 for r, i in members
             ]
             before = forwards.calls
-            found = fastcache.mixed_batch(target, contexts, joined(members, text))
+            found = fastcache.mixed_batch(call, contexts, joined(members, text))
             counts.append(forwards.calls - before)
             for n, (r, _) in enumerate(members):
                 outputs[r].append(found[n : n + 1])

@@ -139,11 +139,10 @@ def group_of(
     stack: Stack, samples: Sequence[Member], head: Group | None, returns_text: bool
 ) -> Group | None:
     """The samples as one. head: of the call that has run the first blocks for these, and others."""
-    group = joined(samples, stack.rule)
+    rule = stack.rule
+    group = joined(samples, rule, weights_of(samples, rule), stack.guide is not None)
     if group is None:
         return None
-    rule = stack.rule
-    group.weights[:] = weights_of(samples, rule)
     if head is None:
         own = Head(len(samples), returns_text)
     else:

@@ -220,6 +220,8 @@ class StackTarget(BoundTarget):
             timeline = state.timelines[self.rule]
             made = {at: unit.like(timeline, self.make_store) for at, unit in units.items()}
             state.units[self.rule].update(made)
+            if self.guide is not None:
+                self.guide.prepare_like(state, other, self.rule)
 
     def together(self, samples: Sequence[Member], head: Group | None = None) -> Group | None:
         """The residuals of several requests, split by sample along their first dimension.
