@@ -38,6 +38,7 @@ OVERLOAD, LOAD = 8.0, 0.8
 OURS = {
     "every 4, Taylor(2, skip_first)": fastcache.Recipe(EARLY, fastcache.Taylor(2, skip_first=True))
 }
+PRESETS = ("quality", "balanced", "fast")  # served mixed
 BRANCHES = ("cond", "uncond")
 
 
@@ -172,6 +173,7 @@ def servers(quick: bool) -> list[Server]:
             for name, recipe in OURS.items()
             for how in ("one at a time", "whole batch", "mixed")
         ),
+        *(cached(name, fastcache.preset(name), "mixed") for name in PRESETS[: 1 if quick else 3]),
     ]
 
 

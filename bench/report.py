@@ -15,7 +15,16 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from . import claims, common, figures, quality_figures, snippets, training_tables, tune_tables
+from . import (
+    claims,
+    common,
+    figures,
+    load_tables,
+    quality_figures,
+    snippets,
+    training_tables,
+    tune_tables,
+)
 from .common import RESULTS, ROOT, Row
 from .page import QUALITY_IMAGES, blocks, plain
 from .render import to_html
@@ -43,6 +52,7 @@ def draw(rows: list[Row], folder: Path) -> None:
         "ops": ("ops", figures.ops_figure, list),
         "overhead": ("overhead", figures.overhead_figure, list),
         "steps": ("steps", figures.steps_figure, list),
+        "load": ("load", load_tables.load_figure, list),
         "own": ("steps", figures.own_figure, figures.own_rows),
         "guided": ("quality", quality_figures.guided_figure, plain),
         "frontier": ("quality", quality_figures.frontier_figure, first),

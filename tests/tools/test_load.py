@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 
-from bench import load, load_soak
+from bench import figures, load, load_soak, load_tables
 
 
 def test_a_short_soak_crosses_nothing_and_loses_nothing(monkeypatch):
@@ -36,8 +36,28 @@ def test_every_server_serves_the_same_pictures_as_its_recipe_alone(tmp_path):
     path = tmp_path / "load.jsonl"
     assert load.main(["--quick", "--requests", "3", "--json", str(path)]) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    near = {(r["server"], r["most"]): r["psnr"] for r in rows}
-    assert near["uncached", 1] is None and near["uncached", 8] > 100  # infinite, and rounding
-    alone, mixed = near["fastcache, one at a time", 1], near["fastcache, mixed", 8]
+    near = {(r["server"], r["setting"]): r["psnr"] for r in rows}
+    exact = near["uncached", "one at a time"], near["uncached", "batches of 8"]
+    assert exact[0] is None and exact[1] > 100  # infinite, and rounding
+    (ours,) = load.OURS
+    alone, mixed = near["fastcache, one at a time", ours], near["fastcache, mixed", ours]
     assert alone > 30 and abs(mixed - alone) < 0.1
+    assert 30 < near["fastcache, mixed", "quality"] < 100
     assert all(r["p50"] <= r["p95"] and r["requests_per_second"] > 0 for r in rows)
+
+
+def test_the_picture_shows_every_server(tmp_path):
+    row = {
+        "bench": "load", "server": "fastcache, mixed", "setting": "every 4", "most": 8, "psnr": 46.0, "load": 5.0,
+        "requests_per_second": 10.0, "rates": [9.0, 10.0, 11.0], "p50": 0.2, "p95": 0.4,
+    }  # fmt: skip
+    exact = {**row, "server": "uncached", "setting": "one at a time", "most": 1, "psnr": None}
+    figure = load_tables.load_figure([exact, row])
+    quality, latency = figure.axes
+    assert [t.get_text() for t in latency.get_yticklabels()] == [
+        "uncached, one at a time  1", "fastcache, mixed, every 4  2",
+    ]  # fmt: skip
+    assert [t.get_text() for t in quality.texts] == ["1", "2"]
+    assert quality.get_yticklabels()[-1].get_text() == "exact"
+    figures.save(figure, tmp_path / "load.png")
+    assert (tmp_path / "load.png").stat().st_size > 10_000
