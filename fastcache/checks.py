@@ -41,6 +41,12 @@ def real(owner: str, name: str, value: object, low: float = -math.inf) -> float:
     return number
 
 
+def distance(owner: str, name: str, value: object) -> float:
+    """`value` as a distance in steps, a finite number >= 1; whole ones as an int."""
+    number = real(owner, name, value, 1.0)
+    return int(number) if number.is_integer() else number
+
+
 def limit(owner: str, name: str, value: object) -> float:
     """`value` as a threshold: a float >= 0, infinity included, which sets no limit."""
     if isinstance(value, float) and value == math.inf:

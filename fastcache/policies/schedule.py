@@ -6,21 +6,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from math import inf, isqrt
+from math import ceil, floor, inf, isqrt
 
-from ..checks import flag, interval_of, marks_of, real, whole
+from ..checks import distance, flag, interval_of, marks_of, real, whole
 from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
 from .spread import stretched
+
+ROUNDING = 1e-9  # steps, by which a product of distances may miss a whole number
 
 
 @dataclass(frozen=True)
 class Interval(Policy):
     """Compute the warm-up, then every n-th step.
 
-    Computed are: step < warmup, (step - phase) % n == 0, step >= stop.
+    Computed are: step < warmup, step == phase + floor(k n) for a whole k, step >= stop.
 
     Args:
-        n: distance of computed steps, a count >= 1; 1 computes every step.
+        n: distance of computed steps, a number >= 1; 1 computes every step, 3.35 mixes gaps of 3 and 4.
         phase: index of a step that is due. None puts the first due step n after the last one of the
             warm-up.
         stop: index of the step from which everything is computed; None: never.
@@ -31,20 +33,20 @@ class Interval(Policy):
     Source: TaylorSeer (arXiv 2503.06923), schedule of diffusers 0.42.1.
     """
 
-    n: int = 5
+    n: float = 5
     phase: int | None = None
     stop: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "n", whole("Interval", "n", self.n, 1))
+        object.__setattr__(self, "n", distance("Interval", "n", self.n))
         for name in ("phase", "stop"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, whole("Interval", name, getattr(self, name), 0))
 
     @property
     def oldest(self) -> float:
-        return min(self.n - 1, self.max_skips or self.n)
+        return min(ceil(self.n) - 1, self.max_skips or self.n)
 
     @property
     def never_reuses(self) -> bool:
@@ -56,7 +58,8 @@ class Interval(Policy):
             return Decision(COMPUTE, reason=guard)
         if self.stop is not None and step.index >= self.stop:
             return Decision(COMPUTE, reason="past stop")
-        due = (step.index - phase) % self.n == 0
+        past = step.index - phase
+        due = floor(ceil(past / self.n - ROUNDING) * self.n + ROUNDING) == past
         return Decision(COMPUTE, reason="interval") if due else Decision(REUSE, reason="interval")
 
 

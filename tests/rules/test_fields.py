@@ -554,7 +554,7 @@ def test_bad_arguments_of_a_context(argument):
 
 MAGNITUDE = partial(fastcache.Magnitude, mag_ratios=(1.0,))
 POLICIES = [
-    (fastcache.Interval, "n", [0, -1, 1.5, None, "2"]),
+    (fastcache.Interval, "n", [0, -1, 0.5, math.inf, math.nan, None, "2", True]),
     (fastcache.Interval, "phase", [-1, 1.5, "2"]),
     (fastcache.Interval, "stop", [-1, 1.5, "2"]),
     (fastcache.Interval, "warmup", [-1, 1.5, "2", True]),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from fastcache import (
     Taylor,
     TimestepRange,
 )
+from fastcache.policies import COMPUTE, Step
 from fastcache.policies.magnitude import Calibrate
 from fastcache.signals import Signal
 
@@ -140,3 +142,36 @@ def test_rules_that_share_no_model_are_refused_and_guidance_goes_first():
     for wheres in ((Stack(), Stack()), (Stack(), Modules()), (Guidance(), Guidance()), ()):
         with pytest.raises(ValueError, match=r"^Recipe: "):
             Recipe.of([rule(where) for where in wheres])
+
+
+def computed(policy: Policy, steps: int) -> list[int]:
+    run = policy.begin(steps)
+    return [i for i in range(steps) if policy.decide(run, Step(i, steps), None).action == COMPUTE]
+
+
+@pytest.mark.parametrize(
+    "n, phase, found",
+    [
+        (3.35, 4, [0, 4, 7, 10, 14, 17, 20, 24, 27]),
+        (4.35, 4, [0, 4, 8, 12, 17, 21, 25]),
+        (1.1, 0, [*range(10), *range(11, 21), *range(22, 28)]),  # 10 * 1.1 is a little above 11
+        (2.0, 1, [0, *range(1, 28, 2)]),
+        (29.0, 0, [0]),
+        (1e300, 3, [0, 3]),
+    ],
+)
+def test_a_distance_between_two_whole_numbers_mixes_their_gaps(n, phase, found):
+    policy = Interval(n, phase=phase, warmup=0, last=False)
+    assert computed(policy, 28) == found
+    gaps = {b - a for a, b in itertools.pairwise(found)}
+    assert all(gap <= policy.oldest + 1 for gap in gaps)
+
+
+def test_a_whole_distance_is_one_however_it_is_written():
+    assert Interval(3.0) == Interval(3) and repr(Interval(3.0).n) == "3"
+    for n in range(1, 8):
+        for phase in range(6):
+            policy = Interval(n, phase=phase, warmup=0, last=False)
+            assert computed(policy, 30) == [
+                i for i in range(30) if not i or (i - phase) % n == 0
+            ], "the first step has nothing to reuse"

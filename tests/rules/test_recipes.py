@@ -65,6 +65,7 @@ from fastcache.targets.spec import Nothing, TimestepWeight
 # --- every recipe ----------------------------------------------------------------------------------------
 
 counts, shares = st.integers(1, 60), st.floats(0, 1)
+distances = counts | st.floats(1, 60)
 positive = st.floats(0, 1e6) | st.just(math.inf)
 reals = st.floats(-1e300, 1e300)
 ranges = st.tuples(reals, reals).filter(lambda r: r[0] < r[1])
@@ -108,7 +109,7 @@ POLICIES = {
         "threshold": positive, "alpha_x": st.floats(0, 1e6), "alpha_t": st.floats(0, 1e6),
         "per_sample": st.booleans(),
     },
-    Interval: {"n": counts, "phase": optional(counts), "stop": optional(counts)},
+    Interval: {"n": distances, "phase": optional(counts), "stop": optional(counts)},
     Growing: {"n": counts, "first": counts},
     Spread: {"share": st.floats(0.01, 1), "first": counts, "growth": st.floats(0.25, 4)},
     TimestepRange: {"n": counts, "timesteps": ranges, "conditional_only": st.booleans()},
@@ -454,7 +455,7 @@ def rule(**row: object) -> dict:
         (rule(when={"Interval": {SECRET: 1}}), "Interval has another field"),
         (rule(when={"Interval": {"n": SECRET}}), "n is not valid for Interval"),
         (rule(when={"Interval": {"n": [3]}}), "n is not valid for Interval"),
-        (rule(when={"Interval": {"n": 2.5}}), "n is not valid for Interval"),
+        (rule(when={"Interval": {"n": 0.5}}), "n is not valid for Interval"),
         (rule(when={"Interval": {"n": {"os.system": {}}}}), "rules[0].when.n"),
         (rule(when={"Interval": {"n": {"dtype": SECRET}}}), "rules[0].when.n"),
         (rule(when={"Interval": {"n": {"dtype": "__name__"}}}), "rules[0].when.n"),
