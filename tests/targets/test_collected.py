@@ -136,3 +136,22 @@ def test_a_variable_of_the_loop_is_no_collection():
     with fastcache.enable(model, Recipe(Mask(MASK), Reuse(), Stack())) as cache:
         driven(cache, model, calls)
         assert "." in toys.actions(cache)
+
+
+class GivesBack(toys.Block):
+    """A block that is switched off: it returns what it was given."""
+
+    def forward(self, hidden_states, scale=1.0):
+        return hidden_states
+
+
+@pytest.mark.parametrize("style", ["keyword", "positional"])
+@pytest.mark.parametrize(("depth", "when"), [(2, Mask(MASK)), (4, Mask(MASK)), (4, FirstBlock(9))])
+def test_blocks_that_return_what_they_are_given_keep_nothing(depth, when, style):
+    """What the first one has returned is then alive to the end, since it is what the model goes on with."""
+    model, calls = toys.Model(depth=depth, style=style), toys.inputs()
+    for i in range(1, depth):
+        model.blocks[i] = GivesBack()
+    with fastcache.enable(model, Recipe(when, Reuse(), Stack())) as cache:
+        driven(cache, model, calls)
+        assert "." in toys.actions(cache)

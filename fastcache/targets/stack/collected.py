@@ -48,14 +48,14 @@ class Returned:
         if self.lists[at].loop_ends:
             self.looped.add(at)
 
-    def loop_ends(self, at: int) -> bool:
-        """The model's loop is through with a list; whether somebody keeps any of it."""
+    def loop_ends(self, at: int, ours: list[tuple]) -> bool:
+        """The model's loop is through with a list; whether somebody keeps any of it. ours: as `collected` has it."""
         self.looped.discard(at)
         if self.open != at:
             return False
         self.open = None
         value = self.references.pop(0)()
-        return value is not None and self._contained(value, ())
+        return value is not None and self._contained(value, ours)
 
     def unsettled(self) -> bool:
         """Whether a loop was left before its list had ended. The next call does not wait for that."""

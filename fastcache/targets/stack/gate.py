@@ -12,11 +12,13 @@ import torch
 from ...policies import COMPUTE, REUSE
 from ...storage.allocate import Unfit
 from ..control import HEAD, PENDING, REST, WHOLE
+from ..install import hooked_class, put_back
 from .layout import BlockList, Layout, Stack
 from .play import Player
 from .probe import decide_by_input
 from .recording import Recorder
 from .roles import BLOCK, ROLES, BlockStandIn, roles_of
+from .routing import HOOK, RoutedModuleList
 
 
 class BlockListHook(Player):
@@ -26,6 +28,16 @@ class BlockListHook(Player):
         super().__init__(stack, blocks)
         self.recorder: Recorder | None = None  # of the running call
         self.furnish(blocks)
+
+    def install(self) -> None:
+        """Stand in the list: what the model iterates over is handed out here."""
+        modules = self.blocks.modules
+        modules.__dict__[HOOK] = self
+        modules.__class__ = hooked_class(type(modules), RoutedModuleList)
+
+    def remove(self) -> None:
+        self.blocks.modules.__dict__.pop(HOOK, None)
+        put_back(self.blocks.modules, RoutedModuleList)
 
     def furnish(self, blocks: BlockList) -> None:
         """Make what stands in for these blocks: beforehand, since traced code cannot."""

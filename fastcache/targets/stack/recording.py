@@ -17,7 +17,7 @@ from .collected import Returned
 from .layout import BlockList, Entered, Layout, Left, Place, Stack
 from .probe import decide_by_input, look_at_input, look_at_output
 from .roles import BlockStandIn
-from .seen import Passed, Seen, carried, copied, no_hidden_states
+from .seen import Passed, Seen, carried, copied, no_hidden_states, ours
 from .segments import ENTER, LEAVE, Cut, Event, alone, continues_previous, cut
 from .way import Way, version
 
@@ -54,7 +54,7 @@ class Recorder:
         self.returned.loop_begins(at)
         yield from self.items(at)
         self.seen[at].let_go()
-        if self.returned.loop_ends(at):
+        if self.returned.loop_ends(at, ours(self.seen, self.counts)):
             self._refuse_collected()
 
     # --- the call, block by block -----------------------------------------------------------------------
@@ -88,8 +88,7 @@ class Recorder:
             seen.left = self._kept(at, Left(*left))
             self.events.append((at, LEAVE))
         if index == last and blocks.skips:
-            ours = [(seen.entered, seen.left, seen.passed) for seen in self.seen]
-            if self.returned.collected(at, args, kwargs, [*ours, (self.counts,)]):
+            if self.returned.collected(at, args, kwargs, ours(self.seen, self.counts)):
                 self._refuse_collected()
         return output
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,6 +66,11 @@ def copied(left: Left, entered: Entered | None) -> Left:
     hidden, text, extra = left
     passes_by = entered is not None and text is entered.encoder
     return Left(hidden.clone(), text if passes_by or text is None else text.clone(), extra)
+
+
+def ours(lists: Sequence[Seen], counts: Any) -> list[tuple]:
+    """What is kept here of what blocks have been given and returned. counts: what lists have left, by their numbers."""
+    return [*((seen.entered, seen.left, seen.passed) for seen in lists), (counts,)]
 
 
 def no_hidden_states(block: str, name: str, output: Any) -> ValueError:

@@ -22,7 +22,6 @@ from ..base import BoundTarget
 from ..control import PENDING, REST, Stop
 from ..decide import Part
 from ..guide import Guide
-from ..install import hooked_class, put_back
 from ..outputs import BARE
 from .closing import Closing
 from .each import group_of, looking, returns_more
@@ -32,7 +31,6 @@ from .play import NOTHING
 from .probe import ProbeSlots, lacks_slots
 from .recording import Recorder
 from .residual import allocate_unit, fits, keep
-from .routing import HOOK, RoutedModuleList
 from .way import Way
 
 
@@ -92,19 +90,14 @@ class StackTarget(BoundTarget):
     # --- installing -------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        for hook in self.hooks:
-            modules = hook.blocks.modules
-            modules.__dict__[HOOK] = hook
-            modules.__class__ = hooked_class(type(modules), RoutedModuleList)
-        if self.closing is not None:
-            self.closing.install()
+        for stands_in in (*self.hooks, self.closing):
+            if stands_in is not None:
+                stands_in.install()
 
     def remove(self) -> None:
-        for blocks in self.lists:
-            blocks.modules.__dict__.pop(HOOK, None)
-            put_back(blocks.modules, RoutedModuleList)
-        if self.closing is not None:
-            self.closing.remove()
+        for stands_in in (*self.hooks, self.closing):
+            if stands_in is not None:
+                stands_in.remove()
 
     def hooked(self) -> list[str]:
         return [f"{blocks.name} ({len(blocks)} blocks)" for blocks in self.lists]
@@ -200,9 +193,8 @@ class StackTarget(BoundTarget):
         units, timeline = state.units[self.rule], state.timelines[self.rule]
         if state.steps_until_full_batch and self.control.batch == "full":
             return False  # steps of the conditional half alone have left the other half behind
-        if self.guide is not None and len(timeline.steps) < timeline.depth:
-            return False
-        if self.number not in units:
+        short = self.guide is not None and len(timeline.steps) < timeline.depth
+        if short or self.number not in units:
             return False
         for unit in units.values():
             if not unit.ready(timeline):
@@ -229,8 +221,7 @@ class StackTarget(BoundTarget):
         Blocks that fold frames into the batch go alone, which shows by the sizes of what is held; so do those whose
         first ones return what a step that goes on after them would have to keep.
         """
-        rule = self.rule
-        states = [sample.state for sample in samples]
+        rule, states = self.rule, [sample.state for sample in samples]
         folds = any(not isinstance(u.template.base, bool) for u in states[0].units[rule].values())
         if folds or not self.splits or any(returns_more(state.units[rule]) for state in states):
             return None
