@@ -31,13 +31,17 @@ DOCS := .venv-docs
 # other Pythons that the wheel must install on, where they are to be had
 PYTHONS ?= python3.10 python3.12 python3.13
 
-.PHONY: demo test test-fast test-oldest test-torch lint wheel wheel-test release-notes site report bench gpu-kit venv clean
+.PHONY: demo test test-fast test-gates test-oldest test-torch lint wheel wheel-test release-notes site report bench gpu-kit venv clean
 
 demo: venv
 	$(RUN)fastcache demo
 
 test: venv
-	$(call tests,$(VENV))
+	$(call tests,$(VENV)) -m "not gate"
+
+# what shows without a GPU what the kernels and the programs with them would do on one
+test-gates: venv
+	$(call tests,$(VENV)) -m gate
 
 # what answers while one works: nothing that compiles, interprets kernels or runs whole models
 test-fast: venv

@@ -27,16 +27,19 @@ settings.register_profile("fastcache", derandomize=True, deadline=None, max_exam
 settings.load_profile("fastcache")
 
 
-# What `make test-fast` leaves out beside tests that are marked themselves: files whose every test is slow, ...
+# What `make test-fast` leaves out beside tests that are marked themselves: files whose every test is slow, of which
+# those of "gate" show without a GPU what kernels would do on one, and have a target of their own, ...
 SLOW = {
+    "gate": (
+        "cuda_build", "cuda_emulation", "gpu_code", "gpu_kit", "gpu_pretended", "gpu_run", "model_kernels",
+        "native_cuda", "triton_aot", "triton_counters", "triton_gpu", "triton_interpreter", "triton_launcher",
+        "triton_layouts", "triton_offsets", "triton_sass",
+    ),
     "parity": ("parity", "diffusers_presets", "matrix", "pipelines"),
     "slow": (
-        "bench", "bench_methods", "captured_reuse", "compile", "compile_gpu", "compiled_matrix",
-        "cuda_build", "cuda_emulation", "demo_model", "docs", "export", "field_doors", "field_facts", "field_pipelines",
-        "generated_code", "gpu_code", "gpu_kit", "gpu_pretended", "gpu_run", "load",
-        "model_kernels", "native_cuda", "on_device", "packaging", "ranks", "serve", "state_machine",
-        "static_addresses", "transfers", "triton_aot", "triton_counters", "triton_gpu",
-        "triton_interpreter", "triton_launcher", "triton_layouts", "triton_offsets", "triton_sass",
+        "bench", "bench_methods", "captured_reuse", "compile", "compile_gpu", "compiled_matrix", "demo_model", "docs",
+        "export", "field_doors", "field_facts", "field_pipelines", "generated_code", "load", "on_device", "packaging",
+        "ranks", "serve", "state_machine", "static_addresses", "transfers",
     ),
 }  # fmt: skip
 # ... and single tests: those that compile, by what their names or parameters say, and a few long ones.
@@ -48,7 +51,7 @@ LONG = re.compile(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what takes long: `slow`, and `parity` where it runs diffusers' own methods beside ours."""
+    """Mark what takes long: `slow`, `parity` too where it runs diffusers' own methods beside ours, and `gate`."""
     marks = {f"test_{name}": mark for mark, names in SLOW.items() for name in names}
     for item in items:
         if mark := marks.get(item.path.stem):
