@@ -127,7 +127,13 @@ NAMED: dict[str, Named] = {
         for name, row in presets().items()
         if "point" in row
     },
-    # of TaylorSeer's schedule, with the last step and without it
+    # what "balanced" was, and of TaylorSeer's schedule, with the last step and without it
+    "0 1 2 5 9 ... 25 27, modulated guide": (
+        "fastcache",
+        "Guided",
+        "modulated guide",
+        "every 4, warm-up 2",
+    ),
     "0 1 2 4 8 ... 24 27, modulated guide": (
         "fastcache",
         "TaylorSeer",

@@ -193,7 +193,10 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
         early = Interval(n, phase=1, warmup=2, last=True)
         recipe = Recipe(early, Taylor(2, skip_first=True))
         yield ours("Interval", "order 2", f"every {n}, phase 1", recipe)
-    yield ours("Guided", "modulated guide", "preset fast", fastcache.preset("fast"))
+    for name in ("balanced", "fast"):  # on the guide that they have on every trained model
+        predictor, setting = fastcache.presets()[name]["point"]
+        recipe = fastcache.preset(name, guide="modulated")
+        yield ours("Guided", predictor, setting, recipe)
     seers = {
         "order 1": Taylor(1),
         "residual guide": Guided(),
