@@ -163,6 +163,8 @@ def _run(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[
     grouped = (
         [sample for sample in samples if sample.joins] if _may_join(denoiser, programs) else []
     )
+    # room for some may have been made by others of them
+    grouped = [s for s in grouped if not (s.state.away or s.state.evicted)]
     for action in actions:
         alike = [sample for sample in grouped if sample.actions == [action]]
         new = [sample for sample in alike if not target.recorded(sample.state)]

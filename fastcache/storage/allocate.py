@@ -44,6 +44,15 @@ def allocate(
         raise
 
 
+def on_host(t: Tensor) -> Tensor:
+    """A copy in host memory, pinned where t lies on a GPU and not waited for. Raises NoRoom where there is none."""
+    try:
+        host = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, pin_memory=t.is_cuda)
+    except (MemoryError, RuntimeError) as error:
+        raise NoRoom(f"no host memory for a cached tensor of {tuple(t.shape)}: {error}") from error
+    return host.copy_(t, non_blocking=True)
+
+
 def strides_of(value: Tensor) -> tuple[int, ...] | None:
     """Strides without gaps, in the order in which the elements of `value` lie: of what is kept of it.
 

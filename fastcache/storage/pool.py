@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocate import allocate, device_of
+from .allocate import allocate, device_of, on_host
 from .group import SlotGroup
 from .history import Timeline
 from .state import EndedRun, State
@@ -33,6 +33,7 @@ class Slots:
         self.states: dict[tuple[Any, str], State] = {}
         self.spares: list[State] = []
         self.finished: dict[tuple[Any, str], None] = {}  # complete runs, oldest first
+        self.aside: Any = None  # the CUDA stream that fetches storage ahead of its use
         self.streams = torch.cuda.is_available()  # calls may come on different ones
         self.fixed = False  # compiled code may know the addresses of storage
         self.sizes: dict[Any, int] = {}  # bytes that a run takes, by the signature of its calls
@@ -92,14 +93,17 @@ class Slots:
         self._take(state, self.new(state.key))
 
     def send_away(self, state: State) -> None:
-        """Move the storage of a state to host memory, in order with what the device has still to do."""
+        """Move the storage of a state to host memory, in order with what the device has still to do.
+
+        Raises NoRoom where there is none; of the state nothing is of use then.
+        """
         if self.streams:
             follow(state)
-        state.move(_to_host)
+        state.move(on_host)
         state.away, state.held = state.held, 0
 
     def bring_back(self, state: State, device: Any) -> None:
-        """Move it back to the device, without waiting for it."""
+        """Move it back to the device, without waiting for it. Raises NoRoom as `send_away` does."""
 
         def fetched(t: Tensor) -> Tensor:
             return allocate(t.shape, t.dtype, device, t.stride()).copy_(t, non_blocking=True)
@@ -108,6 +112,30 @@ class Slots:
             follow(state)
         state.move(fetched)
         state.held, state.away = state.away, 0
+
+    def fetch(self, state: State, device: Any) -> None:
+        """The same beside what the device does meanwhile: its next call waits, by `follow`, for the stream of the
+        copies. Not run on a GPU yet."""
+        if torch.device(device).type != "cuda":
+            self.bring_back(state, device)
+            return
+        now, before = torch.cuda.current_stream(device), state.stream
+        if self.aside is None:
+            self.aside = torch.cuda.Stream(device)
+        aside = self.aside
+
+        def fetched(t: Tensor) -> Tensor:
+            new = allocate(t.shape, t.dtype, device, t.stride())  # of this stream's memory
+            aside.wait_stream(now)
+            with torch.cuda.stream(aside):
+                new.copy_(t, non_blocking=True)
+            new.record_stream(aside)
+            return new
+
+        if before is not None:  # which has sent it away
+            aside.wait_stream(before)
+        state.move(fetched)
+        state.held, state.away, state.stream = state.away, 0, aside
 
     def drop(self, state: State) -> None:
         """Free the storage of a state; its run goes on."""
@@ -172,8 +200,3 @@ def follow(state: State) -> None:
         for t in state.tensors():
             if t.device == device:  # and not before it is done may its memory serve others
                 t.record_stream(now)
-
-
-def _to_host(t: Tensor) -> Tensor:
-    host = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, pin_memory=t.is_cuda)
-    return host.copy_(t, non_blocking=True)

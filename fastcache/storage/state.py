@@ -37,6 +37,7 @@ class State:
     """All that is remembered for one (request, context)."""
 
     __slots__ = (
+        "__weakref__",
         "armed_step",
         "away",
         "evaluation",
@@ -48,6 +49,7 @@ class State:
         "leapt",
         "mark",
         "measured",
+        "next",
         "out_of_memory",
         "passed",
         "place",
@@ -81,6 +83,9 @@ class State:
         self.away = 0  # bytes that lie in host memory for the time being
         self.held = 0  # bytes after the last call, and
         self.used = 0  # number of that call: both kept where there is a budget
+        self.next: Any = (
+            None  # weakly, the state whose call came after its last one: kept there too
+        )
         self.stream: Any = None  # the CUDA stream that used the storage last
         self.trip: Any = None  # what its branches have in common, kept alive by them
         self.leapt = False  # time went the other way than it does, where no run of that way begins
