@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .contenders import PASSES
+from .vector import svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,10 +54,14 @@ def new(rows: int = 1, columns: int = 1, width: float = 10.0, height: float = 4.
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a picture, by the ending of its name: SVG, which scales, or what else matplotlib knows."""
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, facecolor="white")
+    if path.suffix == ".svg":
+        path.write_text(svg(figure), encoding="utf-8")
+    else:
+        figure.savefig(path, dpi=130, facecolor="white")
     plt.close(figure)
 
 

@@ -82,7 +82,7 @@ def _origin(rows: Sequence[Row], command: str) -> Iterator[Block]:
 
 
 def _image(name: str, rows: Sequence[Row]) -> Block:
-    return Block("image", f"bench-{name}-{rows[0]['kind']}.png")
+    return Block("image", f"bench-{name}-{rows[0]['kind']}.svg")
 
 
 def _gpu(rows: list[Row]) -> Iterator[Block]:

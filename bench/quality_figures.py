@@ -126,7 +126,8 @@ def _frontier(axis: Any, rows: Sequence[Row]) -> None:
         dots = [(100 * r["compute"], r["psnr"]) for r in known if series.holds(r)]
         if not dots:
             continue
-        axis.scatter(*zip(*dots, strict=True), s=14, marker=series.marker, color=series.colour,
+        seen = sorted({(round(x, 1), round(y, 1)) for x, y in dots})  # one dot where they coincide
+        axis.scatter(*zip(*seen, strict=True), s=14, marker=series.marker, color=series.colour,
                      alpha=0.35, linewidths=1.0 if series.marker == "x" else 0)  # fmt: skip
         axis.plot(
             *zip(*best_line(dots), strict=True),
@@ -145,7 +146,7 @@ def _frontier(axis: Any, rows: Sequence[Row]) -> None:
 
 def guided_figure(rows: Sequence[Row]) -> Figure:
     """dB that each guide brings over Taylor 1 on the same schedule, by interval; a panel per cell."""
-    panels = list(cells(rows))
+    panels = [(c, here) for c, here in cells(rows) if any(r["method"] == "Guided" for r in here)]
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = new(lines, columns, 4.9 * columns, 3.6 * lines)
@@ -176,6 +177,7 @@ def guided_figure(rows: Sequence[Row]) -> Figure:
         axis.axhline(0, color=INK, lw=1)
         axis.set_title(cell.title, loc="left")
         axis.set_xlabel("every how many-th step is computed")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)

@@ -20,6 +20,9 @@ h2{margin-top:2.5rem;border-bottom:2px solid #2f6db3}.no{color:#b3261e;font-weig
 """
 
 
+KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
+
+
 def to_html(page: Sequence[Block], images: Path) -> str:
     """One file that needs nothing beside it."""
     parts = []
@@ -32,7 +35,7 @@ def to_html(page: Sequence[Block], images: Path) -> str:
             path = images / b.text
             if path.exists():
                 data = base64.b64encode(path.read_bytes()).decode()
-                parts.append(f'<img alt="{b.text}" src="data:image/png;base64,{data}">')
+                parts.append(f'<img alt="{b.text}" src="data:{KINDS[path.suffix]};base64,{data}">')
         elif b.kind in ("table", "folded"):
             head = "".join(f"<th>{_inline(c)}</th>" for c in b.columns)
             rows = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in b.rows)

@@ -65,7 +65,7 @@ def draw(rows: list[Row], folder: Path) -> None:
         for kind in ("cpu", "cuda"):
             part = choose([r for r in rows if r["bench"] == bench and r["kind"] == kind])
             if part:
-                figures.save(make(part), folder / f"bench-{name}-{kind}.png")
+                figures.save(make(part), folder / f"bench-{name}-{kind}.svg")
 
 
 def main(argv: list[str] | None = None) -> int:

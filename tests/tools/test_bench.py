@@ -362,7 +362,7 @@ def test_the_report_renders_and_notices_staleness(tmp_path, capsys):
     html = tmp_path / "out" / "all.html"
     assert report.main([*place, "--html", str(html)]) == 0
     page = html.read_text()
-    assert 'src="data:image/png;base64,' in page and "http" not in page.split("<style>")[0]
+    assert 'src="data:image/svg+xml;base64,' in page and "http" not in page.split("<style>")[0]
     assert "FirstBlock" in page and "<details>" in page
     readme.write_text(text.replace("|---|", "|===|"))
     capsys.readouterr()

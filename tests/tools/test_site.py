@@ -70,7 +70,7 @@ def test_pages_that_are_copied_lead_to_pages(pages):
             known = target in made or (ROOT / "docs" / target).exists()
             assert known or target.startswith("http"), f"{name}: {target}"
     assert "[Quick start](quick-start.md)" in made["index.md"]
-    assert "(images/bench-frontier-cpu.png)" in made["index.md"]
+    assert "(images/bench-frontier-cpu.svg)" in made["index.md"]
 
 
 def test_what_a_built_page_lacks_is_found(site, pages, tmp_path):
