@@ -144,36 +144,41 @@ def _frontier(axis: Any, rows: Sequence[Row]) -> None:
     axis.grid(alpha=0.25)
 
 
-def guided_figure(rows: Sequence[Row]) -> Figure:
-    """dB that each guide brings over Taylor 1 on the same schedule, by interval; a panel per cell."""
-    panels = [(c, here) for c, here in cells(rows) if any(r["method"] == "Guided" for r in here)]
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = new(lines, columns, 4.9 * columns, 3.6 * lines)
-    guides = {"residual": "#1d4f91", "modulated": "#3a8f5c", "input": "#b8860b"}
-    for axis, (cell, here) in zip(axes.flat, panels, strict=False):
-        at = {
-            (r["predictor"], r["setting"]): r["psnr"]
-            for r in here
-            if r["system"] == "fastcache" and r["method"] in ("Guided", "Interval")
-        }
-        for guide, tone in guides.items():
-            for schedule in (
-                AFTER_THREE,
-                "",
-            ):  # the one it was first measured on, where there is one
-                dots = [
-                    (n, at[f"{guide} guide", setting] - at["order 1", setting])
-                    for n in INTERVALS
-                    if (setting := f"every {n}{schedule}")
-                    and at.get((f"{guide} guide", setting)) is not None
-                    and at.get(("order 1", setting)) is not None
-                ]
-                if dots:
-                    break
+GUIDES = {"residual": "#1d4f91", "modulated": "#3a8f5c", "input": "#b8860b"}
+
+
+def _gains(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    """(interval, dB over Taylor 1) of each guide, on the schedule it was first measured on, where there is one."""
+    at = {
+        (r["predictor"], r["setting"]): r["psnr"]
+        for r in rows
+        if r["system"] == "fastcache" and r["method"] in ("Guided", "Interval")
+    }
+    gains = {}
+    for guide in GUIDES:
+        for schedule in (AFTER_THREE, ""):
+            pairs = [
+                (n, at.get((f"{guide} guide", setting)), at.get(("order 1", setting)))
+                for n in INTERVALS
+                if (setting := f"every {n}{schedule}")
+            ]
+            dots = [(n, a - b) for n, a, b in pairs if a is not None and b is not None]
             if dots:
-                axis.plot(*zip(*dots, strict=True), "o-", color=tone, ms=4.5, lw=1.8,
-                          label=f"{guide} guide")  # fmt: skip
+                gains[guide] = dots
+                break
+    return gains
+
+
+def guided_figure(rows: Sequence[Row]) -> Figure:
+    """dB that each guide brings over Taylor 1 on the same schedule, by interval; a panel per cell that has any."""
+    panels = [(cell, gains) for cell, here in cells(rows) if (gains := _gains(here))]
+    columns = max(1, min(3, len(panels)))
+    lines = max(1, -(-len(panels) // columns))
+    figure, axes = new(lines, columns, 4.9 * columns, 3.6 * lines)
+    for axis, (cell, gains) in zip(axes.flat, panels, strict=False):
+        for guide, dots in gains.items():
+            axis.plot(*zip(*dots, strict=True), "o-", color=GUIDES[guide], ms=4.5, lw=1.8,
+                      label=f"{guide} guide")  # fmt: skip
         axis.axhline(0, color=INK, lw=1)
         axis.set_title(cell.title, loc="left")
         axis.set_xlabel("every how many-th step is computed")

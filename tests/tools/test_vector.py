@@ -14,7 +14,8 @@ pytest.importorskip("matplotlib")
 
 pytest.importorskip("bench", reason="needs the source tree")
 
-from bench import figures, report, vector
+from bench import figures, quality_figures, report, vector
+from bench.page import plain
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
@@ -103,3 +104,11 @@ def test_committed_plots_are_those_of_the_results(monkeypatch, tmp_path):
         monkeypatch.setattr(figures, name, lambda rows: None)
     report.draw(report.results(), tmp_path)
     assert sorted(drawn) == sorted(path.name for path in IMAGES.glob("bench-*"))
+
+
+def test_a_cell_without_a_guide_has_no_panel():
+    rows = [r for r in plain(report.results()) if r["kind"] == "cpu"]
+    panels = [axis for axis in quality_figures.guided_figure(rows).axes if axis.get_visible()]
+    cells = {(r["model"], r["steps"]) for r in rows}
+    assert 1 < len(panels) < len(cells)
+    assert all(len(axis.get_lines()) > 1 for axis in panels), "a panel with nothing but zero"
