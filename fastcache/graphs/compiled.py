@@ -27,7 +27,7 @@ from ..models.pipeline import denoisers_of
 from ..policies import REUSE
 from ..runtime.denoiser import Denoiser
 from ..runtime.patch import ATTACHED
-from ..targets.control import HEAD, PENDING, REST, WHOLE, Stop
+from ..targets.control import HEAD, PENDING, REST, Stop
 from .on_device import OnDevice
 
 ARGUMENT = re.compile(r"(L\[')?(args|kwargs)\b")  # a guard on what a program is called with
@@ -109,11 +109,12 @@ class Programs:
     ) -> None:
         self.denoiser, self._options, self._compiles = denoiser, options, COMPILED[cudagraphs]
         self._captured, self._frozen = bool(cudagraphs), frozen
-        self.batches = not cudagraphs  # of which a graph would be recorded for each set of states
         self.made: dict[tuple, Callable] = {}
         # the recipes of single runs have their decisions read by the host
         decides = on_device and denoiser.settings.own
         self._decider = OnDevice(denoiser, self._compiled) if decides else None
+        # of several requests: captured, each set of states would have a graph of its own
+        self.batches = not (cudagraphs or decides)
         self._probed = next(
             (i for i, rule in enumerate(denoiser.recipe.rules) if rule.when.decides_inside), None
         )
@@ -121,10 +122,13 @@ class Programs:
         denoiser.ahead.expect_graphs()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """One step whose storage exists: the program of its mode, or two around FirstBlock's decision."""
+        """One step whose storage exists: the program of its mode, or two around FirstBlock's decision.
+
+        Raises Stop where samples of several requests have decided differently, after the first program.
+        """
         control, probed = self.denoiser.control, self._probed
         if probed is None or control.actions[probed] != PENDING:
-            return self._step(WHOLE, args, kwargs)
+            return self._step(control.phase, args, kwargs)
         state = control.state
         decider = self.denoiser.targets[probed].decider
         if not decider.prepare_head(state):

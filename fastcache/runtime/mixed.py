@@ -9,7 +9,7 @@ and those that reuse each go on from it in a call of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -100,9 +100,11 @@ class Sample:
         return not (budget and budget.refuses(executor.pool, state, executor.group, state.device))
 
     @property
-    def program(self) -> Callable[..., Any]:
-        """The model's own forward, or what stands in for it once storage exists."""
-        return self.denoiser.executor.original if self.programs is None else self.programs.run
+    def measurable(self) -> bool:
+        """Whether there is something that what it shows inside the model can be held against."""
+        self.arm()
+        found: bool = self.denoiser.targets[0].decider.prepare_head(self.state)
+        return found
 
     @property
     def ready(self) -> bool:
@@ -118,7 +120,8 @@ class Sample:
         self.arm()
         if denoiser.control.may_be_compiled:
             denoiser.ahead.upload(self.state)
-        output = denoiser.executor.execute(self.state, (), self.kwargs, self.program)
+        run = None if self.programs is None else self.programs.run
+        output = denoiser.executor.execute(self.state, (), self.kwargs, run)
         denoiser.committer.commit(self.state, self.step)
         return [self.place], output
 
@@ -158,14 +161,12 @@ def _run(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[
     """The samples of one recipe: those that do the same go together where they can, the others alone."""
     parts: list[Part] = []
     target, programs = denoiser.targets[0], samples[0].programs
-    # compiled code measures what one sample shows inside the model
-    actions = (COMPUTE, REUSE) if denoiser.control.may_be_compiled else (COMPUTE, REUSE, PENDING)
     grouped = (
         [sample for sample in samples if sample.joins] if _may_join(denoiser, programs) else []
     )
     # room for some may have been made by others of them
     grouped = [s for s in grouped if not (s.state.away or s.state.evicted)]
-    for action in actions:
+    for action in (COMPUTE, REUSE, PENDING):
         alike = [sample for sample in grouped if sample.actions == [action]]
         new = [sample for sample in alike if not target.recorded(sample.state)]
         if new and _like(new[0]) is None:  # the first call of its kind shows how the model runs
@@ -174,8 +175,13 @@ def _run(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[
         if new and (other := _like(new[0])) is not None:
             for sample in new:
                 target.prepare_like(sample.state, other)
-        for some in [alike] if programs is None else _in_sizes(alike):
-            parts += _together(denoiser, some, gather)
+        if (
+            programs is not None and action == PENDING
+        ):  # those with nothing to be held against run as they are
+            first = [sample for sample in alike if not sample.measurable]
+            parts += _together(denoiser, first, gather, denoiser.executor.original)
+            alike = [sample for sample in alike if sample not in first]
+        parts += _in_calls(denoiser, alike, gather)
     served = {place for places, _ in parts for place in places}
     return parts + [sample.alone() for sample in samples if sample.place not in served]
 
@@ -187,13 +193,18 @@ def _may_join(denoiser: Denoiser, programs: Programs | None) -> bool:
     return not denoiser.control.may_be_compiled or (programs is not None and programs.batches)
 
 
-def _in_sizes(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
-    """The samples in batches of few sizes, so that few programs are compiled."""
-    at = 0
-    for size in SIZES:
+def _in_calls(
+    denoiser: Denoiser, samples: Sequence[Sample], gather: Gather, head: Group | None = None
+) -> list[Part]:
+    """One call for samples that do the same; compiled, calls of few sizes, so that there are few programs."""
+    programs, parts, at = (samples[0].programs if samples else None), list[Part](), 0
+    if programs is None:
+        return _together(denoiser, samples, gather, denoiser.executor.original, head)
+    for size in (*SIZES, 1):
         while len(samples) - at >= size:
-            yield samples[at : at + size]
+            parts += _together(denoiser, samples[at : at + size], gather, programs.run, head)
             at += size
+    return parts
 
 
 def _like(sample: Sample) -> State | None:
@@ -207,12 +218,14 @@ def _together(
     denoiser: Denoiser,
     samples: Sequence[Sample],
     gather: Gather,
+    forward: Callable[..., Any],
     head: Group | None = None,
 ) -> list[Part]:
     """One call for samples that do the same, or two more where they decide inside and differ; none for those that
     cannot be told apart in it.
 
-    head: of a call that has run the first blocks for these samples and others.
+    forward: the model's, or what stands in for it. head: of a call that has run the first blocks for these samples
+    and others.
     """
     target, control = denoiser.targets[0], denoiser.control
     places = [sample.place for sample in samples]
@@ -228,7 +241,7 @@ def _together(
         with target.serving(group) as recorded, denoiser.executor.backend():
             if not recorded:
                 return []
-            output = samples[0].program(**gather(places))
+            output = forward(**gather(places))
             action = control.actions[0]
             if action == PENDING or (action == REUSE and target.unanswered()):
                 return []
@@ -241,10 +254,10 @@ def _together(
         LOG.debug("samples do not go together: %s", error)
         return []
     finally:
-        control.inside, control.active, control.members = False, False, 1
+        control.inside, control.active, control.members = False, False, 0
     if parted:
         kinds = [[s for s in samples if s.actions == [action]] for action in (COMPUTE, REUSE)]
-        return [p for alike in kinds for p in _together(denoiser, alike, gather, group)]
+        return [part for alike in kinds for part in _in_calls(denoiser, alike, gather, group)]
     for sample in samples:
         sample.arm()
         sample.state.uncached_step = False

@@ -31,8 +31,8 @@ class StepControl:
 
     active: targets take part in the model's forward. signature_missed: traced code met a shape it has no storage for.
     may_be_compiled: some of the model may be compiled, so actions hold for all modules of a rule alike.
-    inside: the model's forward is running in a call of ours. members: samples with a state each that the call holds, 1
-    where all of it has one. predicted: values of stacks that this step has
+    inside: the model's forward is running in a call of ours. members: samples with a state each that the call holds, 0
+    where one state is all of it. predicted: values of stacks that this step has
     predicted so far, where nothing is compiled.
     """
 
@@ -56,7 +56,7 @@ class StepControl:
     def __init__(self) -> None:
         self.active = self.signature_missed = self.may_be_compiled = self.inside = False
         self.phase = WHOLE
-        self.predicted, self.members = 0, 1
+        self.predicted = self.members = 0
         self.seen: Any = None  # the timestep that the model was called with, inside a graph
         self.state: Any = None  # the State of the running call
         self.step = Step(0)

@@ -63,7 +63,7 @@ def mixed_batch(
     decides, it runs in one call for all, and those that compute and those that reuse go on from it in a call each
     unless they agree. So it is for a recipe of one `Stack`, and for "off"; every other sample is a call of its own,
     and so is the first of each shape. Compiled, a batch is split into calls of 8, 4, 2 and 1 samples, each with a
-    program of its own; samples whose stack decides, and all of them with `cudagraphs`, are then calls of their own.
+    program of its own; with `cudagraphs` or `on_device` every sample is a call of its own.
 
     Args:
         model: the model that `fastcache.enable` was called on, a denoiser of such a pipeline, or what

@@ -17,7 +17,20 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import fastcache
-from fastcache import Chebyshev, Growing, Guided, Hermite, Interval, Recipe, Stack, Taylor
+from fastcache import (
+    Chebyshev,
+    DualBlock,
+    FirstBlock,
+    Growing,
+    Guided,
+    Hermite,
+    InputChange,
+    Interval,
+    Misfit,
+    Recipe,
+    Stack,
+    Taylor,
+)
 from fastcache.graphs import compiled
 from fastcache.runtime.mixed import SIZES
 
@@ -34,6 +47,14 @@ RECIPES: dict[str, Any] = {
     "fast": "fast",
     "off": "off",
 }
+INSIDE: dict[str, Any] = {
+    "first_block": toys.config("first_block"),
+    "first_block, guided": Recipe(FirstBlock(0.15, warmup=2), Guided(guide="residual")),
+    "misfit": Recipe(Misfit(0.12), Guided(guide="residual")),
+    "dual": Recipe(DualBlock(0.15, max_reused=4, warmup=1), where=Stack(first=1, last=1)),
+    "early": Recipe(FirstBlock(0.15, warmup=2), Guided(guide="residual"), Stack(first=2)),
+}
+ALL = RECIPES | INSIDE
 
 
 class Sizes(Graphs):
@@ -92,47 +113,59 @@ def test_in_shapes_of_model(shape, recipe):
     check(RECIPES[recipe], mixed(RECIPES[recipe], shape, driven=driven), shape)
 
 
-def test_weights_from_what_enters_the_first_block():
+INSIDE_CASES = [
+    *((name, {}) for name in INSIDE),
+    *((n, {"frozen": True}) for n in ("first_block", "early")),
+]
+
+
+@pytest.mark.parametrize(("recipe", "options"), INSIDE_CASES, ids=str)
+def test_where_the_stack_decides_a_head_and_two_rests_per_size(recipe, options):
+    fresh()
+    graphs, recipe = Sizes(), INSIDE[recipe]
+    driven = partial(fastcache.compile, backend=graphs, dynamic=False, **options)
+    check(recipe, mixed(recipe, seed=3, driven=driven))
+    assert set(graphs.samples) <= {1, *SIZES} and max(graphs.samples) == 4
+    assert graphs.count <= 3 * 2 + 2 + 3  # sizes 4 and 2, rests of one, and of a call alone
+    assert not counters["graph_break"] and not counters["recompiles"]
+
+
+@pytest.mark.parametrize("when", [Interval(3, warmup=3), InputChange(0.3, (1.0, 0.0))], ids=type)
+def test_what_enters_the_first_block(when):
     fresh()
 
     def make(shape: str) -> Any:
         torch.manual_seed(0)
         return TabledModel().eval()
 
-    recipe = Recipe(Interval(3, warmup=3), Guided(guide="modulated"))
+    recipe = Recipe(when, Guided(guide="modulated"))
     given = {"make": make, "adapter": ADAPTERS["tabled"]}
     driven = partial(fastcache.compile, backend="aot_eager", dynamic=False)
     check(recipe, mixed(recipe, driven=driven, **given), **given)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "options"), [("taylor", {"cache_dtype": torch.bfloat16}), ("balanced", {})], ids=str
+    ("recipe", "options"),
+    [("taylor", {"cache_dtype": torch.bfloat16}), ("balanced", {})],
+    ids=str,
 )
 def test_by_inductor_and_with_other_storage(recipe, options):
     fresh()
     driven = partial(fastcache.compile, dynamic=False)
-    found = mixed(RECIPES[recipe], driven=driven, **options)
-    near = 0.05 if "cache_dtype" in options else 1e-5
-    check(RECIPES[recipe], found, near=near, **options)
-
-
-def test_the_first_block_decides_for_each_sample_alone():
-    fresh()
-    graphs, recipe = Sizes(), toys.config("first_block")
-    driven = partial(fastcache.compile, backend=graphs, dynamic=False)
-    check(recipe, mixed(recipe, driven=driven))
-    assert set(graphs.samples) == {1} and graphs.count == 3
+    recipe = ALL[recipe]
+    found = mixed(recipe, driven=driven, **options)
+    check(recipe, found, near=0.05 if "cache_dtype" in options else 1e-5, **options)
 
 
 def test_requests_with_recipes_of_their_own_in_one_batch():
     fresh()
-    names = ["reuse", "taylor", "balanced", "taylor", "off", "taylor"]
+    names = ["reuse", "taylor", "first_block", "taylor", "off", "first_block"]
     target, graphs = toys.model(), Sizes()
     outputs: list[list[Tensor]] = [[] for _ in names]
     with fastcache.enable(target, "off") as cache, torch.no_grad():
         call = fastcache.compile(target, backend=graphs, dynamic=False)
         runs = [
-            cache.run(r, num_inference_steps=toys.STEPS, recipe=RECIPES[name])
+            cache.run(r, num_inference_steps=toys.STEPS, recipe=ALL[name])
             for r, name in enumerate(names)
         ]
         for run in runs:
@@ -148,7 +181,7 @@ def test_requests_with_recipes_of_their_own_in_one_batch():
             run.resume()
             run.__exit__(None)
     for r, name in enumerate(names):
-        want, _ = alone(RECIPES[name], r)
+        want, _ = alone(ALL[name], r)
         torch.testing.assert_close(outputs[r], want, rtol=0, atol=1e-6)
     assert 2 in graphs.samples
 

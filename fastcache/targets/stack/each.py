@@ -12,10 +12,10 @@ from torch import Tensor
 from ...models.block_io import BlockIO
 from ...storage.together import Group, Member, apart, joined
 from ...storage.unit import Unit
-from ..control import HEAD
+from ..control import HEAD, Stop
 from ..decide import RuleDecider, RuleSlots
 from ..guide import Guide, GuideSlots
-from ..meters.base import Meter
+from ..meters.base import Meter, SignalSlots
 from .layout import Stack
 from .probe import ProbeSlots
 
@@ -28,21 +28,48 @@ class EachDecider:
 
     def measure(self, y: Any, x: Tensor | None) -> None:
         """Decide by y, or y - x. Samples that do not agree part here: what has run is the head of their steps."""
-        decider, group = self.decider, self.group
-        control, rule, samples = decider.control, decider.index, group.samples
+        decider, samples, control = self.decider, self.group.samples, self.decider.control
         values, bases = apart(y, len(samples)), apart(x, len(samples))
+        if control.phase == HEAD:  # traced
+            meter: Any = decider.meter
+            for sample, value, base in zip(samples, values, bases, strict=True):
+                meter.measure_head(sample.state, value, base)
+            return
         measured = []  # of all samples, before the host waits for the first number
         for sample, value, base in zip(samples, values, bases, strict=True):
             sample.arm()
             measured.append(decider.measured(sample.state, value, base))
+        if not self._agreed(measured):
+            control.phase = HEAD
+
+    def _agreed(self, measured: Sequence[Tensor | None]) -> bool:
+        """Decide each sample by what was measured of it; whether all do the same."""
+        group, samples, rule = self.group, self.group.samples, self.decider.index
         for sample, numbers in zip(samples, measured, strict=True):
             sample.arm()
-            decider.decide_with(numbers)
+            self.decider.decide_with(numbers)
             sample.note()
         group.weights[:] = weights_of(samples, rule)
-        control.state = group  # the decision of the last sample stays
-        if len({sample.actions[rule] for sample in samples}) > 1:
-            control.phase = HEAD
+        self.decider.control.state = group  # the decision of the last sample stays
+        return len({sample.actions[rule] for sample in samples}) == 1
+
+    # --- a compiled step in two parts ---------------------------------------------------------------------
+
+    def prepare_head(self, state: Any) -> bool:
+        ready = True
+        for sample in self.group.samples:
+            sample.arm()
+            ready = self.decider.prepare_head(sample.state) and ready
+        self.decider.control.state = self.group
+        return ready
+
+    def left_by_head(self, state: Any) -> list[Tensor]:
+        return [self.decider.left_by_head(sample.state) for sample in self.group.samples]
+
+    def decide_with(self, left: Sequence[Tensor]) -> None:
+        """Decide by what the head has left. Raises Stop where samples do not agree."""
+        if not self._agreed(left):
+            raise Stop
 
 
 class EachMeter:
@@ -104,6 +131,7 @@ class Head(ProbeSlots):
     def __init__(self, count: int, returns_text: bool) -> None:
         super().__init__()
         self.count, self.returns_text = count, returns_text
+        self.form = None  # as that of a signal without a reference: nothing is lacking
 
     def keep(self, hidden: Tensor, encoder: Any, more: Any, now: Tensor | None) -> None:
         self.hidden, self.now = hidden, now
@@ -148,5 +176,5 @@ def group_of(
     else:
         places = [head.samples.index(sample) for sample in samples]
         own, group.way = head.slots[rule].own.some(places), head.way
-    group.slots[rule] = RuleSlots(guide=GuideSlots(), own=own)
+    group.slots[rule] = RuleSlots(signal=SignalSlots(), guide=GuideSlots(), own=own)
     return group

@@ -121,7 +121,7 @@ class ProbeSlots(SlotGroup):
     now: Any
 
     entries: Entries | None  # how that lies; None where it returns nothing else
-    form: tuple
+    form: tuple | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,6 +131,16 @@ class ProbeSlots(SlotGroup):
         """The slots of `extra`: torch.compile cannot follow `tensors`."""
         group = self.extra
         return [] if group is None else [getattr(group, name) for name in group.holds]
+
+    def take_form(self, other: ProbeSlots) -> None:
+        """Have the same room as the slots of another state."""
+        self.entries, self.form = other.entries, other.form
+        for name in other.kept:
+            setattr(self, name, allocate_like(getattr(other, name)))
+        if other.extra is not None:
+            self.extra = type(other.extra)()
+            for name in other.extra.kept:
+                setattr(self.extra, name, allocate_like(getattr(other.extra, name)))
 
     def keep(self, hidden: Tensor, encoder: Any, more: Any, now: Tensor | None) -> None:
         """now: the guide of this step; None without one."""

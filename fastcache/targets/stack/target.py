@@ -207,13 +207,16 @@ class StackTarget(BoundTarget):
         return not (self.measure or self.decider.what.feeds_back)
 
     def prepare_like(self, state: State, other: State) -> None:
-        units = other.units[self.rule]
-        if self.splits and not returns_more(units):
-            timeline = state.timelines[self.rule]
-            made = {at: unit.like(timeline, self.make_store) for at, unit in units.items()}
-            state.units[self.rule].update(made)
-            if self.guide is not None:
-                self.guide.prepare_like(state, other, self.rule)
+        rule = self.rule
+        units, own = other.units[rule], state.slots[rule].own
+        if not self.splits or returns_more(units) or state.units[rule]:
+            return
+        timeline, make_store = state.timelines[rule], self.make_store
+        state.units[rule].update({at: u.like(timeline, make_store) for at, u in units.items()})
+        if self.guide is not None:
+            self.guide.prepare_like(state, other, rule)
+        if own.hidden is None:
+            own.take_form(other.slots[rule].own)
 
     def together(self, samples: Sequence[Member], head: Group | None = None) -> Group | None:
         """The residuals of several requests, split by sample along their first dimension.
