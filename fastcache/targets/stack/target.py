@@ -51,22 +51,20 @@ class StackTarget(BoundTarget):
         norm: tuple[str, nn.Module] | None = None,
     ) -> None:
         """always: how many of the first and of the last blocks always run, of all lists as one. norm: see `Closing`."""
-        # a predictor whose weights come from this step's own blocks
+        # whose weights come from this step's own blocks
         self.guide = None if part.what.guide is None else Guide(part.what)
         super().__init__(part, self.guide)
         # a policy or a predictor looks at what the first blocks make of what enters them
         self.probed = part.when.runs_first_block or part.what.guide == "residual"
-        first, last = always
-        self.ordered, self.tailed = bool(first or last), bool(last)
-        self.always = (first or int(self.probed), last)
+        self.ordered, self.tailed = any(always), bool(always[1])
+        self.always = (always[0] or int(self.probed), always[1])
         self.early = self.probed and self.always[0] > 1  # blocks run before the decision
         self.make_store, self.keeps_text = make_store, encoder_read is not False or self.tailed
         self.meter = self.decider.meter if self.decider.inside else None
         # compiled, a step computes its first block, waits for the decision, and goes on from what it has kept
         self.in_parts = self.meter is not None and not self.meter.at_input
         self.every_step = self.meter is not None and self.meter.every_step
-        # calibration: also measure the magnitude ratio of every residual
-        self.measure = part.when.calibrates
+        self.measure = part.when.calibrates  # the magnitude ratio of every residual too
         self.row = row
         self.closing = None if norm is None else Closing(self, *norm)
         self.lists = self._furnished(lists)
@@ -211,8 +209,8 @@ class StackTarget(BoundTarget):
         units, own = other.units[rule], state.slots[rule].own
         if not self.splits or returns_more(units) or state.units[rule]:
             return
-        timeline, make_store = state.timelines[rule], self.make_store
-        state.units[rule].update({at: u.like(timeline, make_store) for at, u in units.items()})
+        made = ((at, u.like(state.timelines[rule], self.make_store)) for at, u in units.items())
+        state.units[rule].update(made)
         if self.guide is not None:
             self.guide.prepare_like(state, other, rule)
         if own.hidden is None:
@@ -269,8 +267,7 @@ class StackTarget(BoundTarget):
     def refit(self, number: int, entered: Entered, left: Left) -> None:
         """Have storage for the residual of a segment as it is in this call."""
         state = self.control.state
-        units = state.units[self.rule]
-        unit = units[number]
+        units, unit = state.units[self.rule], state.units[self.rule][number]
         if not fits(unit, entered, left, self.control.batch == "half"):
             new = allocate_unit(entered, left, state.timelines[self.rule], self.make_store)
             new.way, units[number] = unit.way, new
