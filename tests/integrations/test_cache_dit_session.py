@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 cache_dit = pytest.importorskip("cache_dit", minversion="1.5")
 pytest.importorskip("diffusers", minversion="0.36")
@@ -47,6 +48,32 @@ def test_text_that_the_model_does_not_read_after_its_blocks_is_not_kept(flux, or
     # of the image: the first block's residual, and as many of the others as the forecast takes
     tokens = inputs["hidden_states"].shape[:2].numel()
     assert cache.nbytes() == (2 + order) * tokens * model.inner_dim * 4
+
+
+class Ours(TorchDispatchMode):
+    """Names of fastcache's own ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastcache":
+            self.ops.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_forecast_of_all_blocks_is_one_op(flux):
+    model, inputs = flux
+    # no difference is taken before the fourth step
+    stats = enabled(model, order=1, max_warmup_steps=5).cache.stats
+    *calls, last = tiny.trajectory("Flux", inputs, 7)
+    for call in calls:
+        tiny.output(model, call)
+    with Ours() as ours:
+        tiny.output(model, last)
+    assert stats[-1].action == "reuse"
+    assert ours.ops == ["residual_l1.default", "linear_combine_.default"]
 
 
 def test_a_context_is_opened_again_unless_somebody_has_it_open(flux):
