@@ -187,7 +187,7 @@ class Ahead:
         before = [run.copy() for run in state.runs]  # none where a run begins
         self.decider.decide(state, step)
         self.upload(state)
-        if state.out_of_memory:
+        if state.without:
             return
         self.control.begin_step(self.targets)
         self.control.signature_missed, self.control.seen = False, None

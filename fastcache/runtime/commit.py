@@ -14,6 +14,7 @@ from ..targets.base import BoundTarget
 from ..targets.control import StepControl
 from .settings import Settings
 from .stats import Record
+from .uses import Uses
 
 
 class Committer:
@@ -27,7 +28,9 @@ class Committer:
         control: StepControl,
         targets: Sequence[BoundTarget],
         pool: Slots,
+        uses: Uses,
     ) -> None:
+        self.uses = uses
         self.name, self.control, self.targets, self.pool = name, control, targets, pool
         self.stats, self.notices, self.budget = settings.stats, settings.notices, settings.budget
         # place, whether predicted values enter the history too, what the target does after a computed step,
@@ -76,14 +79,22 @@ class Committer:
         )
         state.records.append(record)
         self.stats.add(record)
-        total, pool = state.total, self.pool
-        if (total is not None and index + 1 >= total) or pool.finished:
-            pool.retire(state)
+        ends, pool = state.ends, self.pool
+        if (ends is not None and index + 1 >= ends) or pool.finished:
+            self._retire(state, ends)
         if self.budget is not None and (alone := self.budget.keep(self.pool, state)):
             self.notices.once(
                 f"fastcache: max_bytes is {self.budget.limit}, one context of {self.name} alone takes {alone}; "
                 "it is computed without a cache"
             )
+
+    def _retire(self, state: State, ends: int | None) -> None:
+        """A run is spent, or another one is: keep few of them. One that did not go by its plan is spent at its end,
+        and so is a compiled one, which runs its last steps with storage too."""
+        if ends is not None and state.spent and not state.complete:
+            if self.pool.fixed or not self.uses.went_as_planned(state):
+                state.ends = state.total
+        self.pool.retire(state)
 
     def _note_stored(self, state: State, index: int) -> None:
         """What this step has left in storage is in order from now on."""

@@ -13,6 +13,7 @@ from ..storage.state import State
 from ..targets.base import BoundTarget
 from ..targets.control import PENDING, PENDING_DECISION, WHOLE, StepControl
 from .settings import Settings
+from .uses import Uses
 
 NONE: dict[str, Any] = {}
 
@@ -26,7 +27,9 @@ class Decider:
         recipe: Recipe,
         control: StepControl,
         targets: Sequence[BoundTarget],
+        uses: Uses,
     ) -> None:
+        self.uses = uses
         self.recipe, self.control, self.settings = recipe, control, settings
         self.policies = [rule.when for rule in recipe.rules]
         self.deciders = tuple(target.decider for target in targets)
@@ -83,6 +86,7 @@ class Decider:
         """A run begins: every policy remembers nothing."""
         if self.settings.process_group is not None:
             self._agree(state, step, self.settings.process_group)
+        state.ends = self.uses.end(state.total)
         state.runs = [policy.begin(state.total) for policy in self.policies]
 
     def _agree(self, state: State, step: Step, group: Any) -> None:

@@ -29,6 +29,7 @@ from .runs import Runs, abandon
 from .settings import Settings
 from .stats import known
 from .trips import ALL
+from .uses import Uses
 from .verdict import other_length, verdict
 
 
@@ -86,8 +87,9 @@ class Denoiser:
         control, targets, pool = self.control, self.targets, self.pool
         self.executor = Executor(settings, model, self.original, bound, pool)
         self.runs = Runs(settings, name, model, self.recipe, adapter, pool, targets)
-        self.decider = Decider(settings, self.recipe, control, targets)
-        self.committer = Committer(settings, name, self.recipe, control, targets, pool)
+        uses = Uses(self.recipe)
+        self.decider = Decider(settings, self.recipe, control, targets, uses)
+        self.committer = Committer(settings, name, self.recipe, control, targets, pool, uses)
         rooms = self.runs, self.decider, self.executor, self.committer
         self.ahead = Ahead(owner, settings, name, self.recipe, self.original, control, rooms)
         self.patch = ForwardPatch(

@@ -15,12 +15,14 @@ from ..ops import dispatch
 from ..policies import COMPUTE, REUSE
 from ..storage.allocate import NoRoom, Unfit
 from ..storage.pool import Slots
-from ..storage.state import State
+from ..storage.state import SPENT, State
 from ..targets.bind import BoundModel
 from .compiling import NOTHING, eagerly
 from .gradients import ASKED_FOR, asked_for, has_gradient, refuse_training, refusing
 from .notices import LOG
 from .settings import Settings
+
+NO_ROOM = "no room for a cache"
 
 
 class Executor:
@@ -62,11 +64,11 @@ class Executor:
             if control.step.again and control.computes:
                 state.uncached_step = True  # what the step stores, its first evaluation has stored
                 return self.original(*args, **kwargs)
-            if self.budget is not None:
+            if self.budget is not None and not state.without:
                 state.uncached_step = self.budget.refuses(
                     self.pool, state, self.group, state.device
                 )
-            if not (state.uncached_step or state.out_of_memory):
+            if not (state.uncached_step or state.without):
                 try:
                     try:
                         recorded = control.begin_step(self.targets)
@@ -89,7 +91,7 @@ class Executor:
                     return self._anew(state, args, kwargs)
                 except NoRoom as error:
                     self.give_up(state, error)
-            return self._without(state, args, kwargs, "no room for a cache")
+            return self._without(state, args, kwargs, state.without or NO_ROOM)
         finally:
             control.inside = control.active = False
 
@@ -145,7 +147,7 @@ class Executor:
         if self.group is not None:  # the other ranks would go on reusing
             raise error
         self.pool.drop(state)
-        state.out_of_memory = True
+        state.without = NO_ROOM
         self.control.end_step()
         self.notices.once(
             "fastcache: out of memory for a cache; runs that find none are computed without"
@@ -172,6 +174,9 @@ class Executor:
         state.uncached_step = True
         for timeline, target in zip(state.timelines, self.targets, strict=True):
             timeline.clear()
-            target.decider.compute_instead(why)
+            if (
+                why != SPENT or self.control.actions[target.rule] != COMPUTE
+            ):  # which says why itself
+                target.decider.compute_instead(why)
         with eagerly(True):
             return self.original(*args, **kwargs)

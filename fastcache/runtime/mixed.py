@@ -94,7 +94,7 @@ class Sample:
     def joins(self) -> bool:
         """Whether it may go with others, as far as its step says."""
         executor, state = self.denoiser.executor, self.state
-        if self.step.again or state.out_of_memory:
+        if self.step.again or state.without:
             return False
         budget = executor.budget
         return not (budget and budget.refuses(executor.pool, state, executor.group, state.device))
@@ -165,7 +165,7 @@ def _run(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[
         [sample for sample in samples if sample.joins] if _may_join(denoiser, programs) else []
     )
     # room for some may have been made by others of them
-    grouped = [s for s in grouped if not (s.state.away or s.state.evicted)]
+    grouped = [s for s in grouped if not (s.state.away or s.state.evicted or s.state.without)]
     for action in (COMPUTE, REUSE, PENDING):
         alike = [sample for sample in grouped if sample.actions == [action]]
         new = [sample for sample in alike if not target.recorded(sample.state)]

@@ -162,7 +162,9 @@ class Runs:
                 index += trip.left_out(state, moment)
             self.note(state, moment)
         if call.num_inference_steps is not None:
-            state.total = call.num_inference_steps - state.start
+            total = call.num_inference_steps - state.start
+            if total != state.total:
+                state.total = state.ends = total
         state.armed_step, state.step_timestep, state.uncached_step = index, time, False
         again = False
         if how != NEXT:
@@ -235,7 +237,7 @@ class Runs:
         """A run begins: how long it is, and whether another expert has had the steps before."""
         state.serial = 0 if generation is None else generation.serial
         state.total = call.num_inference_steps or (generation and generation.total(self.name))
-        state.total = state.total or self.planned
+        state.total = state.ends = state.total or self.planned
         state.start = self.experts.start(state.key[0], call.step_index or 0)
         LOG.debug("run of request %r, context %r begins", *state.key)
 

@@ -16,8 +16,8 @@ from .state import State
 class Budget:
     """At most so many bytes of cached tensors after a call, over all denoisers of a cache.
 
-    Beyond it spares are freed, then complete runs, then the run used least recently, which goes on without a
-    cache until there is room for it again. Never an error: what does not fit is computed.
+    Beyond it spares are freed, then runs of which nothing is read any more, then the run used least recently, which
+    goes on without a cache until there is room for it again. Never an error: what does not fit is computed.
 
     offload: instead, that run's storage goes to host memory (pinned, where there is CUDA) and comes back for its
     next call. Runs take turns, as a rule in the same order: so the one whose turn comes last goes first, and while a
@@ -41,7 +41,7 @@ class Budget:
         if size > self.limit:
             return True
         if state.evicted:  # it comes back when others have finished
-            running = sum(s.held for m in self.members for s in m.states.values() if not s.complete)
+            running = sum(s.held for m in self.members for s in m.states.values() if not s.spent)
             if running - state.held + size > self.limit:
                 return True
             state.evicted = False
@@ -51,7 +51,7 @@ class Budget:
             try:
                 slots.bring_back(state, device)
             except NoRoom:
-                self._leave_without(slots, state)
+                slots.let_go(state)
                 return True
         if self.offload:
             self._fetch_ahead(state, max(size, state.held))
@@ -92,7 +92,7 @@ class Budget:
         try:
             slots.fetch(following, following.device)
         except NoRoom:
-            self._leave_without(slots, following)
+            slots.let_go(following)
 
     def _make_room(self, more: int, keep: State, ahead: State | None = None) -> int:
         """Free the least useful storage until `more` bytes fit; what is still too much is returned.
@@ -109,12 +109,12 @@ class Budget:
             every = [(m, s) for m in self.members for s in m.states.values()]
             turns = self._turns(keep)
             for slots, state in sorted(
-                every, key=lambda pair: (not pair[1].complete, -turns.get(pair[1], 0), pair[1].used)
+                every, key=lambda pair: (not pair[1].spent, -turns.get(pair[1], 0), pair[1].used)
             ):
                 if over <= 0 or not state.held or state is keep or state is ahead:
                     continue
-                goes = self.offload and not (slots.fixed or state.complete)
-                if goes or ahead is None or state.complete:
+                goes = self.offload and not (slots.fixed or state.spent)
+                if goes or ahead is None or state.spent:
                     over -= state.held
                     self._free(slots, state, goes)
         return over
@@ -140,12 +140,7 @@ class Budget:
                 return
             except NoRoom:
                 pass
-        self._leave_without(slots, state)
-
-    def _leave_without(self, slots: Slots, state: State) -> None:
-        """Its run goes on without a cache until there is room again."""
-        state.evicted = True
-        slots.drop(state)
+        slots.let_go(state)
 
 
 def budget_of(max_bytes: Any, offload: Any, pools: list[Slots]) -> Budget | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .allocate import allocate, device_of, on_host
 from .group import SlotGroup
 from .history import Timeline
-from .state import EndedRun, State
+from .state import SPENT, EndedRun, State
 
 SPARES = 8  # storages of forgotten runs kept for the next ones, and complete runs kept, per model
 
@@ -32,7 +32,7 @@ class Slots:
         self.ended: list[EndedRun] = []  # runs that are over, for whoever accounts for them
         self.states: dict[tuple[Any, str], State] = {}
         self.spares: list[State] = []
-        self.finished: dict[tuple[Any, str], None] = {}  # complete runs, oldest first
+        self.finished: dict[tuple[Any, str], None] = {}  # spent runs, oldest first
         self.aside: Any = None  # the CUDA stream that fetches storage ahead of its use
         self.streams = torch.cuda.is_available()  # calls may come on different ones
         self.fixed = False  # compiled code may know the addresses of storage
@@ -59,7 +59,7 @@ class Slots:
         if spare is None:
             done = next((k for k in self.finished if self.states[k].signature == signature), None)
             if done is not None:
-                self.forget(done)
+                self._give_up(done)
                 spare = self._spare(signature)
         self._take(state, spare or self.new(state.key))
         state.signature = signature
@@ -76,6 +76,10 @@ class Slots:
     def begin_anew(self, state: State) -> None:
         """Begin another run in the storage that a state has."""
         self.end_run(state)
+        self.finished.pop(state.key, None)
+        spare = None if any(state.units) else self._spare(state.signature)
+        if spare is not None:  # others have taken its own
+            self._take(state, spare)
         state.restart()
 
     def release(self, state: State) -> None:
@@ -149,14 +153,33 @@ class Slots:
         self.end_run(state)
         self.release(state)
 
+    def let_go(self, state: State) -> None:
+        """Free the storage of a state: its run goes on without until there is room again, or to its end where nothing
+        would read it."""
+        if state.spent and not state.complete:
+            state.without = SPENT
+        else:
+            state.evicted = True
+        self.drop(state)
+
     def retire(self, state: State) -> None:
-        """Keep few of the runs that are complete: a server may never reset, and never use a name again."""
+        """Keep few of the runs that are spent: a server may never reset, and never use a name again."""
         if state.key in self.finished:
             del self.finished[state.key]
-        if state.complete:
+        if state.spent:
             self.finished[state.key] = None
             if len(self.finished) > SPARES:
-                self.forget(next(iter(self.finished)))
+                self._give_up(next(iter(self.finished)))
+
+    def _give_up(self, key: tuple[Any, str]) -> None:
+        """Let the storage of a spent run serve another; the run itself is forgotten once it is complete."""
+        state = self.states[key]
+        if state.complete:
+            self.forget(key)
+            return
+        del self.finished[key]
+        self.release(state)
+        state.without = SPENT
 
     def clear(self) -> None:
         self.states.clear()

@@ -20,6 +20,9 @@ from .group import Keeps
 from .history import Timeline
 from .unit import Unit
 
+# Why a step does without storage that others have taken after the last step that read it.
+SPENT = "nothing reads what it would store"
+
 JUDGED = 1000  # records of a run that its end is judged by, the latest ones
 
 
@@ -40,6 +43,7 @@ class State:
         "__weakref__",
         "armed_step",
         "away",
+        "ends",
         "evaluation",
         "evicted",
         "held",
@@ -50,7 +54,6 @@ class State:
         "mark",
         "measured",
         "next",
-        "out_of_memory",
         "passed",
         "place",
         "records",
@@ -72,6 +75,7 @@ class State:
         "unclear",
         "units",
         "used",
+        "without",
     )
 
     def __init__(self, key: tuple[Any, str], rules: int) -> None:
@@ -102,8 +106,9 @@ class State:
         self.indexed = False  # the last call was told which step it was
         self.uncached_step = False  # the running step does without a cache
         self.evicted = False  # its storage went to other runs
-        self.out_of_memory = False  # memory ran out: the rest of the run does without
+        self.without = ""  # why the rest of the run does without storage, if it does
         self.total: int | None = None  # steps in the run, where known
+        self.ends: int | None = None  # steps after which nothing reads its storage, where known
         self.timestep: float | None = None  # of the last step, as the run's clock reads it
         self.step_timestep: float | None = None  # of the running step, as the rules read it
         self.armed_step = 0  # index of the running step
@@ -155,6 +160,11 @@ class State:
     def device(self) -> torch.device:
         """That of its calls: an accelerator, where any of their tensors lies on one."""
         return device_of(self.signature or ())
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing reads its storage any more: the run is complete, or computes all steps that are left."""
+        return self.complete or (self.ends is not None and self.index >= self.ends)
 
     @property
     def complete(self) -> bool:

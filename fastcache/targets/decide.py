@@ -170,7 +170,7 @@ class RuleDecider:
     def note_looked_at(self, state: State, action: str) -> None:
         """Have later steps measured against what was looked at, the decision having fallen."""
         meter, value, self.looked_at = self.meter, self.looked_at, None
-        if state.evicted or state.out_of_memory:
+        if state.evicted or state.without:
             return  # a run without storage takes none from the others
         if meter is not None and value is not None and (action == COMPUTE or meter.every_step):
             meter.keep(state, value, None)

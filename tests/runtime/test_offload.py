@@ -71,7 +71,7 @@ def test_the_call_before_asks_for_the_storage_of_the_next(room, branches, moved)
     found = served(turns, room, moved)
     settled = 3 * len(cycle)
     assert any(how == "fetch" for call in found for how, _ in call)
-    for i, call in enumerate(found[settled : -len(cycle)], settled):
+    for i, call in enumerate(found[settled : -2 * len(cycle)], settled):
         fetched = [key for how, key in call if how == "fetch"]
         assert fetched == [turns[i + 1]] or (room > 2 and not fetched), f"call {i}"
         assert not any(how == "bring_back" for how, _ in call), f"call {i}"

@@ -372,7 +372,7 @@ def test_storage_that_changes_streams_is_waited_for(monkeypatch: pytest.MonkeyPa
     pools.follow(other)
     assert second.waits == [first]  # the stream that used it last is this one now
     now[0] = first
-    monkeypatch.setattr(pools, "_to_host", lambda t: t)
+    monkeypatch.setattr(pools, "on_host", lambda t: t)
     pool.send_away(other)  # by another request, on its stream
     assert first.waits == [second] and other.stream is first
     now[0] = second
