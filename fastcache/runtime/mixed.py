@@ -112,7 +112,7 @@ class Sample:
         self.arm()
         if self.denoiser.control.may_be_compiled:
             self.denoiser.ahead.upload(self.state)
-        return not self.state.out_of_memory
+        return not self.state.without
 
     def alone(self) -> Part:
         """Run it as a call of its own."""

@@ -205,9 +205,9 @@ def test_in_a_batch_of_requests_only_those_go_together_whose_storage_is_there(
 ):
     together = mixing._together
 
-    def checked(denoiser, samples, gather):
+    def checked(denoiser, samples, *more):
         assert not any(s.state.away or s.state.evicted for s in samples)
-        return together(denoiser, samples, gather)
+        return together(denoiser, samples, *more)
 
     monkeypatch.setattr(mixing, "_together", checked)
     whole = mixed(RECIPES["taylor"])[0]
