@@ -79,13 +79,21 @@ def load_figure(rows: Sequence[Row]) -> Figure:
     low, high = min(known, default=0.0), max(known, default=1.0)
     top = high + 0.25 * max(high - low, 4.0)  # where exact pictures stand, which have no PSNR
     tones = [colour(r["server"].split(",")[0]) for r in rows]
+    widest, placed = max(max(r["rates"]) for r in rows), list[tuple[float, float]]()
     for number, (r, tone) in enumerate(zip(rows, tones, strict=True), 1):
         x, y = r["requests_per_second"], top if is_exact(r) else r["psnr"]
         marker = MARKERS.get(r["server"].rsplit(", ", 1)[-1], "s" if r["most"] > 1 else "o")
         quality.hlines(y, min(r["rates"]), max(r["rates"]), color=tone, lw=1.2, alpha=0.5)
         quality.plot(x, y, marker, color=tone, ms=13 if marker == "*" else 8)
+        close = any(abs(x - a) < widest / 20 and abs(y - b) < 0.5 for a, b in placed)
+        placed.append((x, y))
         quality.annotate(
-            str(number), (x, y), (0, 8), textcoords="offset points", ha="center", color=INK
+            str(number),
+            (x, y),
+            (0, -17 if close else 8),
+            textcoords="offset points",
+            ha="center",
+            color=INK,
         )
         latency.plot([r["p50"], r["p95"]], [number] * 2, color=tone, lw=3, solid_capstyle="round")
         latency.plot(r["p50"], number, marker, color=tone, ms=11 if marker == "*" else 7)
@@ -96,7 +104,7 @@ def load_figure(rows: Sequence[Row]) -> Figure:
     ticks = [t for t in quality.get_yticks() if low - 2 <= t < top - 1]
     quality.set_yticks([*ticks, top], [*(f"{t:g}" for t in ticks), "exact"])
     quality.set_ylim(low - 0.1 * (top - low), top + 0.1 * (top - low))
-    quality.set_xlim(0, 1.12 * max(r["requests_per_second"] for r in rows))
+    quality.set_xlim(0, 1.05 * widest)
     quality.set_xlabel("requests per second, overloaded (line: its rounds)")
     quality.set_ylabel("PSNR against the uncached pictures, dB")
     quality.grid(alpha=0.25)
