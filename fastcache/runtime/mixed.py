@@ -175,9 +175,8 @@ def _run(denoiser: Denoiser, samples: Sequence[Sample], gather: Gather) -> list[
         if new and (other := _like(new[0])) is not None:
             for sample in new:
                 target.prepare_like(sample.state, other)
-        if (
-            programs is not None and action == PENDING
-        ):  # those with nothing to be held against run as they are
+        if programs is not None and action == PENDING:
+            # no program measures what there is nothing to hold against
             first = [sample for sample in alike if not sample.measurable]
             parts += _together(denoiser, first, gather, denoiser.executor.original)
             alike = [sample for sample in alike if sample not in first]
