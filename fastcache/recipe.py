@@ -264,6 +264,7 @@ class Recipe:
             )
         runs = [rule.when.begin(n) for rule in self.rules]
         rows: list[list[Action]] = [[] for _ in self.rules]
+        computed = [0] * len(self.rules)
         for i in range(n):
             skipped = False
             for k, rule in enumerate(self.rules):
@@ -271,9 +272,10 @@ class Recipe:
                 action = rule.when.decide(runs[k], step).action
                 # a prediction needs a computed value, and a guide all that its history can hold
                 wanted = 1 if rule.what.guide is None else rule.what.depth
-                if action == REUSE and rows[k].count(COMPUTE) < wanted:
+                if action == REUSE and computed[k] < wanted:
                     rule.when.computed(runs[k], step)
                     action = COMPUTE
+                computed[k] += action == COMPUTE
                 rows[k].append(action)
                 skipped |= rule.where.halves and action == REUSE
         return Plan(tuple(map(tuple, rows)), tuple(_label(r) for r in self.rules))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ..policies import REUSE
 from ..recipe import Recipe
-from ..storage.state import State
+from ..storage.state import JUDGED, State
 
 KEPT = 64  # lengths of runs whose plans are kept
 
@@ -23,13 +23,13 @@ class Uses:
     def end(self, total: int | None) -> int | None:
         """After how many steps nothing reads the storage of a run any more: by its plan the last one that reuses, else
         all of them."""
-        if total is None or not self.plans:
+        if total is None or not self.plans or total > JUDGED:  # longer than a run remembers
             return total
         return self._plan(total)[0]
 
     def went_as_planned(self, state: State) -> bool:
         """Whether a run has taken the steps of its plan so far."""
-        if state.total is None or not self.plans:
+        if state.total is None or not self.plans or state.total > JUDGED:
             return False
         steps = self._plan(state.total)[1]
         return [record.actions for record in state.records] == steps[: state.index]

@@ -182,3 +182,14 @@ def test_what_a_plan_says_is_kept_for_few_lengths():
     for total in range(10, 200):
         uses.end(total)
     assert len(uses.known) <= 64
+
+
+def test_a_run_longer_than_what_is_remembered_of_it_is_not_played_through(monkeypatch):
+    asked: list[int] = []
+    plan = Recipe.plan
+    monkeypatch.setattr(
+        Recipe, "plan", lambda self, n, *more: asked.append(n) or plan(self, n, *more)
+    )
+    served = Served(Recipe(Interval(2), Reuse()))
+    served.step(1, 3, num_inference_steps=10**6)
+    assert not asked and [r.action for r in served.cache.stats] == [COMPUTE, REUSE, COMPUTE]
