@@ -35,7 +35,7 @@ def masked(text: str, what: Any = None, where: Any = None) -> Recipe:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("trained_by", ["parameters", "input too"])
 def test_a_model_in_training_with_gradients_is_refused(compiled, trained_by):
-    model, (call,) = toys.model().train(), toys.inputs(1)
+    model, (call,) = toys.model().requires_grad_().train(), toys.inputs(1)
     if trained_by == "input too":
         call["hidden_states"].requires_grad_()
     with fastcache.enable(model, masked("CC")) as cache:

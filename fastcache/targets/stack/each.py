@@ -127,8 +127,9 @@ class Head(ProbeSlots):
     """
 
     __slots__ = ("count", "returns_text")
+    forms = (*ProbeSlots.forms, "count", "returns_text")
 
-    def __init__(self, count: int, returns_text: bool) -> None:
+    def __init__(self, count: int = 0, returns_text: bool = False) -> None:
         super().__init__()
         self.count, self.returns_text = count, returns_text
         self.form = None  # as that of a signal without a reference: nothing is lacking

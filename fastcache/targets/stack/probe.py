@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -114,7 +114,7 @@ class ProbeSlots(SlotGroup):
     __slots__ = ("encoder", "entries", "extra", "form", "hidden", "now")
     holds = ("hidden", "encoder", "now")
     parts = ("extra",)
-    forms = ("entries", "form")
+    forms: ClassVar[tuple[str, ...]] = ("entries", "form")
     encoder: Any
     extra: Any  # the tensors of what else it returns
     hidden: Any
