@@ -38,8 +38,9 @@ SLOW = {
     "parity": ("parity", "diffusers_presets", "matrix", "pipelines"),
     "slow": (
         "bench", "bench_methods", "captured_reuse", "compile", "compile_gpu", "compiled_matrix", "demo_model", "docs",
-        "export", "field_doors", "field_facts", "field_pipelines", "generated_code", "load", "on_device", "packaging",
-        "ranks", "serve", "state_machine", "static_addresses", "transfers",
+        "export", "field_doors", "field_facts", "field_pipelines", "generated_code", "load", "mixed_compiled",
+        "on_device", "packaging", "pictures", "ranks", "ranks_killed", "serve", "state_machine",
+        "static_addresses", "transfers",
     ),
 }  # fmt: skip
 # ... and single tests: those that compile, by what their names or parameters say, and a few long ones.
