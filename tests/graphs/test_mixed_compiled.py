@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import toys
-from mixing import REQUESTS, alone, batches, joined, mixed
+from mixing import REQUESTS, alone, joined, mixed, mixed_runs
 from modulated import ADAPTERS, TabledModel
 from test_compile import Graphs, fresh
-from torch import Tensor
 from torch._dynamo.utils import counters
 
 import fastcache
@@ -161,25 +160,9 @@ def test_requests_with_recipes_of_their_own_in_one_batch():
     fresh()
     names = ["reuse", "taylor", "first_block", "taylor", "off", "first_block"]
     target, graphs = toys.model(), Sizes()
-    outputs: list[list[Tensor]] = [[] for _ in names]
     with fastcache.enable(target, "off") as cache, torch.no_grad():
         call = fastcache.compile(target, backend=graphs, dynamic=False)
-        runs = [
-            cache.run(r, num_inference_steps=toys.STEPS, recipe=ALL[name])
-            for r, name in enumerate(names)
-        ]
-        for run in runs:
-            run.__enter__()
-            run.pause()
-        for members in batches(2):
-            contexts = [cache.context("cond", step_index=i) for _, i in members]
-            inputs, own = joined(members, False), [runs[r] for r, _ in members]
-            found = fastcache.mixed_batch(call, contexts, inputs, runs=own)
-            for n, (r, _) in enumerate(members):
-                outputs[r].append(found[n : n + 1])
-        for run in runs:
-            run.resume()
-            run.__exit__(None)
+        outputs = mixed_runs(cache, call, [ALL[name] for name in names])
     for r, name in enumerate(names):
         want, _ = alone(ALL[name], r)
         torch.testing.assert_close(outputs[r], want, rtol=0, atol=1e-6)

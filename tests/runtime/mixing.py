@@ -98,3 +98,25 @@ def mixed(
         for r in range(REQUESTS)
     ]
     return outputs, actions, forwards, counts
+
+
+def mixed_runs(cache: fastcache.Cache, call: Any, recipes: list[Any]) -> list[list[Tensor]]:
+    """Outputs per request, each in a run with a recipe of its own. call: the model, or what drives it."""
+    outputs: list[list[Tensor]] = [[] for _ in recipes]
+    runs = [
+        cache.run(r, num_inference_steps=toys.STEPS, recipe=recipe)
+        for r, recipe in enumerate(recipes)
+    ]
+    for run in runs:
+        run.__enter__()
+        run.pause()
+    for members in batches(2):
+        contexts = [cache.context("cond", step_index=i) for _, i in members]
+        inputs, own = joined(members, False), [runs[r] for r, _ in members]
+        found = fastcache.mixed_batch(call, contexts, inputs, runs=own)
+        for n, (r, _) in enumerate(members):
+            outputs[r].append(found[n : n + 1])
+    for run in runs:
+        run.resume()
+        run.__exit__(None)
+    return outputs

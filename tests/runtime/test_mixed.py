@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import toys
-from mixing import REQUESTS, Forwards, alone, batches, joined, mixed
+from mixing import REQUESTS, Forwards, alone, batches, joined, mixed, mixed_runs
 from torch import Tensor
 
 import fastcache
@@ -141,24 +141,8 @@ def test_a_budget_that_holds_some_of_the_requests():
 def test_requests_with_recipes_of_their_own_in_one_batch():
     names = ["reuse", "taylor", "off", "taylor", "first_block", "reuse"]
     target = toys.model()
-    outputs: list[list[Tensor]] = [[] for _ in names]
     with fastcache.enable(target, "balanced") as cache, torch.no_grad():
-        runs = [
-            cache.run(r, num_inference_steps=toys.STEPS, recipe=RECIPES[name])
-            for r, name in enumerate(names)
-        ]
-        for run in runs:
-            run.__enter__()
-            run.pause()
-        for members in batches(2):
-            contexts = [cache.context("cond", step_index=i) for _, i in members]
-            inputs, own = joined(members, False), [runs[r] for r, _ in members]
-            found = fastcache.mixed_batch(target, contexts, inputs, runs=own)
-            for n, (r, _) in enumerate(members):
-                outputs[r].append(found[n : n + 1])
-        for run in runs:
-            run.resume()
-            run.__exit__(None)
+        outputs = mixed_runs(cache, target, [RECIPES[name] for name in names])
         assert not any(d.pool.states for d in cache.methods)
     for r, name in enumerate(names):
         want, _ = alone(RECIPES[name], r, "tensor")
