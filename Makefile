@@ -16,8 +16,9 @@ tests = HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n 2 --dist worksteal -q $(PY
 # the oldest diffusers that is supported, with the tests that face it,
 OLDEST := .venv-oldest
 FACING := tests/parity tests/test_pipelines.py tests/integrations/test_diffusers_backend.py
-# and another torch and triton, in the CUDA build that users of a GPU have (4.5 GB, no GPU needed).
+# and two more pairs of torch and triton, in the CUDA builds that users of a GPU have (4.5 GB each, no GPU needed).
 TORCH := .venv-torch
+NEWEST := .venv-newest
 GRAPHS := tests/ops/test_ops.py tests/runtime/test_contract.py $(addprefix tests/graphs/test_,compile.py on_device.py export.py generated_code.py static_addresses.py)
 
 # what travels to a machine with a GPU and no network; its Python and the versions it has
@@ -28,10 +29,11 @@ KIT := .gpu-kit
 # what the documentation is built with
 DOCS := .venv-docs
 
-# other Pythons that the wheel must install on, where they are to be had
-PYTHONS ?= python3.10 python3.12 python3.13
+# other Pythons that the wheel must install on, where they are to be had, and the oldest torch that it runs on
+PYTHONS ?= python3.10 python3.12 python3.13 python3.14
+OLDEST_TORCH := 2.10.0
 
-.PHONY: demo test test-fast test-gates test-oldest test-torch lint wheel wheel-test release-notes site report bench gpu-kit venv clean
+.PHONY: demo test test-fast test-gates test-oldest test-torch test-newest lint wheel wheel-test release-notes site report bench gpu-kit venv clean
 
 demo: venv
 	$(RUN)fastcache demo
@@ -53,6 +55,9 @@ test-oldest: $(OLDEST)/.installed
 test-torch: $(TORCH)/.installed
 	$(call tests,$(TORCH)) $(GRAPHS)
 
+test-newest: $(NEWEST)/.installed
+	$(call tests,$(NEWEST)) $(GRAPHS)
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,9 +71,11 @@ wheel: venv
 	FASTCACHE_BUILD_CPU=1 $(BIN)/python -m pip --disable-pip-version-check wheel -q --no-build-isolation --no-deps -w dist .
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
 
-# in clean environments without a compiler, beside the versions of torch that CI has
-wheel-test: wheel $(TORCH)/.installed
-	$(BIN)/python tests/clean_environments.py dist/*.whl --beside $(VENV) $(TORCH) --python $(PYTHONS)
+# in clean environments without a compiler: beside the versions of torch that CI has, on other Pythons, and with the
+# oldest torch, installed there (several GB, removed again)
+wheel-test: wheel $(TORCH)/.installed $(NEWEST)/.installed
+	$(BIN)/python tests/clean_environments.py dist/*.whl --beside $(VENV) $(TORCH) $(NEWEST) --python $(PYTHONS)
+	$(BIN)/python tests/clean_environments.py dist/*.whl --torch $(OLDEST_TORCH)
 
 # the documentation as pages in site/; it needs neither torch nor, once set up, a network
 site: $(DOCS)/.installed
@@ -116,7 +123,7 @@ $(STAMP): $(INPUTS)
 	touch $@
 
 $(OLDEST)/.installed: INSTALLS := diffusers
-$(TORCH)/.installed: INSTALLS := torch triton
+$(TORCH)/.installed $(NEWEST)/.installed: INSTALLS := torch triton
 
 # what $(VENV) holds is seen through a .pth file, so that only what differs is installed
 .venv-%/.installed: constraints-%.txt $(STAMP)
@@ -126,4 +133,4 @@ $(TORCH)/.installed: INSTALLS := torch triton
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(TORCH) $(DOCS) $(CUDA) $(KIT) build site dist *.egg-info fastcache/*.so
+	rm -rf $(VENV) $(OLDEST) $(TORCH) $(NEWEST) $(DOCS) $(CUDA) $(KIT) build site dist *.egg-info fastcache/*.so
