@@ -85,7 +85,7 @@ def load_figure(rows: Sequence[Row]) -> Figure:
         marker = MARKERS.get(r["server"].rsplit(", ", 1)[-1], "s" if r["most"] > 1 else "o")
         quality.hlines(y, min(r["rates"]), max(r["rates"]), color=tone, lw=1.2, alpha=0.5)
         quality.plot(x, y, marker, color=tone, ms=13 if marker == "*" else 8)
-        close = any(abs(x - a) < widest / 20 and abs(y - b) < 0.5 for a, b in placed)
+        close = any(abs(x - a) < widest / 12 and abs(y - b) < 0.5 for a, b in placed)
         placed.append((x, y))
         quality.annotate(
             str(number),
