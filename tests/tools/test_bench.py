@@ -281,13 +281,14 @@ def test_the_video_model_loads_and_is_what_its_record_says():
     from bench import train_video, video
     from fastcache.demo.data import load_digits
     from fastcache.demo.model import load_judge
+    from fastcache.demo.train import held_out_loss
 
     record = json.loads((video.ASSETS / video.RECORD_FILE).read_text())
     assert (video.ASSETS / video.MODEL_FILE).stat().st_size <= 3e6
     assert record["architecture"] == json.loads(json.dumps(video.ARCHITECTURE))
     model, held_out = video.load_model(), load_digits()[1]
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
-    loss = train_video.held_out_loss(model, held_out, repeats=1, task=train_video.VIDEOS)
+    loss = held_out_loss(model, held_out, repeats=1, task=train_video.VIDEOS)
     assert loss == pytest.approx(record["held_out_loss"], abs=0.01)  # one draw per video, not four
     labels = torch.arange(10)
     recorded = record["samples"]["guided"]
