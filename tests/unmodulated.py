@@ -7,7 +7,7 @@ SHARED = "shift and scale are made once for all blocks and handed on in pieces"
 UNTIMED = "the first block's input holds the timestep already; nothing modulates it there"
 OWN = "a modulation of its own form: per token, by index, or without a shift"
 WITHOUT = {
-    "BriaFibo2": OWN, "Cosmos": POSITIONS, "Cosmos3Omni": UNTIMED, "DiT2D": OWN, "DreamLite2D": UNTIMED,
+    "BriaFibo2": OWN, "Cosmos": POSITIONS, "Cosmos3Omni": UNTIMED, "DreamLite2D": UNTIMED,
     "ErnieImage": SHARED, "Flux3": SHARED, "Ideogram4": OWN, "JoyImageEdit": OWN, "JoyImageEditPlus": OWN,
     "Kandinsky6": OWN, "Kandinsky6SR": OWN, "Krea2": OWN, "LTX2": OWN, "LongCatAudio": OWN, "MiniMaxH3": OWN,
     "MiniMaxMusic3": UNTIMED, "NucleusMoE": OWN, "OmniGen": UNTIMED, "PRX": OWN, "Prior": UNTIMED,

@@ -30,7 +30,8 @@ class Block:
             keyword for the conditioning, argument of the block with the conditioning); None: not known. Further
             pairs of keyword and argument may follow. Where it takes no conditioning, the keyword's place is
             taken by the name of a table of the block that the conditioning is added to, or of a module that makes
-            shift and scale of it; or by the argument's again, where that holds shift and scale.
+            shift and scale of it; or by the argument's again, where that holds shift and scale. A dotted argument is
+            an attribute of it.
     Raises:
         TypeError: a field is of another type; the message names it.
         ValueError: `returns` has other entries, or `modulation` an even or too small number of them.

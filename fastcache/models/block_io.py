@@ -4,71 +4,17 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from .adapter import ENCODER, HIDDEN, Block
-from .table import ADALN, BLOCKS, MODULATIONS
-
-TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time")  # of a model's argument
+from .modulation import Modulated, modulation_of
+from .signatures import parameter_names
+from .table import BLOCKS
 
 Positions = tuple[int, int | None]  # of the image and the text stream in a returned tuple
-
-
-class Modulated(NamedTuple):
-    """A modulated input by what makes it: LN(hidden) * (1 + scale) + shift, the modulations [B, 1 or T, C]."""
-
-    hidden: Any
-    scale: Any
-    shift: Any
-    eps: float
-
-
-def plain_norm(norm: Any, width: int) -> bool:
-    """Whether it is a LayerNorm over the last dimension, without weights of its own."""
-    sizes = getattr(norm, "normalized_shape", None)
-    weightless = hasattr(norm, "bias") and norm.weight is None and norm.bias is None
-    return sizes == (width,) and weightless
-
-
-def rows_of(x: Any, table: Any, given: Any) -> tuple[Any, Any]:
-    """(shift, scale) of x [B, ..., D], with dimensions of 1 where all tokens of a sample share them.
-
-    given: rows shift, scale, ... of [B, n, D], or with rows per token [B, S, n, D], or [B, n, S, D] where S is not n;
-    or any with the rows in one. table: [n, D] or [1, n, D], added to it; 0 for none.
-    """
-    width = x.shape[-1]
-    rows = given.float()
-    if rows.shape[-1] != width:
-        rows = rows.unflatten(-1, (-1, width))
-    n = table.shape[-2] if hasattr(table, "shape") else rows.shape[-2]
-    if rows.shape[-2] != n and rows.dim() == 4:  # SkyReels-V2 has the tokens last, Wan 2.2 the rows
-        rows = rows.transpose(1, 2)
-    shift, scale = (table + rows).unbind(-2)[:2]
-    while shift.dim() < x.dim():  # one modulation for all tokens of a sample
-        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
-    return shift, scale
-
-
-def present(block: Any, name: str, table: Any, like: Any) -> Any:
-    """A table of a block on the device of `like`, also where it is offloaded until the block runs.
-
-    accelerate's hook keeps what it has taken away by name, and leaves an empty tensor on the meta device.
-    """
-    if table.device == like.device:
-        return table
-    if table.device.type == "meta":
-        weights = getattr(getattr(block, "_hf_hook", None), "weights_map", None)
-        if weights is None:
-            raise ValueError(
-                f"what: Guided(guide='modulated') reads {name!r} of {type(block).__name__}, which is offloaded to "
-                "nobody knows where; use guide='residual' or 'input'"
-            )
-        table = weights[name]
-    return table.to(like.device)
 
 
 def field_names(output: Any) -> tuple[str, ...]:
@@ -91,13 +37,6 @@ def entries(output: Any) -> Sequence[Any] | None:
     if isinstance(output, Mapping):
         return list(output.values())
     return [getattr(output, name) for name in field_names(output)] or None
-
-
-def reached(block: Any, path: str) -> Any:
-    """What a dotted name means in a block; None where there is no such thing."""
-    for name in path.split("."):
-        block = getattr(block, name, None)
-    return block
 
 
 class BlockIO:
@@ -126,24 +65,7 @@ class BlockIO:
         self.returns = known.returns
         self.declared = declared(known.returns or ())
         self.names = names
-        self.modulation = known.modulation or next(
-            (MODULATIONS[b.__name__] for b in type(block).__mro__ if b.__name__ in MODULATIONS),
-            None,
-        )
-        self.calls = False  # the normalisation takes the conditioning itself
-        if self.modulation is not None:
-            norm, keyword = reached(block, self.modulation[0]), self.modulation[1]
-            self.calls = (
-                keyword in parameter_names(type(norm).forward) if norm is not None else False
-            )
-            told = (
-                self.calls or reached(block, keyword) is not None or keyword == self.modulation[2]
-            )
-            given = all(argument in names for argument in self.modulation[2::2]) or not names
-            if known.modulation is None and not (norm is not None and told and given):
-                self.modulation = (
-                    None  # of a class that is built in several ways, or by another version
-                )
+        self.modulation = modulation_of(block, known.modulation, names)
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """(hidden, encoder) of a call; encoder is None where the block takes none."""
@@ -163,58 +85,15 @@ class BlockIO:
 
     def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's normalised, timestep-modulated input, for this call."""
-        hidden, norm, given = self._conditioned(block, args, kwargs)
-        if self.calls:
-            value = norm(hidden, **given)
-            return value[0] if isinstance(value, tuple) else value
-        shift, scale = self._tabled(block, hidden, given)
-        return (norm(hidden.float()) * (1 + scale) + shift).type_as(hidden)
+        assert self.modulation is not None
+        return self.modulation.made(block, self.read(args, kwargs)[0], args, kwargs)
 
     def modulated_parts(
         self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Modulated | None:
         """The same by what makes it, for this call; None where the normalisation is another one."""
-        hidden, norm, given = self._conditioned(block, args, kwargs)
-        if not self.calls:
-            if hidden.dim() != 3 or not plain_norm(norm, hidden.shape[-1]):
-                return None
-            shift, scale = self._tabled(block, hidden, given)
-            return Modulated(hidden, scale, shift, norm.eps)
-        rows = given.get("emb")
-        known = type(norm).__name__ in ADALN and getattr(norm, "emb", None) is None
-        if rows is None or not known or hidden.dim() != 3:
-            return None
-        if not plain_norm(norm.norm, hidden.shape[-1]):
-            return None
-        shift, scale = (
-            norm.linear(norm.silu(rows))
-            .unflatten(-1, (-1, hidden.shape[-1]))[:, None, :2]
-            .unbind(-2)
-        )
-        return Modulated(hidden, scale, shift, norm.norm.eps)
-
-    def _conditioned(
-        self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any, dict[str, Any]]:
-        """The hidden states of a call, the module that normalises them, and what that is conditioned on, by name."""
-        attribute, *pairs = self.modulation or ()
-        given = {
-            name: kwargs[argument] if argument in kwargs else args[self.names.index(argument)]
-            for name, argument in zip(pairs[::2], pairs[1::2], strict=True)
-        }
-        return self.read(args, kwargs)[0], reached(block, attribute), given
-
-    def _tabled(self, block: Any, hidden: Any, given: dict[str, Any]) -> tuple[Any, Any]:
-        """(shift, scale) where a table of the block, or a module of it, makes them."""
-        ((keyword, rows),) = given.items()
-        table: Any = reached(block, keyword)
-        if table is None:
-            table = 0
-        elif callable(table):
-            table, rows = 0, table(rows)
-        else:
-            table = present(block, keyword, table, hidden)
-        return rows_of(hidden, table, rows)
+        assert self.modulation is not None
+        return self.modulation.parts(block, self.read(args, kwargs)[0], args, kwargs)
 
     def positions(
         self, output: Any, hidden: Any, encoder: Any, learnt: Positions | None
@@ -291,25 +170,3 @@ def declared(returns: Sequence[str]) -> Positions:
     """The places of the image and the text stream in a tuple of these."""
     at = {name: i for i, name in enumerate(returns)}
     return at.get(HIDDEN, 0), at.get(ENCODER)
-
-
-def parameter_names(function: Callable[..., Any]) -> list[str]:
-    """Names of the positional parameters after `self`; empty where the signature tells nothing."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())[1:]
-    except (TypeError, ValueError):
-        return []
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-
-
-def timed_forward(model: Any) -> Callable[..., Any]:
-    """The forward that names the model's arguments: its own, or that of what a wrapper passes them on to."""
-    own: Callable[..., Any] = type(model).forward
-    if parameter_names(own):
-        return own
-    for module in model.modules():
-        names = parameter_names(type(module).forward)
-        if any(n in names for n in TIMESTEP_NAMES):
-            named: Callable[..., Any] = type(module).forward
-            return named
-    return own

@@ -109,12 +109,20 @@ MODELS: dict[str, BlockAdapter] = {
 }
 
 
-# The first normalisation with the timestep in it: see `Block`. A row holds for blocks of the class that have what
-# it names.
+# The first normalisation with the timestep in it: see `Block`. Of the rows of a class the first holds that names what
+# the block has.
 _EMB = ("norm1", "emb", "temb")
 _TABLE = ("norm1", "scale_shift_table", "temb")
 _TEXT = ("norm1", "encoder_hidden_states", "encoder_hidden_states", "temb", "temb")
-MODULATIONS: dict[str, tuple[str, ...]] = {
+_TIMESTEP = ("norm1", "scale_shift_table", "timestep")
+_LABELS = (
+    "norm1",
+    *("timestep",) * 2,
+    *("class_labels",) * 2,
+    "hidden_dtype",
+    "hidden_states.dtype",
+)
+MODULATIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     **dict.fromkeys(
         (
             "FluxTransformerBlock",
@@ -133,7 +141,7 @@ MODULATIONS: dict[str, tuple[str, ...]] = {
             "MotifVideoTransformerBlock",
             "OvisImageTransformerBlock",
         ),
-        _EMB,
+        (_EMB,),
     ),
     **dict.fromkeys(
         (
@@ -144,12 +152,11 @@ MODULATIONS: dict[str, tuple[str, ...]] = {
             "LTXVideoTransformerBlock",
             "SkyReelsV2TransformerBlock",
         ),
-        _TABLE,
+        (_TABLE,),
     ),
-    **dict.fromkeys(
-        ("BasicTransformerBlock", "SanaTransformerBlock", "SanaVideoTransformerBlock"),
-        ("norm1", "scale_shift_table", "timestep"),
-    ),
+    # of PixArt, and of DiT
+    "BasicTransformerBlock": (_TIMESTEP, _LABELS),
+    **dict.fromkeys(("SanaTransformerBlock", "SanaVideoTransformerBlock"), (_TIMESTEP,)),
     **dict.fromkeys(
         (
             "CogVideoXBlock",
@@ -158,19 +165,17 @@ MODULATIONS: dict[str, tuple[str, ...]] = {
             "EasyAnimateTransformerBlock",
             "GlmImageTransformerBlock",
         ),
-        _TEXT,
+        (_TEXT,),
     ),
-    "CogView3PlusTransformerBlock": ("norm1", "context", "encoder_hidden_states", "emb", "emb"),
-    "AceStepTransformerBlock": ("self_attn_norm", "scale_shift_table", "temb"),
-    "ChromaTransformerBlock": ("norm1.norm", "temb", "temb"),
-    "Flux2TransformerBlock": ("norm1", "temb_mod_img", "temb_mod_img"),
-    "HiDreamBlock": ("block.norm1_i", "block.adaLN_modulation", "temb"),
+    "CogView3PlusTransformerBlock": (("norm1", "context", "encoder_hidden_states", "emb", "emb"),),
+    "AceStepTransformerBlock": (("self_attn_norm", "scale_shift_table", "temb"),),
+    "ChromaTransformerBlock": (("norm1.norm", "temb", "temb"),),
+    "Flux2TransformerBlock": (("norm1", "temb_mod_img", "temb_mod_img"),),
+    "HiDreamBlock": (("block.norm1_i", "block.adaLN_modulation", "temb"),),
     "Kandinsky5TransformerDecoderBlock": (
-        "self_attention_norm",
-        "visual_modulation",
-        "time_embed",
+        ("self_attention_norm", "visual_modulation", "time_embed"),
     ),
-    "QwenImageTransformerBlock": ("img_norm1", "img_mod", "temb"),
+    "QwenImageTransformerBlock": (("img_norm1", "img_mod", "temb"),),
 }
 
 

@@ -11,8 +11,8 @@ from typing import Any, Final, Literal, NamedTuple
 from torch import Tensor, nn
 
 from .. import sync
-from ..models.block_io import TIMESTEP_NAMES, parameter_names, timed_forward
 from ..models.registry import time_rises
+from ..models.signatures import TIMESTEP_NAMES, parameter_names, timed_forward
 from ..storage.state import State
 from .context import Context
 from .generation import Generation

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..models.block_io import model_input, parameter_names
+from ..models.block_io import model_input
+from ..models.signatures import parameter_names
 from ..ops import direct
 from ..policies import REUSE
 from ..storage.allocate import allocate

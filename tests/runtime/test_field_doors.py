@@ -318,7 +318,7 @@ def test_a_guide_reads_a_block_that_is_offloaded(name, guide):
 def test_a_table_nobody_holds_is_refused_by_name():
     block = nn.Module()
     with pytest.raises(ValueError, match="'scale_shift_table' of Module, which is offloaded"):
-        from fastcache.models.block_io import present
+        from fastcache.models.modulation import present
 
         table = torch.empty(1, 6, 8, device="meta")
         present(block, "scale_shift_table", table, torch.zeros(1))

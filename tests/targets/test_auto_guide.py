@@ -39,3 +39,8 @@ def test_it_goes_with_a_rule_that_looks_at_the_modulated_input():
     assert torch.equal(made(ModulatedModel(), "auto", ADAPTER, when), wanted)
     with pytest.raises(ValueError, match="InputChange needs"):
         fastcache.enable(toys.model(), Recipe(when, Guided(1, "auto")))
+
+
+def test_a_model_without_a_known_modulation_is_refused():
+    with pytest.raises(ValueError, match="modulated"):
+        fastcache.enable(toys.model(), Recipe(Interval(3), Guided(1, "modulated")))

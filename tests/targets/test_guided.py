@@ -234,10 +234,18 @@ def test_the_modulated_guide_of_wan_is_what_its_attention_reads(per_token: bool)
     assert torch.equal(BlockIO(block).modulated(block, args, {}), seen[0])
 
 
-def test_a_model_without_a_known_modulation_is_refused() -> None:
-    model, _ = tiny.build("DiT2D")
-    with pytest.raises(ValueError, match="modulated"):
-        fastcache.enable(model, Recipe(Interval(3), Guided(1, guide="modulated")))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_modulated_guide_of_a_dit_is_what_its_attention_reads(dtype: torch.dtype) -> None:
+    """Its normalisation embeds timestep and label itself, in the dtype that it is told."""
+    block, seen = tiny.build("DiT2D")[0].transformer_blocks[0].to(dtype), []
+    given = {"timestep": torch.tensor([3.5, 700.0]), "class_labels": torch.tensor([1, 0])}
+    hidden = torch.randn(2, 4, block.dim, dtype=dtype)
+    block.attn1.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    block(hidden, **given)
+    io = BlockIO(block)
+    assert torch.equal(io.modulated(block, (hidden,), given), seen[0])
+    norm, (_, scale, shift, eps) = block.norm1.norm, io.modulated_parts(block, (hidden,), given)
+    assert torch.equal(norm(hidden) * (1 + scale) + shift, seen[0]) and eps == norm.eps
 
 
 class Ops(TorchDispatchMode):

@@ -91,7 +91,8 @@ def test_so_it_is_in_every_call_of_a_pipeline(kind):
 
 
 MADE_OF_PARTS = {
-    "Allegro", "Bria", "BriaFibo", "Flux", "Helios", "HunyuanVideo", "PixArt2D", "QwenImage", "SD3", "Sana", "Wan3D",
+    "Allegro", "Bria", "BriaFibo", "DiT2D", "Flux", "Helios", "HunyuanVideo", "PixArt2D", "QwenImage", "SD3", "Sana",
+    "Wan3D",
 }  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.block_io import BlockIO, Modulated
+from ...models.block_io import BlockIO
+from ...models.modulation import Modulated
 from ...ops import direct
 from ...storage.allocate import allocate
 from ...storage.ring import tail
