@@ -114,10 +114,10 @@ def _output(model: nn.Module, call: dict[str, Any]) -> Tensor:
 
 
 def pictures_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
-    """The latents of a call as [C, T, H, W]: tokens of a square, or as they are."""
+    """The latents of a call as [C, T, H, W]: tokens of a square, an image, or as they are."""
     latents = kwargs["hidden_states"]
-    if latents.dim() == 5:
-        return list(latents)
+    if latents.dim() >= 4:
+        return list(latents if latents.dim() == 5 else latents.unsqueeze(2))
     side = round(latents.shape[1] ** 0.5)
     return [x.T.reshape(-1, 1, side, side) for x in latents]
 

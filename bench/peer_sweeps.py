@@ -13,6 +13,7 @@ import fastcache
 
 from . import systems
 from .points import Point, ours, theirs
+from .subjects import Cell
 from .systems import Attached
 
 FIRST_BLOCK = (0.08, 0.12, 0.15, 0.20, 0.30, 0.40)
@@ -30,6 +31,17 @@ SEER_INTERVALS = (3, 4, 5, 6)
 BROADCAST = (2, 3)
 
 
+# Fields of TaylorSeer's lite mode, which forecasts `proj_out`; spelled out where that has another name, and the mode as
+# it is would leave the blocks out and forecast nothing.
+LITE: dict[str, dict[str, Any]] = {
+    "dit": {
+        "skip_predict_identifiers": [r"transformer_blocks\.\d+"],
+        "cache_identifiers": ["proj_out_2"],
+    }
+}
+LITE_USUAL = {"use_lite_mode": True}
+
+
 DB_CACHE = (0.08, 0.12, 0.16, 0.20, 0.30)
 
 
@@ -38,22 +50,23 @@ def seer_schedule(steps: int, interval: int, before: int = 3) -> tuple[int, ...]
     return tuple(int(i < before or (i - before - 1) % interval == 0) for i in range(steps))
 
 
-def module_points(guidance: str) -> Iterator[Point]:
+def module_points(cell: Cell) -> Iterator[Point]:
     """Rules on modules, from the documented configs."""
     yield from _module_points(
-        guidance, lambda method, predictor, setting, name, **fields: ours(
+        cell.model, lambda method, predictor, setting, name, **fields: ours(
             method, predictor, setting, getattr(fastcache, name)(**fields)
         )
     )  # fmt: skip
 
 
-def diffusers_points(steps: int, guidance: str, ratios: Sequence[float]) -> Iterator[Point]:
+def diffusers_points(cell: Cell, ratios: Sequence[float]) -> Iterator[Point]:
+    steps, lite = cell.steps, LITE.get(cell.model, LITE_USUAL)
     for t in FIRST_BLOCK:
         yield theirs("FirstBlock", "reuse", f"{t:g}", "FirstBlockCacheConfig", threshold=t)
     for t in MAGNITUDE:
         fields = {"num_inference_steps": steps, "mag_ratios": torch.tensor(ratios)}
         yield theirs("MagCache", "reuse", f"{t:g}", "MagCacheConfig", threshold=t, **fields)
-    yield from _module_points(guidance, theirs)
+    yield from _module_points(cell.model, theirs)
     for n in SEER_INTERVALS:  # the best of upstream, on the steps that serve ours best
         for last in LASTS:
             yield theirs(
@@ -62,17 +75,18 @@ def diffusers_points(steps: int, guidance: str, ratios: Sequence[float]) -> Iter
                 f"lite, every {n}, last {last}",
                 "TaylorSeerCacheConfig",
                 cache_interval=n,
-                use_lite_mode=True,
                 taylor_factors_dtype=torch.float32,
                 disable_cache_after_step=steps - last,
+                **lite,
             )
 
 
-def _module_points(guidance: str, make: Callable[..., Point]) -> Iterator[Point]:
+def _module_points(model: str, make: Callable[..., Point]) -> Iterator[Point]:
     """TaylorSeer, Pyramid Attention Broadcast and FasterCache, the same fields on either side."""
     fp32 = {"taylor_factors_dtype": torch.float32}
+    lite = LITE.get(model, LITE_USUAL)
     for n in SEER_INTERVALS:
-        for kind, fields in (("modules", {}), ("lite", {"use_lite_mode": True})):
+        for kind, fields in (("modules", {}), ("lite", lite)):
             setting = f"{kind}, every {n}"
             name = "TaylorSeerCacheConfig"
             yield make("TaylorSeer", "order 1", setting, name, cache_interval=n, **fp32, **fields)

@@ -115,7 +115,7 @@ def leads(rows: Sequence[Row], model: str = "video") -> str:
     return markdown(columns, lines) if lines else ""
 
 
-COMMITTED = ("flux", "video", "pictures")  # models whose weights are in the repository
+COMMITTED = ("flux", "video", "dit", "pictures")  # models whose weights are in the repository
 SIZES = ("pictures-2m", "pictures", "pictures-20m")
 
 Named = tuple[str, ...]  # system, method, predictor, setting

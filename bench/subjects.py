@@ -47,11 +47,11 @@ class Subject:
     guidance: float  # scale of the cells with guidance
 
 
-def flux() -> Subject:
+def digits_judge() -> Callable[[Tensor, Tensor], Row]:
+    """What is said of still digits."""
     from fastcache.demo import metrics
-    from fastcache.demo.data import GRID, NUM_CLASSES, load_digits
-    from fastcache.demo.model import load_judge, load_model
-    from fastcache.demo.sample import GUIDANCE, generate
+    from fastcache.demo.data import load_digits
+    from fastcache.demo.model import load_judge
 
     judge, real = load_judge(), load_digits()[0].images
 
@@ -61,8 +61,25 @@ def flux() -> Subject:
             "frechet": metrics.frechet(judge, images, real),
         }
 
+    return columns
+
+
+def flux() -> Subject:
+    from fastcache.demo.data import GRID, NUM_CLASSES
+    from fastcache.demo.model import load_model
+    from fastcache.demo.sample import GUIDANCE, generate
+
     output = {"tensor_format": "BSC", "grid": (GRID, GRID)}
-    return Subject(load_model, generate, columns, output, NUM_CLASSES, GUIDANCE)
+    return Subject(load_model, generate, digits_judge(), output, NUM_CLASSES, GUIDANCE)
+
+
+def dit() -> Subject:
+    from fastcache.demo.data import NUM_CLASSES
+
+    from . import dit
+
+    output = {"tensor_format": "BCHW"}
+    return Subject(dit.load_model, dit.generate, digits_judge(), output, NUM_CLASSES, dit.GUIDANCE)
 
 
 def video() -> Subject:
@@ -98,6 +115,7 @@ def pictures(size: str) -> Subject:
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "flux": flux,
     "video": video,
+    "dit": dit,
     "pictures": partial(pictures, "7M"),
     "pictures-2m": partial(pictures, "2M"),
     "pictures-20m": partial(pictures, "20M"),
@@ -105,6 +123,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 NAMES = {
     "flux": "the shipped model",
     "video": "a small Wan that draws moving digits",
+    "dit": "a plain DiT that draws digits",
     "pictures": "a Flux of 7 M parameters that draws pictures from words",
     "pictures-2m": "the same of 2 M parameters",
     "pictures-20m": "the same of 20 M parameters",

@@ -158,9 +158,9 @@ def points(cell: Cell, ratios: Sequence[float], output: Mapping[str, Any]) -> It
     yield from stack_points(steps, ratios)
     yield from guided_points(cell)
     yield from growing_points(steps)
-    yield from module_points(guidance)
+    yield from module_points(cell)
     if not systems.missing("diffusers"):
-        yield from diffusers_points(steps, guidance, ratios)
+        yield from diffusers_points(cell, ratios)
     if not systems.missing("cache-dit"):
         yield from cache_dit_points(steps, guidance == "sequential")
 

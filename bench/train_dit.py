@@ -20,8 +20,8 @@ IMAGES = Task(dit.build_model, dit.denoise, lambda images, _: images)
 
 
 def tiled(images: Tensor) -> Tensor:
-    """An image a row: [B, 1, H, W] -> [B * H, W]."""
-    return images.flatten(0, 2)
+    """Two images a row: [B, 1, H, W] -> [B / 2 * H, 2 * W]."""
+    return images[:, 0].unflatten(0, (-1, 2)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
 DIT = trainer.Trainee(

@@ -216,7 +216,7 @@ def test_own_cost_is_that_of_quiet_rounds():
     assert contender.own() == [2.0] * plan.count(False)
 
 
-@pytest.mark.parametrize("model", ["flux", "video"])
+@pytest.mark.parametrize("model", ["flux", "video", "dit"])
 def test_quality_and_its_continuation(tmp_path, model):
     pytest.importorskip("diffusers")
     path = tmp_path / "quality.jsonl"
@@ -274,54 +274,6 @@ def test_settings_are_chosen_by_an_expression(tmp_path):
         quality.main, tmp_path / "q.jsonl", "--quick", "--setting", "^fastcache Interval"
     )
     assert [r["method"] for r in rows] == ["uncached", "Interval"]
-
-
-def test_the_video_model_loads_and_is_what_its_record_says():
-    pytest.importorskip("diffusers")
-    from bench import train_video, video
-    from fastcache.demo.data import load_digits
-    from fastcache.demo.model import load_judge
-    from fastcache.demo.train import held_out_loss
-
-    record = json.loads((video.ASSETS / video.RECORD_FILE).read_text())
-    assert (video.ASSETS / video.MODEL_FILE).stat().st_size <= 3e6
-    assert record["architecture"] == json.loads(json.dumps(video.ARCHITECTURE))
-    model, held_out = video.load_model(), load_digits()[1]
-    assert sum(p.numel() for p in model.parameters()) == record["parameters"]
-    loss = held_out_loss(model, held_out, repeats=1, task=train_video.VIDEOS)
-    assert loss == pytest.approx(record["held_out_loss"], abs=0.01)  # one draw per video, not four
-    labels = torch.arange(10)
-    recorded = record["samples"]["guided"]
-    videos = video.generate(model, labels, steps=14, guidance=recorded["guidance"])
-    assert videos.shape == (10, video.FRAMES, 1, 16, 16)
-    accuracy = video.accuracy(load_judge(), videos, labels)
-    assert recorded["frame_accuracy"] > 0.9 and accuracy >= recorded["frame_accuracy"] - 0.15
-
-
-def test_videos_move_and_their_packing_round_trips():
-    from bench import video
-    from fastcache.demo.data import load_digits
-
-    images = load_digits()[1].images[:8]
-    videos = video.animate(images, torch.Generator().manual_seed(0))
-    assert videos.shape == (8, video.FRAMES, 1, 16, 16)
-    assert (videos[:, 0] - videos[:, -1]).abs().amax((1, 2, 3)).min() > 0.1
-    assert torch.equal(video.unpack(video.pack(videos)), videos)
-    # wherever a digit is, the judge sees it in the middle
-    still = video.centred(videos.flatten(0, 1)).unflatten(0, (8, -1))
-    assert (still - still[:, :1]).abs().mean() < 0.1
-
-
-def test_training_the_video_model_writes_what_loads(tmp_path, capsys):
-    pytest.importorskip("diffusers")
-    from bench import train_video, video
-
-    picture = tmp_path / "samples.png"
-    arguments = ["--steps", "6", "--batch", "8", "--samples", "2"]
-    train_video.main([*arguments, "--out", str(tmp_path), "--picture", str(picture)])
-    assert "training loss" in capsys.readouterr().out
-    video.load_model(tmp_path / video.MODEL_FILE)
-    assert picture.stat().st_size > 1000
 
 
 def test_without_diffusers_the_benches_say_so(tmp_path, monkeypatch, capsys):
