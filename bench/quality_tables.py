@@ -116,7 +116,7 @@ def leads(rows: Sequence[Row], model: str = "video") -> str:
 
 
 COMMITTED = ("flux", "video", "dit", "pictures")  # models whose weights are in the repository
-SIZES = ("pictures-2m", "pictures", "pictures-20m")
+SIZES = ("pictures-0.9m", "pictures-2m", "pictures", "pictures-20m")
 
 Named = tuple[str, ...]  # system, method, predictor, setting
 

@@ -117,6 +117,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "video": video,
     "dit": dit,
     "pictures": partial(pictures, "7M"),
+    "pictures-0.9m": partial(pictures, "0.9M"),
     "pictures-2m": partial(pictures, "2M"),
     "pictures-20m": partial(pictures, "20M"),
 }
@@ -125,6 +126,7 @@ NAMES = {
     "video": "a small Wan that draws moving digits",
     "dit": "a plain DiT that draws digits",
     "pictures": "a Flux of 7 M parameters that draws pictures from words",
+    "pictures-0.9m": "the same of 0.9 M parameters",
     "pictures-2m": "the same of 2 M parameters",
     "pictures-20m": "the same of 20 M parameters",
 }

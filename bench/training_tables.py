@@ -13,7 +13,7 @@ from .tables import markdown, of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TONES = ("#9dbfe2", "#2f6db3", "#16324f")
+TONES = ("#d9822b", "#9dbfe2", "#2f6db3", "#16324f")
 
 
 def losses(rows: Sequence[Row]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model in three sizes, which differ in width alone, and its samples."""
+"""The model in four sizes, which differ in width alone, and its samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ IMAGE_TOKENS = GRID * GRID
 CHANNELS = 3 * PATCH * PATCH
 GUIDANCE = 4.0
 HEAD = 32
-HEADS = {"2M": 3, "7M": 6, "20M": 10}  # by size; parameters follow the square of the width
+HEADS = {
+    "0.9M": 2,
+    "2M": 3,
+    "7M": 6,
+    "20M": 10,
+}  # by size; parameters follow the square of the width
 
 ASSETS = Path(__file__).parent.parent / "assets"
 

@@ -18,9 +18,11 @@ from .words import PROMPTS
 COLUMNS = 8
 
 
-def write_sheet(model: nn.Module, path: Path, steps: int = 20) -> None:
-    """All prompts with guidance as a PNG, eight in a row."""
-    images = generate(model, torch.arange(len(PROMPTS)), steps=steps, guidance=GUIDANCE)
+def write_sheet(
+    model: nn.Module, path: Path, steps: int, guidance: float | None = GUIDANCE
+) -> None:
+    """All prompts as a PNG, eight in a row."""
+    images = generate(model, torch.arange(len(PROMPTS)), steps=steps, guidance=guidance)
     draw({"": images}, path)
 
 

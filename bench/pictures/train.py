@@ -16,24 +16,25 @@ import copy
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastcache.demo.loss_curve import CURVE_FILE, plot_history
 from fastcache.demo.train import check_fall
 
-from .data import PACKAGE, VERSION, Pictures, load_pictures
+from .data import PACKAGE, VERSION, load_pictures
 from .model import ASSETS, HEADS, architecture
 from .record import export, keep_row
 from .sheet import write_sheet
-from .training import Recipe, Trainer
+from .training import Recipe, Trainer, Training
 
 STATE_FILE = "state.pt"
 EVERY = 250  # steps between held-out losses
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = parser("train", __doc__, "build/pictures").parse_args(argv)
     torch.set_num_threads(args.threads)
     # autocast leaves the weights of norms in fp32, which takes the slower way
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(
-    trainer: Trainer, held_out: Pictures, out: Path, steps: int, minutes: float, between: float
+    trainer: Training, held_out: Any, out: Path, steps: int, minutes: float, between: float
 ) -> None:
     """Train up to `steps` in all or for `minutes`, whichever ends first; save every `between` minutes."""
     from tqdm import tqdm
@@ -78,25 +79,24 @@ def run(
         keep(trainer, out)
 
 
-def keep(trainer: Trainer, out: Path) -> None:
+def keep(trainer: Training, out: Path) -> None:
     """Write the state, and what there is to look at."""
     trainer.save(out / STATE_FILE)
     plot_history(trainer.history, out / CURVE_FILE)
     average = copy.deepcopy(trainer.average).eval().cpu()
-    write_sheet(average, out / f"samples-{trainer.steps // 1000}k.png")
+    write_sheet(average, out / f"samples-{trainer.steps // 1000}k.png", **trainer.sampled)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser(name: str, doc: str | None, out: str) -> argparse.ArgumentParser:
+    """The options that all trainings share."""
     p = argparse.ArgumentParser(
-        prog="python -m bench.pictures.train",
-        description=__doc__,
+        prog=f"python -m bench.pictures.{name}",
+        description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--data", type=Path, required=True, help=f"archive of {PACKAGE} {VERSION}")
     p.add_argument("--size", choices=list(HEADS), default="7M")
-    p.add_argument(
-        "--out", type=Path, default=Path("build/pictures"), help="a folder per size in it"
-    )
+    p.add_argument("--out", type=Path, default=Path(out), help="a folder per size in it")
     p.add_argument("--steps", type=int, default=20_000, help="stop after as many in all")
     p.add_argument("--minutes", type=float, default=1e9, help="stop after as many in this call")
     p.add_argument("--save-minutes", type=float, default=4)

@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +46,16 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.lr * rise * math.sqrt(recipe.flat / max(recipe.flat, step + 1))
 
 
-class Trainer:
-    """A model in training, its average, and all that the next step depends on."""
+class Training:
+    """A model in training, its average, and all that the next step depends on; what is learnt is the subclass's."""
+
+    sampled: ClassVar[dict[str, Any]] = {}  # options of the pictures that are looked at
 
     def __init__(
-        self, fields: dict[str, Any], recipe: Recipe, train: Pictures, device: str = "cpu"
+        self, fields: dict[str, Any], recipe: Recipe, model: nn.Module, device: str = "cpu"
     ) -> None:
-        self.fields, self.recipe, self.data, self.device = fields, recipe, train, device
-        self.tokens = pictures.pack(train.images)
-        self.model = pictures.build_model(fields, recipe.seed).train().to(device)
+        self.fields, self.recipe, self.device = fields, recipe, device
+        self.model = model.train().requires_grad_(True).to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -65,22 +66,26 @@ class Trainer:
         )
         self.generator = torch.Generator().manual_seed(recipe.seed + 1)
         self.history = History([], [])
-        self.task = self._task(train)
 
     @property
     def steps(self) -> int:
         """How many have been taken."""
         return len(self.history.train)
 
+    def loss(self) -> Tensor:
+        """Of the next batch, which the generator draws."""
+        raise NotImplementedError
+
+    def held_out_loss(self, data: Any, repeats: int = 2) -> float:
+        """Loss of the average on `data`, which is not trained on."""
+        raise NotImplementedError
+
     def step(self) -> float:
         """Take one, and return its loss."""
         recipe, done = self.recipe, self.steps
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, done)
-        index = torch.randint(len(self.data), (recipe.batch,), generator=self.generator)
-        dropped = torch.rand(recipe.batch, generator=self.generator) < recipe.label_dropout
-        labels = index.masked_fill(dropped, NULL)
-        loss = flow_loss(self.task, self.model, self.tokens[index], labels, self.generator)
+        loss = self.loss()
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
@@ -91,14 +96,6 @@ class Trainer:
                 old.lerp_(new, 1 - decay)
         self.history.train.append(loss.item())
         return self.history.train[-1]
-
-    @torch.no_grad()
-    def held_out_loss(self, data: Pictures, repeats: int = 2) -> float:
-        """Loss of the average on `data`, with as many fixed draws of noise and level per picture."""
-        generator, task = torch.Generator().manual_seed(EVAL_SEED), self._task(data)
-        tokens, labels = pictures.pack(data.images), torch.arange(len(data))
-        losses = [flow_loss(task, self.average, tokens, labels, generator) for _ in range(repeats)]
-        return float(torch.stack(losses).mean())
 
     def save(self, path: Path) -> None:
         """Write all that `resume` needs; a run that is killed meanwhile leaves the file before."""
@@ -129,15 +126,54 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self.history = History(**state["history"])
 
+    def denoise(
+        self,
+        model: nn.Module,
+        texts: tuple[Tensor, Tensor],
+        tokens: Tensor,
+        sigma: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        """The model's call on prompts; what goes in and comes out lies on the host."""
+        text, pooled, *there = (t.to(self.device) for t in (*texts, tokens, sigma, labels))
+        cast = torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.autocast)
+        with cast, sdpa_kernel(SDPBackend.MATH):  # on CPUs faster backwards than flash
+            return pictures.denoise(model, (text, pooled), *there).float().cpu()
+
+
+class Trainer(Training):
+    """Flow matching on pictures and their prompts."""
+
+    sampled: ClassVar[dict[str, Any]] = {"steps": 20, "guidance": pictures.GUIDANCE}
+
+    def __init__(
+        self, fields: dict[str, Any], recipe: Recipe, train: Pictures, device: str = "cpu"
+    ) -> None:
+        super().__init__(fields, recipe, pictures.build_model(fields, recipe.seed), device)
+        self.data, self.tokens = train, pictures.pack(train.images)
+        self.task = self._task(train)
+
+    def loss(self) -> Tensor:
+        recipe = self.recipe
+        index = torch.randint(len(self.data), (recipe.batch,), generator=self.generator)
+        dropped = torch.rand(recipe.batch, generator=self.generator) < recipe.label_dropout
+        labels = index.masked_fill(dropped, NULL)
+        return flow_loss(self.task, self.model, self.tokens[index], labels, self.generator)
+
+    @torch.no_grad()
+    def held_out_loss(self, data: Pictures, repeats: int = 2) -> float:
+        """Loss of the average on `data`, with as many fixed draws of noise and level per picture."""
+        generator, task = torch.Generator().manual_seed(EVAL_SEED), self._task(data)
+        tokens, labels = pictures.pack(data.images), torch.arange(len(data))
+        losses = [flow_loss(task, self.average, tokens, labels, generator) for _ in range(repeats)]
+        return float(torch.stack(losses).mean())
+
     def _task(self, data: Pictures) -> Task:
-        """The model's call on `data`'s prompts; what goes in and comes out lies on the host."""
-        texts = [t.to(self.device) for t in table(data.prompts)]
+        """The model's call on `data`'s prompts."""
+        texts = table(data.prompts)
 
         def denoise(model: nn.Module, tokens: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-            there = (t.to(self.device) for t in (tokens, sigma, labels))
-            cast = torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.autocast)
-            with cast, sdpa_kernel(SDPBackend.MATH):  # on CPUs faster backwards than flash
-                return pictures.denoise(model, (texts[0], texts[1]), *there).float().cpu()
+            return self.denoise(model, texts, tokens, sigma, labels)
 
         build = partial(pictures.build_model, self.fields)
         return Task(build, denoise, lambda tokens, _: tokens)
