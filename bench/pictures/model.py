@@ -38,6 +38,11 @@ def file_of(size: str) -> str:
     return f"flux_pictures_{size.lower()}.safetensors"
 
 
+def student_file(size: str, steps: int) -> str:
+    """Of a model distilled to so many steps."""
+    return f"flux_pictures_{size.lower()}_{steps}steps.safetensors"
+
+
 def architecture(heads: int, double: int = 2, single: int = 8) -> dict[str, Any]:
     """Fields of FluxTransformer2DModel."""
     return {

@@ -24,8 +24,8 @@ from fastcache.demo.loss_curve import CURVE_FILE, plot_history
 from fastcache.demo.train import check_fall
 
 from .data import PACKAGE, VERSION, load_pictures
-from .model import ASSETS, HEADS, architecture
-from .record import export, keep_row
+from .model import ASSETS, HEADS, architecture, file_of
+from .record import card, export, keep_row
 from .sheet import write_sheet
 from .training import Recipe, Trainer, Training
 
@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         trainer.resume(out / STATE_FILE)
     run(trainer, held_out, out, args.steps, args.minutes, args.save_minutes)
     if args.export:
-        card = export(trainer, held_out, args.size, args.export)
+        found = export(trainer, card(trainer, held_out), args.export / file_of(args.size))
         if args.json:
-            keep_row(args.json, args.size, card)
+            keep_row(args.json, "training", args.size, found)
     return check_fall(trainer.history)
 
 

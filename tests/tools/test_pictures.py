@@ -6,10 +6,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import io
 import json
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 if not (ROOT / "bench").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
+
+import emoji  # noqa: E402
 
 from bench import common as bench_common  # noqa: E402
 from bench import (  # noqa: E402
@@ -34,49 +34,14 @@ from bench.pictures import data, picture, train, words  # noqa: E402
 from bench.pictures import model as pictures  # noqa: E402
 from bench.pictures.training import Recipe, Trainer, learning_rate  # noqa: E402
 
-COUNT = 12
 FIELDS = pictures.architecture(heads=1, double=1, single=1)
 RECIPE = Recipe(batch=4, warmup=2, flat=3, autocast=False)
-
-
-def archive(path: Path, version: str = data.VERSION) -> Path:
-    """A package of twelve pictures in a row, the first opaque red on its left half and clear on its right."""
-    from PIL import Image
-
-    pitch = data.CELL + 2 * data.BORDER
-    sheet = Image.new("RGBA", (COUNT * pitch, pitch), (0, 0, 255, 255))
-    left, top = data.BORDER, data.BORDER
-    sheet.paste((255, 0, 0, 255), (left, top, left + data.CELL // 2, top + data.CELL))
-    sheet.paste((0, 0, 0, 0), (left + data.CELL // 2, top, left + data.CELL, top + data.CELL))
-    records = [
-        {
-            "category": "Component" if i == COUNT - 1 else "Food",
-            "subcategory": "food-fruit",
-            "name": f"FRUIT No {i}",
-            "sheet_x": i,
-            "sheet_y": 0,
-        }
-        for i in range(COUNT)
-    ]
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
-    files = {
-        "package.json": json.dumps({"version": version}).encode(),
-        "emoji.json": json.dumps(records).encode(),
-        f"img/google/sheets/{data.CELL}.png": png.getvalue(),
-    }
-    with tarfile.open(path, "w:gz") as package:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(content)
-            package.addfile(member, io.BytesIO(content))
-    return path
 
 
 @pytest.fixture
 def splits(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "HELD_OUT", 3)
-    return data.load_pictures(archive(tmp_path / "package.tgz"))
+    return data.load_pictures(emoji.archive(tmp_path / "package.tgz"))
 
 
 def trainer(splits) -> Trainer:
@@ -96,7 +61,7 @@ def test_pictures_are_on_white_and_named(splits):
             strict=True,
         )
     )
-    assert len(both) == COUNT - 1, "without the component"
+    assert len(both) == emoji.COUNT - 1, "without the component"
     first = both["food fruit no 0"]
     assert first.shape == (3, data.IMAGE_SIZE, data.IMAGE_SIZE)
     half = data.IMAGE_SIZE // 2
@@ -111,7 +76,7 @@ def test_archive_is_checked(tmp_path):
     with pytest.raises(FileNotFoundError, match="npm pack"):
         data.load_pictures(tmp_path / "absent.tgz")
     with pytest.raises(ValueError, match=r"1\.2\.3"):
-        data.load_pictures(archive(tmp_path / "old.tgz", "1.2.3"))
+        data.load_pictures(emoji.archive(tmp_path / "old.tgz", "1.2.3"))
 
 
 def test_words():
@@ -249,12 +214,7 @@ def test_committed_card_is_that_of_the_committed_weights():
 
 
 def awake() -> torch.nn.Module:
-    """A model that does something without having learnt it."""
-    model = pictures.build_model(pictures.architecture(heads=1, double=1, single=2)).eval()
-    generator = torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1, generator=generator)
-    return model.requires_grad_(False)
+    return emoji.awake(heads=1, double=1, single=2)
 
 
 def test_quality_measures_pictures_with_and_without_guidance():

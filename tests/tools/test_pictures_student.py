@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The student of few steps: what it is taught, and that its training goes on where it stopped."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+if not (ROOT / "bench").is_dir():
+    pytest.skip("needs the source tree", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+import emoji  # noqa: E402
+
+from bench import common  # noqa: E402
+from bench.pictures import data, distill, train  # noqa: E402
+from bench.pictures import model as pictures  # noqa: E402
+from bench.pictures.student import Recipe, Runs, Student, distances, teach  # noqa: E402
+from fastcache.demo.model import save_weights  # noqa: E402
+
+FIELDS = pictures.architecture(heads=1, double=1, single=1)
+RECIPE = Recipe(batch=16, lr=3e-3, warmup=2, ema=0.9, levels=2, each=3, autocast=False)
+PROMPTS = ("red apple", "blue heart", "yellow lemon")
+
+
+def awake() -> torch.nn.Module:
+    return emoji.awake(heads=1, double=1, single=1)
+
+
+def lessons(teacher: torch.nn.Module, folder: Path, recipe: Recipe = RECIPE) -> Runs:
+    return Runs(torch.cat(list(teach(teacher, PROMPTS, recipe, folder))), PROMPTS)
+
+
+def student(runs: Runs) -> Student:
+    torch.set_num_threads(1)
+    return Student(FIELDS, RECIPE, copy.deepcopy(awake()), runs)
+
+
+def test_runs_are_those_of_the_sampler(tmp_path):
+    teacher = awake()
+    runs = lessons(teacher, tmp_path)
+    assert runs.latents.shape == (6, 3, pictures.IMAGE_TOKENS, pictures.CHANNELS)
+    noise = torch.randn(6, 64, 48, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(runs.latents[:, 0], noise.half())
+    images = pictures.generate(
+        teacher, torch.arange(6) % 3, steps=6, guidance=4.0, prompts=PROMPTS, seed=0
+    )
+    torch.testing.assert_close(
+        pictures.unpack(runs.latents[:, 2].float()), images, atol=2e-2, rtol=2e-3
+    )
+
+
+def test_runs_are_kept(tmp_path, monkeypatch):
+    first = lessons(awake(), tmp_path)
+    monkeypatch.setattr(pictures, "denoise", None)
+    assert torch.equal(lessons(awake(), tmp_path).latents, first.latents)
+
+
+def test_lesson_is_the_mean_velocity_between_two_levels(tmp_path):
+    """A model that answers with that velocity has no loss, at every level and for every run."""
+    runs = lessons(awake(), tmp_path)
+    taught = student(runs)
+    asked = []
+
+    def right(model, texts, here, sigma, labels):
+        del model, texts
+        asked.extend(sigma.tolist())
+        level = ((1 - sigma) * RECIPE.levels).round().long()
+        run = next(
+            run
+            for run in torch.cartesian_prod(*[torch.arange(2)] * len(labels))
+            if torch.equal(runs.latents[run * 3 + labels, level].float(), here)
+        )
+        ahead = runs.latents[run * 3 + labels, level + 1].float()
+        return (here - ahead) * RECIPE.levels
+
+    taught.recipe = dataclasses.replace(RECIPE, batch=5)
+    taught.denoise = right
+    assert taught.loss().item() == pytest.approx(0, abs=1e-9)
+    taught.recipe = RECIPE
+    assert taught.held_out_loss(runs) == pytest.approx(0, abs=1e-9)
+    assert set(asked) == {1.0, 0.5}
+
+
+def test_student_comes_nearer_to_its_teacher(tmp_path):
+    runs = lessons(awake(), tmp_path)
+    taught = student(runs)
+    before = taught.held_out_loss(runs)
+    for _ in range(40):
+        taught.step()
+    assert taught.held_out_loss(runs) < 0.8 * before
+    found = distances(awake(), taught.average.eval(), PROMPTS, RECIPE, steps=6)
+    untaught = distances(awake(), awake(), PROMPTS, RECIPE, steps=6)
+    assert found["student, 2 steps"] > untaught["student, 2 steps"] + 1
+    assert found["teacher, 2 steps"] == untaught["teacher, 2 steps"]
+
+
+def test_resumed_distillation_equals_uninterrupted(tmp_path):
+    runs = lessons(awake(), tmp_path / "runs")
+    whole, part, rest = (student(runs) for _ in range(3))
+    for _ in range(4):
+        whole.step()
+    for _ in range(2):
+        part.step()
+    part.save(tmp_path / "state.pt")
+    rest.resume(tmp_path / "state.pt")
+    for _ in range(2):
+        rest.step()
+    assert rest.history.train == whole.history.train
+    for a, b in zip(
+        rest.average.state_dict().values(), whole.average.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_program_distils_goes_on_and_exports(tmp_path, monkeypatch):
+    monkeypatch.setitem(pictures.HEADS, "2M", 1)
+    monkeypatch.setattr(train, "EVERY", 2)
+    monkeypatch.setattr(data, "HELD_OUT", 3)
+    monkeypatch.setattr(distill, "PROMPTS", PROMPTS)
+    monkeypatch.setattr(distill, "COMPARED", 4)
+    teacher, results = tmp_path / "teacher.safetensors", tmp_path / "results.jsonl"
+    save_weights(emoji.awake(heads=1), teacher)
+    options = {
+        "--data": emoji.archive(tmp_path / "package.tgz"), "--size": "2M", "--teacher": teacher,
+        "--out": tmp_path, "--threads": 1, "--runs": 1,
+    }  # fmt: skip
+    arguments = [str(word) for pair in options.items() for word in pair]
+    for steps in ("1", "2"):
+        distill.main([*arguments, "--steps", steps])
+    distill.main([*arguments, "--minutes", "0", "--export", str(tmp_path), "--json", str(results)])
+    file = tmp_path / pictures.student_file("2M", 8)
+    card = json.loads(file.with_suffix(".json").read_text())
+    assert card["steps"] == 2
+    assert card["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert card["teacher_sha256"] == hashlib.sha256(teacher.read_bytes()).hexdigest()
+    assert set(card["psnr_to_teacher"]) == {"held-out prompts", "benchmark's prompts"}
+    (row,) = common.read_lines(results)
+    assert (row["bench"], row["size"]) == ("distilling", "2M")
+    pictures.load_model("2M", file)
