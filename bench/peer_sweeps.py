@@ -60,14 +60,25 @@ def module_points(cell: Cell) -> Iterator[Point]:
 
 
 def diffusers_points(cell: Cell, ratios: Sequence[float]) -> Iterator[Point]:
-    steps, lite = cell.steps, LITE.get(cell.model, LITE_USUAL)
     for t in FIRST_BLOCK:
         yield theirs("FirstBlock", "reuse", f"{t:g}", "FirstBlockCacheConfig", threshold=t)
     for t in MAGNITUDE:
-        fields = {"num_inference_steps": steps, "mag_ratios": torch.tensor(ratios)}
+        fields = {"num_inference_steps": cell.steps, "mag_ratios": torch.tensor(ratios)}
         yield theirs("MagCache", "reuse", f"{t:g}", "MagCacheConfig", threshold=t, **fields)
     yield from _module_points(cell.model, theirs)
-    for n in SEER_INTERVALS:  # the best of upstream, on the steps that serve ours best
+    yield from _late_seers(cell)
+
+
+def seer_points(cell: Cell) -> Iterator[Point]:
+    """TaylorSeer of diffusers alone."""
+    yield from (p for p in _module_points(cell.model, theirs) if p.method == "TaylorSeer")
+    yield from _late_seers(cell)
+
+
+def _late_seers(cell: Cell) -> Iterator[Point]:
+    """The best of upstream, on the steps that serve ours best."""
+    lite = LITE.get(cell.model, LITE_USUAL)
+    for n in SEER_INTERVALS:
         for last in LASTS:
             yield theirs(
                 "TaylorSeer",
@@ -76,7 +87,7 @@ def diffusers_points(cell: Cell, ratios: Sequence[float]) -> Iterator[Point]:
                 "TaylorSeerCacheConfig",
                 cache_interval=n,
                 taylor_factors_dtype=torch.float32,
-                disable_cache_after_step=steps - last,
+                disable_cache_after_step=cell.steps - last,
                 **lite,
             )
 

@@ -45,6 +45,7 @@ class Subject:
     output: dict[str, Any]  # tensor_format and grid of the model's output
     labels: int  # how many there are, counted from 0
     guidance: float  # scale of the cells with guidance
+    steps: int | None = None  # that a distilled model was made for
 
 
 def digits_judge() -> Callable[[Tensor, Tensor], Row]:
@@ -99,7 +100,8 @@ def video() -> Subject:
     return Subject(video.load_model, video.generate, columns, output, NUM_CLASSES, GUIDANCE)
 
 
-def pictures(size: str) -> Subject:
+def pictures(size: str, steps: int | None = None) -> Subject:
+    """A committed size, or its student of so many steps."""
     from .pictures import model
     from .pictures.words import PROMPTS
 
@@ -108,8 +110,9 @@ def pictures(size: str) -> Subject:
         return {"accuracy": None, "frechet": None}
 
     output = {"tensor_format": "BSC", "grid": (model.GRID, model.GRID)}
-    load = partial(model.load_model, size)
-    return Subject(load, model.generate, columns, output, len(PROMPTS), model.GUIDANCE)
+    file = None if steps is None else model.ASSETS / model.student_file(size, steps)
+    load = partial(model.load_model, size, file)
+    return Subject(load, model.generate, columns, output, len(PROMPTS), model.GUIDANCE, steps)
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
@@ -120,6 +123,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "pictures-0.9m": partial(pictures, "0.9M"),
     "pictures-2m": partial(pictures, "2M"),
     "pictures-20m": partial(pictures, "20M"),
+    "pictures-student": partial(pictures, "2M", 8),
 }
 NAMES = {
     "flux": "the shipped model",
@@ -129,4 +133,5 @@ NAMES = {
     "pictures-0.9m": "the same of 0.9 M parameters",
     "pictures-2m": "the same of 2 M parameters",
     "pictures-20m": "the same of 20 M parameters",
+    "pictures-student": "a student of eight steps of that of 2 M parameters",
 }

@@ -33,6 +33,7 @@ from .peer_sweeps import (
     cache_dit_points,
     diffusers_points,
     module_points,
+    seer_points,
     seer_schedule,
 )
 from .points import Point, ours, theirs
@@ -139,6 +140,9 @@ ABLATIONS = tuple(
 HALVES = (3, 5)
 
 
+BUDGETS = ("quality", "balanced", "fast")  # presets
+
+
 def fewer(steps: int) -> Iterator[Point]:
     """The uncached model at fewer steps: what one would do without a cache."""
     counts = sorted(
@@ -154,15 +158,30 @@ def points(cell: Cell, ratios: Sequence[float], output: Mapping[str, Any]) -> It
     yield from fewer(steps)
     if guidance == "batched":
         yield from half_points(output)
+        yield from preset_points(*BUDGETS)
+        if not systems.missing("diffusers"):
+            yield from seer_points(cell)
         return
     yield from stack_points(steps, ratios)
     yield from guided_points(cell)
     yield from growing_points(steps)
     yield from module_points(cell)
+    yield from peer_points(cell, ratios)
+
+
+def peer_points(cell: Cell, ratios: Sequence[float]) -> Iterator[Point]:
+    """Those of the peers that are installed."""
     if not systems.missing("diffusers"):
         yield from diffusers_points(cell, ratios)
     if not systems.missing("cache-dit"):
-        yield from cache_dit_points(steps, guidance == "sequential")
+        yield from cache_dit_points(cell.steps, cell.guidance == "sequential")
+
+
+def preset_points(*names: str) -> Iterator[Point]:
+    """Presets, on the guide that they have on every trained model."""
+    for name in names:
+        predictor, setting = fastcache.presets()[name]["point"]
+        yield ours("Guided", predictor, setting, fastcache.preset(name, guide="modulated"))
 
 
 def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
@@ -193,10 +212,7 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
         early = Interval(n, phase=1, warmup=2, last=True)
         recipe = Recipe(early, Taylor(2, skip_first=True))
         yield ours("Interval", "order 2", f"every {n}, phase 1", recipe)
-    for name in ("balanced", "fast"):  # on the guide that they have on every trained model
-        predictor, setting = fastcache.presets()[name]["point"]
-        recipe = fastcache.preset(name, guide="modulated")
-        yield ours("Guided", predictor, setting, recipe)
+    yield from preset_points("balanced", "fast")  # "quality" is one of the guides
     seers = {
         "order 1": Taylor(1),
         "residual guide": Guided(),

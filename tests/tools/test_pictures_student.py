@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import emoji  # noqa: E402
 
-from bench import common  # noqa: E402
+from bench import common, few_steps, quality, subjects, sweeps  # noqa: E402
 from bench.pictures import data, distill, train  # noqa: E402
 from bench.pictures import model as pictures  # noqa: E402
 from bench.pictures.student import Recipe, Runs, Student, distances, teach  # noqa: E402
@@ -146,3 +146,36 @@ def test_program_distils_goes_on_and_exports(tmp_path, monkeypatch):
     (row,) = common.read_lines(results)
     assert (row["bench"], row["size"]) == ("distilling", "2M")
     pictures.load_model("2M", file)
+
+
+def test_every_schedule_of_a_short_run():
+    plans = list(few_steps.schedules(6))
+    assert [1, 1, 0, 0, 1, 1] in plans
+    assert [1, 1, 1, 0, 0, 1] in plans
+    assert len({tuple(plan) for plan in plans}) == len(plans) == 6 + 4, "4 or 5 of 6"
+    assert all(plan[:2] == [1, 1] for plan in plans)
+
+
+def test_quality_measures_a_student_without_a_solution():
+    subject = dataclasses.replace(
+        subjects.SUBJECTS["pictures-student"](),
+        load=lambda: emoji.awake(heads=1, double=1, single=2),
+        steps=5,
+    )
+    cell = subjects.Cell("pictures-student", "fp32", 5, "none")
+    bench = quality.Bench(subject, cell, 2)
+    assert bench.solve() is None
+    points = list(few_steps.short_points(cell, [1.0] * 5))
+    rows = [bench.row(p, None) for p in points if p.method in ("Mask", "fewer steps")]
+    assert [r["compute"] for r in rows[:1]] == [pytest.approx(0.8)]
+    assert len(rows) == 1 + 3 * len(few_steps.FORECASTS)
+    assert all(r["psnr"] > 0 and r["psnr_solution"] is None for r in rows)
+    assert {p.system for p in points} >= {"fastcache", "diffusers", "uncached"}
+
+
+def test_presets_and_lite_mode_are_measured_with_both_halves_in_one_call():
+    cell = subjects.Cell("pictures", "fp32", 28, "batched")
+    output = subjects.SUBJECTS["pictures"]().output
+    keys = {p.key for p in sweeps.points(cell, [1.0] * 28, output)}
+    assert ("fastcache", "Guided", "modulated guide", "every 3, warm-up 2") in keys
+    assert ("diffusers", "TaylorSeer", "order 1", "lite, every 4") in keys
