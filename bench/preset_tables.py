@@ -7,24 +7,30 @@ from collections.abc import Sequence
 
 from .cells import frontier
 from .common import Row
-from .quality_tables import NAMED, is_named, trained
+from .quality_tables import COMMITTED, NAMED, SIZES, is_named, trained
 from .tables import markdown
 
 PEERS = {"diffusers": "diffusers' hooks", "cache-dit": "cache-dit", "uncached": "fewer steps"}
-RANKED = ("`preset", "0 1 2")  # how the names of the settings begin that are compared
+PRESETS = "`preset"  # how their names begin
+RANKED = (PRESETS, "0 1 2")  # and those of all settings that are compared
 SLACK = 0.005  # of the uncached run's compute, which reused steps may differ by
 
 
-def peers(rows: Sequence[Row], column: str = "psnr") -> str:
+def peers(
+    rows: Sequence[Row],
+    column: str = "psnr",
+    models: Sequence[str] = COMMITTED,
+    ranked: str | tuple[str, ...] = RANKED,
+) -> str:
     """Leads in dB of each preset, and of what may replace one, over the best of each peer at its compute, and the
     smallest of them; 28 steps.
 
     column: "psnr", to the uncached run, or "psnr_solution", to a run of 100 steps.
     """
-    cells = trained(rows)
+    cells = trained(rows, models)
     lines = []
     for name, key in NAMED.items():
-        if not name.startswith(RANKED):
+        if not name.startswith(ranked):
             continue
         found = [next((r for r in here if is_named(r, key)), None) for here in cells.values()]
         for system, label in PEERS.items():
@@ -35,6 +41,11 @@ def peers(rows: Sequence[Row], column: str = "psnr") -> str:
                 shown = ("" if x is None else f"{x:+.1f}" for x in leads)
                 lines.append((name, label, *shown, f"**{min(known):+.1f}**"))
     return markdown(("", "over", *cells, "smallest"), lines) if lines else ""
+
+
+def sizes(rows: Sequence[Row]) -> str:
+    """Leads of the presets on the picture models of every size."""
+    return peers(rows, models=SIZES, ranked=PRESETS)
 
 
 def _lead(row: Row, here: Sequence[Row], system: str, column: str) -> float | None:

@@ -17,6 +17,7 @@ import itertools
 import math
 import re
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,24 +181,25 @@ def _sweep(args: Any, rows: list[Row], cell: Cell, environment: Row) -> None:
     have = {
         tuple(r[k] for k in KEY) for r in rows if (cell_of(r), r["seeds"]) == (cell, args.seeds)
     }
-    work = [p for p in work if p.key not in have]
+    whole = Point("uncached", "uncached", "", f"{cell.steps} steps", None, cell.steps)
+    work = [p for p in (whole, *work) if work and p.key not in have]
     if not work:
         return
     bench = Bench(subject, cell, args.seeds)
     solution = bench.solve() if not args.quick else bench.reference
-    if ("uncached", "uncached", "", f"{cell.steps} steps") not in have:
-        whole = Point("uncached", "uncached", "", f"{cell.steps} steps", None, cell.steps)
-        rows.append({"bench": bench_name, **bench.row(whole, solution), **environment})
     with common.bar(len(work), cell.title) as progress:
         for point in work:
             progress.set_postfix_str(" ".join(point.key))
             row = {"bench": bench_name, **bench.row(point, solution), **environment}
-            rows.append(row)
-            if args.json:
-                common.write_lines(args.json, [row], append=len(rows) > 2)
-                if len(rows) <= 2:
-                    common.write_lines(args.json, rows)
+            _keep(args.json, rows, row)
             progress.update()
+
+
+def _keep(path: Path | None, rows: list[Row], row: Row) -> None:
+    """Put a finished row after the others, in the file too."""
+    rows.append(row)
+    if path:
+        common.write_lines(path, [row], append=len(rows) > 1)
 
 
 def calibrate(subject: Subject, cell: Cell) -> list[float]:

@@ -74,6 +74,7 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "tune_sweep": tune_tables.against_sweep,
     "peers": preset_tables.peers,
     "peers_exact": partial(preset_tables.peers, column="psnr_solution"),
+    "peers_sizes": preset_tables.sizes,
     "smallest": preset_tables.smallest,
     "losses": training_tables.losses,
     "pictures": partial(quality_tables.leads, model="pictures"),

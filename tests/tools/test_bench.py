@@ -231,6 +231,29 @@ def test_quality_and_its_continuation(tmp_path, model):
     assert again[-1]["psnr"] == rows[-1]["psnr"]
 
 
+def test_interrupted_quality_has_written_what_it_measured(tmp_path, monkeypatch):
+    """Also the uncached row, and behind the rows that the file had."""
+    pytest.importorskip("diffusers")
+    path, one = tmp_path / "quality.jsonl", ("--quick", "--method", "fewer steps", "--resume")
+    nothing = dict.fromkeys((*split.KEY, "seeds", "steps", "guidance"))
+    old = [{"bench": "quality", **nothing, "setting": str(i)} for i in range(3)]
+    common.write_lines(path, old)
+    measured, original = [], quality.Bench.row
+
+    def row(*given):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(original(*given))
+        return measured[-1]
+
+    monkeypatch.setattr(quality.Bench, "row", row)
+    with pytest.raises(KeyboardInterrupt):
+        quality.main([*one, "--json", str(path)])
+    kept = common.read_lines(path)
+    assert [r["setting"] for r in kept] == ["0", "1", "2", *(r["setting"] for r in measured)]
+    assert kept[3]["method"] == "uncached"
+
+
 def test_rows_of_another_model_or_dtype_are_another_cell(tmp_path):
     """Neither continues the other, and a row of before there were two is the shipped model in fp32."""
     pytest.importorskip("diffusers")
