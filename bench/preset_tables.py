@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from . import quality_tables
 from .cells import frontier
 from .common import Row
 from .quality_tables import COMMITTED, NAMED, SIZES, is_named, trained
@@ -27,7 +28,10 @@ def peers(
 
     column: "psnr", to the uncached run, or "psnr_solution", to a run of 100 steps.
     """
-    cells = trained(rows, models)
+    return _leads(trained(rows, models), column, ranked)
+
+
+def _leads(cells: dict[str, list[Row]], column: str, ranked: str | tuple[str, ...]) -> str:
     lines = []
     for name, key in NAMED.items():
         if not name.startswith(ranked):
@@ -46,6 +50,11 @@ def peers(
 def sizes(rows: Sequence[Row]) -> str:
     """Leads of the presets on the picture models of every size."""
     return peers(rows, models=SIZES, ranked=PRESETS)
+
+
+def elsewhere(rows: Sequence[Row]) -> str:
+    """Leads of the presets on the picture model in cells that they were not chosen on."""
+    return _leads(quality_tables.elsewhere_cells(rows), "psnr", PRESETS)
 
 
 def _lead(row: Row, here: Sequence[Row], system: str, column: str) -> float | None:

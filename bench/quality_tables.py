@@ -160,7 +160,29 @@ NAMED: dict[str, Named] = {
 
 def named(rows: Sequence[Row], models: Sequence[str] = COMMITTED) -> str:
     """The same settings on several models, 28 steps: PSNR, and in brackets the lead over fewer steps."""
-    cells, lines = trained(rows, models), []
+    return _named(trained(rows, models))
+
+
+ELSEWHERE = ((28, "batched"), (50, "none"), (50, "sequential"))
+
+
+def elsewhere(rows: Sequence[Row]) -> str:
+    """The same on the picture model with both halves of guidance in one call, and at 50 steps."""
+    return _named(elsewhere_cells(rows))
+
+
+def elsewhere_cells(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by title of the cell."""
+    titles = {"none": "no guidance", "sequential": "guidance", "batched": "guidance in one call"}
+    return {
+        f"{steps} steps, {titles[guidance]}": here
+        for steps, guidance in ELSEWHERE
+        if (here := cell(rows, steps, guidance, model="pictures"))
+    }
+
+
+def _named(cells: dict[str, list[Row]]) -> str:
+    lines = []
     for name, key in NAMED.items():
         found = [next((r for r in here if is_named(r, key)), None) for here in cells.values()]
         if any(found):

@@ -38,6 +38,20 @@ def losses(rows: Sequence[Row]) -> str:
     return markdown(columns, lines)
 
 
+def students(rows: Sequence[Row]) -> str:
+    """How near students and their teachers come to the teacher's long guided run, by steps and calls of the model."""
+    lines = []
+    for row in of(rows, "distilling"):
+        groups = row["psnr_to_teacher"]
+        for name in next(iter(groups.values())):
+            who, steps = name.split(", ")
+            calls = int(steps.split()[0]) * (1 if who == "student" else 2)
+            found = (f"{psnr[name]:.1f}" for psnr in groups.values())
+            lines.append((row["size"], name, calls, *found))
+        columns = ("size", "", "calls", *groups)
+    return markdown(columns, lines) if lines else ""
+
+
 def loss_figure(rows: Sequence[Row]) -> Figure:
     """Loss curves of all sizes: of the training as lines, held out as dots."""
     figure, axes = new(width=8.0, height=4.2)

@@ -290,6 +290,12 @@ def test_table_of_named_settings_has_leads_over_fewer_steps():
         row("flux", "none", ("diffusers", "MagCache", "reuse", "0.06"), 0.36, 40.0),
         row("pictures", "sequential", lite, 0.3, 23.5),
     ]
+    longer = [{**r, "model": "pictures", "steps": 50} for r in rows if r["model"] == "flux"]
+    assert (
+        quality_tables.elsewhere(longer).splitlines()[0] == "|  | compute | 50 steps, no guidance |"
+    )
+    found = preset_tables.elsewhere(longer).splitlines()[2:]
+    assert found[0] == '| `preset("fast")` | diffusers\' hooks | +1.0 | **+1.0** |'
     peers = preset_tables.peers(rows).splitlines()
     assert peers[2:] == [
         '| `preset("fast")` | diffusers\' hooks | +1.0 | -0.5 | **-0.5** |',

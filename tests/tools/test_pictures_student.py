@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import emoji  # noqa: E402
 
-from bench import common, few_steps, quality, subjects, sweeps  # noqa: E402
+from bench import common, few_steps, quality, subjects, sweeps, training_tables  # noqa: E402
 from bench.pictures import data, distill, train  # noqa: E402
 from bench.pictures import model as pictures  # noqa: E402
 from bench.pictures.student import Recipe, Runs, Student, distances, teach  # noqa: E402
@@ -126,7 +126,7 @@ def test_program_distils_goes_on_and_exports(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "EVERY", 2)
     monkeypatch.setattr(data, "HELD_OUT", 3)
     monkeypatch.setattr(distill, "PROMPTS", PROMPTS)
-    monkeypatch.setattr(distill, "COMPARED", 4)
+    monkeypatch.setattr(distill, "COMPARED", 6)
     teacher, results = tmp_path / "teacher.safetensors", tmp_path / "results.jsonl"
     save_weights(emoji.awake(heads=1), teacher)
     options = {
@@ -145,6 +145,12 @@ def test_program_distils_goes_on_and_exports(tmp_path, monkeypatch):
     assert set(card["psnr_to_teacher"]) == {"held-out prompts", "benchmark's prompts"}
     (row,) = common.read_lines(results)
     assert (row["bench"], row["size"]) == ("distilling", "2M")
+    lines = training_tables.students([row]).splitlines()
+    assert lines[0] == "| size |  | calls | held-out prompts | benchmark's prompts |"
+    assert [line.split(" | ")[1:3] for line in lines[3:5]] == [
+        ["student, 8 steps", "8"],
+        ["teacher, 4 steps", "8"],
+    ]
     pictures.load_model("2M", file)
 
 
