@@ -8,13 +8,13 @@ from typing import Any
 from .adapter import BlockAdapter
 from .table import KEEPING, MODELS, RISING
 
+MAY_KEEP = frozenset(KEEPING)  # names of arguments without which no call does; asked on every step
 _registered: dict[str, BlockAdapter] = {}
 
 
 def keeps(kwargs: dict[str, Any]) -> bool:
     """Whether a call of a model leaves something behind that later calls read."""
-    # a loop, since `any` over a generator takes three times as long, and this runs on every step
-    for name, values in KEEPING.items():
+    for name, values in KEEPING.items():  # traced by torch.compile
         if kwargs.get(name) in values:
             return True
     return False

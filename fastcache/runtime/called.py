@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..storage.pool import Slots
@@ -26,6 +26,7 @@ class Called:
     settings: Settings
     methods: Methods
     denoisers: Sequence[Denoiser]
+    told: Callable[[Any], Any] | None = None
 
     def loop(self, steps: int | None) -> None:
         """Another loop over timesteps begins in the generation that runs.

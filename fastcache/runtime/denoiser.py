@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models.adapter import BlockAdapter
-from ..models.registry import keeps
+from ..models.registry import MAY_KEEP, keeps
 from ..ops import dispatch
 from ..recipe import Recipe
 from ..storage.pool import Slots
@@ -106,13 +106,15 @@ class Denoiser:
         """The model's forward with the cache in charge. `run` stands in for it in compiled calls."""
         with self.lock:
             control = self.control
-            if control.inside or (kwargs and keeps(kwargs)):
+            if control.inside or (not MAY_KEEP.isdisjoint(kwargs) and keeps(kwargs)):
                 return self._past(args, kwargs)
             frame: Any = latest()
             if frame is not None and frame.cache is not self.owner:
                 frame = innermost(self.owner)
             if frame is None or not frame.one_call:
                 watch_compiling()
+            if (told := self.owner.told) is not None:
+                frame = told(frame)
             try:
                 if self.ahead.prepared is None:
                     state, step = self._locate(frame, args, kwargs)

@@ -15,6 +15,8 @@ class Owner(Protocol):
     """Whom frames belong to: a Cache."""
 
     lock: Any  # a re-entrant lock
+    # what an engine that counts calls says of the one that comes, given what is open around it; None: nobody counts
+    told: Callable[[Any], Any] | None
 
     def hook(self) -> None:
         """Have the targets of the cache's own recipe stand in the models."""

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 cache_dit = pytest.importorskip("cache_dit", minversion="1.5")
@@ -12,6 +15,7 @@ pytest.importorskip("diffusers", minversion="0.36")
 import tiny  # noqa: E402
 from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig  # noqa: E402
 
+import fastcache  # noqa: E402
 from fastcache.integrations import cache_dit as backend  # noqa: E402
 from fastcache.integrations.cache_dit.session import session_of  # noqa: E402
 
@@ -76,26 +80,40 @@ def test_a_forecast_of_all_blocks_is_one_op(flux):
     assert ours.ops == ["residual_l1.default", "linear_combine_.default"]
 
 
-def test_a_context_is_opened_again_unless_somebody_has_it_open(flux):
+def test_a_call_under_a_context_is_of_its_branch_and_request_and_others_are_counted(flux):
     model, inputs = flux
     session = enabled(model, num_inference_steps=4)
     call = tiny.trajectory("Flux", inputs, 1)[0]
     tiny.output(model, call)
-    (context,) = session.closed.values()
+    with session.cache.context("uncond", request="another"):
+        tiny.output(model, call)
     tiny.output(model, call)
-    assert list(session.closed.values()) == [context]
-    open_elsewhere, another = session.next_step(), session.next_step()
-    assert open_elsewhere is context is not another
-    assert [open_elsewhere.step_index, another.step_index] == [2, 3]
+    records = [(r.request, r.context, r.step) for r in session.cache.stats]
+    assert records == [(0, "default", 0), ("another", "uncond", 0), (0, "default", 1)]
 
 
-def test_a_context_that_was_open_during_a_refresh_has_the_new_length(flux):
+def test_a_call_after_a_refresh_is_the_first_of_a_run_of_the_new_length(flux):
     model, inputs = flux
     session = enabled(model, num_inference_steps=4)
     call = tiny.trajectory("Flux", inputs, 1)[0]
     tiny.output(model, call)
-    context = session.next_step()
-    cache_dit.refresh_context(model, num_inference_steps=9)
-    session.closed[context.name] = context  # that call is over
-    assert session.next_step() is context
-    assert (context.step_index, context.num_inference_steps) == (0, 9)
+    cache_dit.refresh_context(model, num_inference_steps=5)
+    for _ in range(6):
+        tiny.output(model, call)
+    assert [r.step for r in session.cache.stats] == [0, 0, 1, 2, 3, 4, 0]
+
+
+def test_a_model_that_is_compiled_afterwards_takes_the_same_steps(flux):
+    model, inputs = flux
+    cache = enabled(model).cache
+    calls = tiny.trajectory("Flux", inputs, 5)
+    expected = [tiny.output(model, call) for call in calls]
+    cache_dit.refresh_context(model)
+    with warnings.catch_warnings():  # that it runs uncompiled is said
+        warnings.simplefilter("ignore", fastcache.FastcacheWarning)
+        compiled = torch.compile(model, backend="eager")
+        found = [tiny.output(compiled, call) for call in calls]
+    steps = [(r.step, r.action) for r in cache.stats]
+    assert steps[:5] == steps[5:] and cache.stats.reused == 4
+    torch.testing.assert_close(found, expected)
+    torch._dynamo.reset()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from typing import Any
 
@@ -11,7 +10,8 @@ from torch import nn
 
 from ...models.adapter import BlockAdapter
 from ...recipe import Recipe
-from ...runtime.frames import innermost, latest
+from ...runtime.context import Context
+from ...runtime.frames import thread_request
 from ..attached import Attached
 
 SESSION = "_fastcache_session"  # what a transformer keeps
@@ -52,18 +52,9 @@ class Session:
         self.transformer, self.lists, self.kwargs, self.pipe = transformer, lists, kwargs, pipe
         self.attached = Attached(transformer, recipe, adapter=adapter)
         self.cache = self.attached.cache
+        self.said: dict[str, Context] = {}  # of the latest call, by branch
         self.begin()
-        forward = transformer.forward
-
-        @functools.wraps(forward)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            context = self.next_step()
-            with context:
-                output = forward(*args, **kwargs)
-            self.closed[context.name] = context
-            return output
-
-        self.attached.swaps.put(transformer, "forward", counted)
+        self.cache.told = self.next_call
         vars(transformer)[SESSION] = self
         vars(transformer)[MARK] = True
 
@@ -73,31 +64,32 @@ class Session:
         self.separate, self.steps = bool(config.enable_separate_cfg), config.num_inference_steps
         self.cfg_first = bool(config.cfg_compute_first)
         self.calls, self.taken = 0, Counter[str]()
-        # by branch, the context of its last call, to be opened again
-        self.closed: dict[str, Any] = {}
         self.cache.reset()
 
-    def next_step(self) -> Any:
-        """The context of the call that comes: a branch that somebody has named, else one by parity."""
-        around: Any = latest() and innermost(self.cache)  # mostly nothing is open
+    def next_call(self, around: Any) -> Any:
+        """What the call that comes is: of a branch that somebody has named, else of one by parity. One call runs at
+        a time, and what says which one that is serves the next call of its branch."""
         if around is not None and around.one_call:
             name = around.name
         elif self.separate and (self.calls % 2 == 0) is self.cfg_first:
             name = CFG
         else:
             name = MAIN
-        taken = self.taken
-        step = taken[name]
+        step = self.taken[name]
         if step == self.steps:
             self.begin()
-            taken, step = self.taken, 0
+            step = 0
         self.calls += 1
-        taken[name] = step + 1
-        context = self.closed.pop(name, None)
-        if context is None:  # the first one, or another thread has it open
-            return self.cache.context(name, step_index=step, num_inference_steps=self.steps)
-        context.step_index, context.num_inference_steps = step, self.steps
-        return context
+        self.taken[name] = step + 1
+        call = self.said.get(name)
+        if call is None:
+            call = self.said[name] = Context(self.cache, name)
+        call.step_index, call.num_inference_steps = step, self.steps
+        if around is None:
+            call.request, call.generation = thread_request(), None
+        else:
+            call.request, call.generation = around.request, around.generation
+        return call
 
     def refresh(self, kwargs: dict[str, Any], recipe: Recipe) -> None:
         """The next call is a first step, of a run with these settings."""
