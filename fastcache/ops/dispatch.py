@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .backends.table import BACKENDS, REFERENCE
+from .checks import DTYPES
 
 AUTO = "auto"
 
@@ -28,6 +29,9 @@ _forced: ContextVar[str] = ContextVar(
     "fastcache_backend",
     default=os.environ.get("FASTCACHE_BACKEND", AUTO),  # noqa: B039 - a string
 )
+
+
+forced = _forced.get  # the backend that is in force, or "auto"
 
 
 def status(name: str) -> bool | str:
@@ -217,6 +221,15 @@ def _kernel(name: str, op: str) -> Callable | None:
     """The kernel that a backend has for an op, if it has one."""
     run = function(name, op)
     return None if run is function(REFERENCE, op) else run
+
+
+@cache
+def at_once(op: str, dtype: torch.dtype) -> Callable | None:
+    """What may be called at once with contiguous tensors of one dtype on CPUs: it compares their shapes itself.
+
+    None where the backend there has no such thing; it takes what the backend's operator takes, results first.
+    """
+    return BACKENDS[_preferred("cpu")].operator(op) if dtype in DTYPES else None
 
 
 def _takes_dtypes(name: str, op: str, tensors: list[Tensor]) -> bool:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.library import Library, register_fake
 from torch.nn import Parameter
 
+from .short import SHORT
+
 lib = Library("fastcache", "DEF")
 BODIES: dict[str, Callable[..., Any]] = {}
 
@@ -57,7 +59,7 @@ def direct(name: str) -> Callable[..., Any]:
         plain = type(first if isinstance(first, Tensor) else first[0]) in (Tensor, Parameter)
         return body(*args) if plain else op(*args)
 
-    return call
+    return SHORT[name](call) if name in SHORT else call
 
 
 def same_shapes(name: str, first: Tensor, *others: Tensor) -> None:

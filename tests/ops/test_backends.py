@@ -31,7 +31,7 @@ def own(monkeypatch) -> Any:
     monkeypatch.setitem(sys.modules, "own_kernels", module)
     row = Backend("own", "own_kernels", ("cpu",), ("cpu",), lambda: True)
     monkeypatch.setitem(BACKENDS, "own", row)
-    cached = (dispatch.function, dispatch._kernel, dispatch._preferred)
+    cached = (dispatch.function, dispatch._kernel, dispatch._preferred, dispatch.at_once)
     for known in cached:
         known.cache_clear()
     yield module
@@ -62,6 +62,7 @@ def test_the_first_row_that_works_is_taken(own, monkeypatch):
         monkeypatch.delitem(BACKENDS, name)
     BACKENDS.update(others)  # behind it
     dispatch._preferred.cache_clear()
+    dispatch.at_once.cache_clear()
     assert dispatch.active("cpu") == "own" and applied().eq(2).all() and own.ran
     assert dispatch.active("mps") == "reference"
 

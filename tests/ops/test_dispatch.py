@@ -40,11 +40,11 @@ def own(monkeypatch: Any) -> Any:
     monkeypatch.setitem(sys.modules, "watched_kernels", module)
     row = Backend(TAKEN, "watched_kernels", ("cpu",), ("cuda",), lambda: True)
     monkeypatch.setitem(BACKENDS, TAKEN, row)
-    for known in (dispatch.function, dispatch._kernel, dispatch._preferred):
+    for known in (dispatch.function, dispatch._kernel, dispatch._preferred, dispatch.at_once):
         known.cache_clear()
     with fastcache.backend(TAKEN):
         yield module
-    for known in (dispatch.function, dispatch._kernel, dispatch._preferred):
+    for known in (dispatch.function, dispatch._kernel, dispatch._preferred, dispatch.at_once):
         known.cache_clear()
 
 

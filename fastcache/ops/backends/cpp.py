@@ -73,6 +73,11 @@ def _op(name: str) -> Callable[..., None]:
     return overload._op  # what the overload itself calls, from Python
 
 
+def operator(name: str) -> Callable[..., None]:
+    """An operator of the shared object, which looks itself at what it is given. Not for empty tensors."""
+    return _op(name)
+
+
 def capability() -> str:
     """The instruction set in use: "avx512", "avx2" or "default"."""
     _op("capability")

@@ -60,6 +60,11 @@ class Backend:
         """Its function for an op; None where it has none."""
         return getattr(self._imported, op, None)
 
+    def operator(self, op: str) -> Callable | None:
+        """Its operator for an op without what stands before it, where that compares shapes; else None."""
+        found = getattr(self._imported, "operator", None)
+        return None if found is None else found(op)
+
     def takes(self, op: str, dtypes: Sequence[torch.dtype]) -> bool:
         """Whether its function for an op takes this mix of dtypes."""
         asked = getattr(self._imported, "takes_dtypes", None)
