@@ -144,7 +144,10 @@ class DualBlock(Policy):
                 counts.change += signal
             if signal < threshold or threshold >= 1:
                 counts.reused += 1
-                return Decision(REUSE, signal, threshold, "change within threshold")
+                # as Decision(...) does it, without a call into Python
+                return tuple.__new__(
+                    Decision, (REUSE, signal, threshold, "change within threshold")
+                )
         return Decision(COMPUTE, signal, threshold, "change above threshold")
 
     def computed(self, run: Run, step: Step) -> None:

@@ -19,7 +19,7 @@ def call_signature(args: tuple, kwargs: dict) -> tuple:
     comes alone may be the time.
     """
     found: list[Any] = []
-    for value in (*args, *kwargs.values()):
+    for value in (*args, *kwargs.values()) if args else kwargs.values():
         if isinstance(value, Tensor):
             found.append((value.shape, value.dtype, value.device))
         else:

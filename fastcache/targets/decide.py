@@ -195,7 +195,10 @@ class RuleDecider:
         ):  # `prepare_head` has seen that there is something to measure against
             meter.measure_head(state, y, x)
             return
-        self.decide_with(self.measured(state, y, x))
+        if meter.needs_history:
+            self.decide_with(self.measured(state, y, x))
+        else:
+            self.decide_with(meter.measure(state, y, x))
 
     def measured(self, state: State, y: Any, x: Tensor | None) -> Tensor | None:
         """What the device gives for y, or for y - x; None where there is nothing to measure it against."""
@@ -212,7 +215,12 @@ class RuleDecider:
         """Decide the running step with what was measured; the one device read of a step."""
         control = self.control
         state, step = control.state, control.step
-        decision = self.decide(state, step, self._read(state, measured))
+        if self.group is None:  # as `_read` does it
+            assert self.meter is not None
+            signal = None if measured is None else self.meter.read(measured, None)
+        else:
+            signal = self._read(state, measured)
+        decision = self.decide(state, step, signal)
         control.decisions[self.index] = decision
         control.actions[self.index] = decision.action
         if decision.action == REUSE and self.weighted:

@@ -13,6 +13,7 @@ from ...models.adapter import ENCODER, HIDDEN, Block, BlockAdapter
 from ...models.registry import adapter_for
 from ...models.table import BLOCKS
 from ...predictors import DMD, Predictor, Taylor
+from ...predictors.taylor import latest_gap_weights, steps_back
 from ...recipe import Recipe
 
 DIFFERENCES = 3  # the first step after which cache-dit's calibrator takes differences
@@ -32,14 +33,16 @@ class LateTaylor(Taylor):
         Returns:
             A weight per value that counts.
         """
-        return super().weights(counting(steps), step)
+        return late_weights(steps, step)
 
 
 @lru_cache(maxsize=4096)
-def counting(steps: tuple[int, ...]) -> tuple[int, ...]:
-    """Of computed steps, newest first, those from which cache-dit takes differences, and the one before."""
+def late_weights(steps: tuple[int, ...], step: int) -> tuple[float, ...]:
+    """Taylor's weights of the values computed at those of these steps, newest first, from which cache-dit takes
+    differences, and at the one before."""
     late = sum(computed >= DIFFERENCES for computed in steps)
-    return steps[: late + 1]
+    counting = steps[: late + 1]
+    return latest_gap_weights(steps_back(counting), step - counting[0])
 
 
 class Elsewhere(ValueError):
