@@ -238,3 +238,18 @@ def test_means_are_rounded_as_a_tensor_of_the_dtype_is(dtype):
     for value in values:
         assert rounded(value, dtype) == float(torch.tensor(value, dtype=dtype))
     assert rounded(float("nan"), dtype) != rounded(float("nan"), dtype)
+
+
+def test_blocks_are_put_in_place_while_the_model_runs_and_its_own_come_back(accelerated):
+    from fastcache.integrations.cache_dit.accelerate import in_place
+
+    model = torch.nn.ModuleDict({"first": torch.nn.Identity(), "blocks": torch.nn.ModuleList()})
+    own, ours = model.blocks, torch.nn.ModuleList([torch.nn.Identity()])
+    with pytest.raises(KeyError, match="inside"), in_place(model, "blocks", ours):
+        assert model.blocks is ours and "blocks" in model.state_dict(keep_vars=True)._metadata
+        raise KeyError("inside")
+    assert model.blocks is own and list(model._modules) == ["first", "blocks"]
+    model.plain = 1
+    with in_place(model, "plain", 2):
+        assert model.plain == 2
+    assert model.plain == 1

@@ -12,6 +12,7 @@ to trace something they are hidden again, ours too.
 
 from __future__ import annotations
 
+import unittest.mock
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +45,11 @@ class Methods:
                 self.swaps.put(owner, name, method.__wrapped__)
                 self.hidden.append((owner, name, method))
 
+    def stand_in(self, owner: Any, name: str, ours: Any) -> None:
+        """One of ours in place of what the compiler has to see."""
+        self.swaps.put(owner, name, ours)
+        self.hidden.append((owner, name, self.swaps.kept[-1][2]))
+
     def graph_begins(self) -> None:
         """Something is about to be traced: what was hidden is hidden again."""
         for owner, name, method in self.hidden:
@@ -56,6 +62,27 @@ class Methods:
 
 
 METHODS = Methods()
+
+
+class InPlace:
+    """cache-dit's blocks in place of a model's own while it runs: `mock.patch.object`, which cache-dit calls for it,
+    registers them and the own ones anew, through a hundred functions."""
+
+    def __init__(self, model: Any, name: str, blocks: Any) -> None:
+        self.modules, self.name, self.blocks = model._modules, name, blocks
+
+    def __enter__(self) -> None:
+        self.own, self.modules[self.name] = self.modules[self.name], self.blocks
+
+    def __exit__(self, *_: object) -> None:
+        self.modules[self.name] = self.own
+
+
+def in_place(model: Any, name: str, blocks: Any) -> Any:
+    """What puts blocks in place of others around a call."""
+    if name in getattr(model, "_modules", ()):
+        return InPlace(model, name, blocks)
+    return unittest.mock.patch.object(model, name, blocks)
 
 
 def accelerate() -> None:
@@ -71,9 +98,10 @@ def accelerate() -> None:
     if METHODS.swaps:
         return
     engine("cache_dit", "cache-dit", VERSIONS)
-    base, tail, contexts, taylor = (
+    adapter, base, tail, contexts, taylor = (
         engine(f"{INSIDE}.{name}", "cache-dit", VERSIONS)
         for name in (
+            "cache_adapters.cache_adapter",
             "cache_blocks.pattern_base",
             "cache_blocks.pattern_3_4_5",
             "cache_contexts.cache_manager",
@@ -92,6 +120,8 @@ def accelerate() -> None:
         approximate=state.approximate,
         taylor=taylor.TaylorSeerCalibrator,
     )
+    patch = SimpleNamespace(object=in_place)
+    METHODS.stand_in(adapter, "unittest", SimpleNamespace(mock=SimpleNamespace(patch=patch)))
     METHODS.bare(manager)
     METHODS.bare(stack)
     METHODS.bare(tail.CachedBlocks_Pattern_3_4_5)

@@ -30,16 +30,19 @@ class Table(list[Tensor | None]):
 
 def fits(*tensors: Any) -> bool:
     """Whether our kernels take these tensors together: plain ones of one shape, dtype and device, without gradients."""
-    first = tensors[0]
+    first, *others = tensors
     if type(first) is not Tensor or first.dtype not in DTYPES:
         return False
-    dtype, shape, device, grad = first.dtype, first.shape, first.device, torch.is_grad_enabled()
-    for t in tensors:
-        if type(t) is not Tensor or t.dtype is not dtype or t.shape != shape or t.device != device:
+    dtype, shape, place = first.dtype, first.shape, first.get_device()
+    for t in others:
+        if (
+            type(t) is not Tensor
+            or t.dtype is not dtype
+            or t.shape != shape
+            or t.get_device() != place  # its number: its device would be a new object
+        ):
             return False
-        if grad and t.requires_grad:
-            return False
-    return True
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def terms(state: Any) -> tuple[list[Any], list[float]]:

@@ -162,8 +162,11 @@ def rounded(value: float, dtype: torch.dtype) -> float:
         except OverflowError:
             half = math.copysign(math.inf, value)
         return float(half)
+    if dtype is torch.float32:
+        (single,) = SINGLE.unpack(SINGLE.pack(value))
+        return float(single)
     (bits,) = WORD.unpack(SINGLE.pack(value))
-    if dtype is torch.bfloat16 and math.isfinite(value):
+    if math.isfinite(value):
         bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
     (number,) = SINGLE.unpack(WORD.pack(bits))
     return float(number)
@@ -237,7 +240,12 @@ def joined(hidden: Tensor, tensors: list[Tensor], weights: list[float], add: boo
         for tensor, weight in zip(tensors, weights, strict=True):
             total = total + weight * tensor
         return total.contiguous()
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    # no memory format is asked for where that is what comes
+    out = (
+        torch.empty_like(hidden)
+        if hidden.is_contiguous()
+        else torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    )
     if add:
         combine(out, [*tensors, hidden], [*weights, 1.0])
     else:
