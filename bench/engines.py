@@ -5,21 +5,21 @@
 
 FLUX's own 57 blocks in diffusers' class, of a width that takes no time. cache-dit computes the first of them on
 every step, so that its own cost is a step less that of the same model with that block alone, without a cache:
-embedders, that block, norms and projection are paid by all sides. Contenders are interleaved in one process, in runs
-of 50 steps; read the ratios. Counted too, since neither depends on what else the machine does, are calls of functions
-and the instructions that the interpreter runs; time has torch's operators in it.
+embedders, that block, norms and projection are paid by all sides. Of that own cost the Python part is what is left
+without the operators themselves (`engine_operators.py`), which are timed by calling them bare in that place.
+
+Contenders are interleaved in one process, in runs of 50 steps. A sample is the 20th percentile of a run's steps, and
+costs are differences of the 20th percentiles of the samples: what the rest of the machine does only ever adds. Counted
+too, since neither depends on that, are calls of functions and the instructions that the interpreter runs.
 """
 
 from __future__ import annotations
 
 import cProfile
 import logging
-import math
 import pstats
-import statistics
 import sys
 from collections.abc import Callable
-from operator import sub
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +28,13 @@ from fastcache.integrations import cache_dit as backend
 from fastcache.integrations.cache_dit.accelerate import restore
 
 from . import common
+from . import engine_operators as operators
 from .common import Row
 from .overhead import BLOCKS, flux, flux_inputs
 from .systems import missing, quietly
 
 FLOOR = "first block alone"
+BARE = "operators of "  # the same, followed by the operators of a contender
 # Steps of a run, and those at its start that are not timed: the warm-up, and what the interpreter needs to specialize
 # its bytecode anew, after classes were changed. cache-dit copies its statistics on every step, so that a run that
 # never ends would cost more with each.
@@ -49,13 +51,14 @@ class Contender(NamedTuple):
     before: Callable[[], None]  # in force from before the model is enabled on
     during: Callable[[], None]  # while it is called
     bound: float  # of its own cost against cache-dit's
+    operators: Callable[[int], operators.Operators]  # by the order of a forecast
 
 
 # what is installed stays so: it comes last
 CONTENDERS = {
-    "cache-dit": Contender(nothing, nothing, 1.0),
-    "accelerate()": Contender(nothing, backend.accelerate, 0.9),
-    "install()": Contender(backend.install, nothing, 0.3),
+    "cache-dit": Contender(nothing, nothing, 1.0, operators.theirs),
+    "accelerate()": Contender(nothing, backend.accelerate, 0.9, operators.accelerated),
+    "install()": Contender(backend.install, nothing, 0.3, operators.installed),
 }
 METHODS = {"reuse": 0, "Taylor 1": 1}
 
@@ -84,23 +87,34 @@ def main(argv: list[str] | None = None) -> int:
         functions, instructions = counted(found, calls), counted(found, executed)
         backend.uninstall()
     environment = common.environment()
+    at = {name: common.quantiles(times) for name, times in samples.items()}
     rows: list[Row] = [
         {"bench": "engines", "case": case, "method": method, "blocks": blocks}
-        | common.quantiles(times)
+        | at[case, method]
+        | costs({name: row["p20"] for name, row in at.items()}, case, method)
         | {
-            "own": statistics.median(map(sub, times, samples[FLOOR, ""])),  # round by round
             "functions": functions[case, method],
             "instructions": instructions[case, method],
             "rounds": rounds,
-            "calls": REPEAT,
+            "calls": RUN - UNTIMED,
         }
         | environment
-        for (case, method), times in samples.items()
+        for case, method in samples
+        if not case.startswith(BARE)
     ]
     show(rows)
     if args.json:
         common.write_lines(args.json, rows)
     return 0
+
+
+def costs(at: dict[tuple[str, str], float], case: str, method: str) -> Row:
+    """Seconds of a step beyond its model, of the operators in it, and of the Python around them."""
+    own = at[case, method] - at[FLOOR, ""]
+    if case == FLOOR:
+        return {"own": own}
+    bare = at[BARE + case, method] - at[BARE + "nobody", ""]
+    return {"own": own, "own_operators": bare, "own_python": own - bare}
 
 
 Named = dict[tuple[str, str], Case]  # by contender and method
@@ -113,6 +127,14 @@ def cases(blocks: int) -> Named:
     inputs = flux_inputs()
     alone = flux(1, 0)
     found: Named = {(FLOOR, ""): Case(nothing, nothing, lambda: alone(**inputs))}
+    sequences = {(BARE + "nobody", ""): operators.none} | {
+        (BARE + case, method): contender.operators(order)
+        for case, contender in CONTENDERS.items()
+        for method, order in METHODS.items()
+    }
+    for name, sequence in sequences.items():
+        bare = operators.followed(sequence)
+        found[name] = Case(nothing, nothing, lambda bare=bare: bare(**inputs))
     for case, contender in CONTENDERS.items():
         contender.before()
         for method, order in METHODS.items():
@@ -143,11 +165,8 @@ def enabled(model: Any, order: int) -> None:
     cache_dit.enable_cache(model, cache_config=config, calibrator_config=calibrator)
 
 
-REPEAT = 6  # steps of one sample
-
-
 def measured(found: Named, rounds: int) -> dict[tuple[str, str], list[float]]:
-    """Seconds of one step of each case in every round: one run of each, of which the quickest stretch counts."""
+    """Seconds of one step of each case in every round: of one run of each."""
     clock = common.clock()
     samples: dict[tuple[str, str], list[float]] = {name: [] for name in found}
     for _ in range(rounds):
@@ -156,13 +175,12 @@ def measured(found: Named, rounds: int) -> dict[tuple[str, str], list[float]]:
             begin()
             for _ in range(UNTIMED):
                 step()
-            quickest = math.inf
-            for _ in range((RUN - UNTIMED) // REPEAT):
+            times = []
+            for _ in range(RUN - UNTIMED):
                 start = clock()
-                for _ in range(REPEAT):
-                    step()
-                quickest = min(quickest, (clock() - start) / REPEAT)
-            samples[name].append(quickest)
+                step()
+                times.append(clock() - start)
+            samples[name].append(common.quantiles(times)["p20"])
             restore()
     return samples
 
@@ -213,28 +231,51 @@ def executed(step: Callable[[], object]) -> int:
 
 def show(rows: list[Row]) -> None:
     table = [
-        [r["case"], r["method"], common.spread(r, 1e6, 1), r["functions"], r["instructions"]]
+        [
+            r["case"],
+            r["method"],
+            common.spread(r, 1e6, 1),
+            *(f"{1e6 * r[part]:.1f}" if part in r else "" for part in PARTS),
+            r["functions"],
+            r["instructions"],
+        ]
         for r in rows
     ]
-    columns = ["case", "method", "us p20 / p50 / p80", "function calls", "instructions"]
+    columns = [
+        "case",
+        "method",
+        "us p20 / p50 / p80",
+        *(p.replace("_", " ") for p in PARTS),
+        "function calls",
+        "instructions",
+    ]
     common.print_table(f"{rows[0]['blocks']} blocks of FLUX", columns, table)
     for claim in claims(rows):
         verdict = "met" if claim["met"] else "NOT met"
         print(f"{claim['claim']}: {claim['value']:.3f} (at most {claim['bound']:.3f}) {verdict}")
 
 
+PARTS = ("own", "own_operators", "own_python")  # of a step's time
+# what is held against cache-dit's: a field, what it is called, and whether the floor has a share of it
+UNITS = (
+    ("own", "time", False),
+    ("own_python", "Python time", False),
+    ("functions", "function calls", True),
+    ("instructions", "instructions", True),
+)
+
+
 def claims(rows: list[Row]) -> list[Row]:
     """Own cost of a reused step against cache-dit's."""
     found: list[Row] = []
-    units = ("own", "time"), ("functions", "function calls"), ("instructions", "instructions")
-    for unit, what in units:
-        at = {(r["case"], r["method"]): r[unit] for r in rows}
-        floor = at[FLOOR, ""]
-        for (case, method), value in at.items():
+    by = {(r["case"], r["method"]): r for r in rows}
+    for unit, what, floored in UNITS:
+        floor = by[FLOOR, ""][unit] if floored else 0.0
+        for (case, method), row in by.items():
             if case in (FLOOR, "cache-dit"):
                 continue
             bound = CONTENDERS[case].bound
-            ratio = (value - floor) / (at["cache-dit", method] - floor)
+            ratio = (row[unit] - floor) / (by["cache-dit", method][unit] - floor)
             claim = f"own {what} of a reused step, {method}, {case} against cache-dit"
             found.append({"claim": claim, "value": ratio, "bound": bound, "met": ratio <= bound})
     return found
