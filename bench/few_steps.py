@@ -13,7 +13,6 @@ from .points import Point, ours
 from .subjects import Cell
 from .sweeps import peer_points
 
-LEAST = 4  # steps that are computed
 FORECASTS: dict[str, Any] = {
     "reuse": Reuse(),
     "order 1": Taylor(1),
@@ -24,7 +23,7 @@ FORECASTS: dict[str, Any] = {
 
 def short_points(cell: Cell, ratios: Sequence[float]) -> Iterator[Point]:
     """Every setting of a cell of few steps; ratios: MagCache's."""
-    for n in range(LEAST, cell.steps):
+    for n in range(cell.steps // 2, cell.steps):
         yield Point("uncached", "fewer steps", "", f"{n} steps", None, n)
     for plan in schedules(cell.steps):
         setting = " ".join(str(i) for i, computed in enumerate(plan) if computed)
@@ -35,7 +34,7 @@ def short_points(cell: Cell, ratios: Sequence[float]) -> Iterator[Point]:
 
 
 def schedules(steps: int) -> Iterator[list[int]]:
-    """All that compute steps 0 and 1, at least four and not all."""
+    """All that compute steps 0 and 1, at least half and not all."""
     for rest in itertools.product((1, 0), repeat=steps - 2):
-        if LEAST <= 2 + sum(rest) < steps:
+        if steps // 2 <= 2 + sum(rest) < steps:
             yield [1, 1, *rest]

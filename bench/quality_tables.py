@@ -98,11 +98,16 @@ def _ours(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if r["system"] == "fastcache" and not r.get("error")]
 
 
-def leads(rows: Sequence[Row], model: str = "video") -> str:
+SWEPT = ((28, "none"), (28, "sequential"), (50, "none"))  # steps and guidance
+
+
+def leads(
+    rows: Sequence[Row], model: str = "video", swept: Sequence[tuple[int, str]] = SWEPT
+) -> str:
     """A model's best of ours at a budget, and how far it is ahead."""
     others = {"diffusers": "diffusers' hooks", "cache-dit": "cache-dit", "uncached": "fewer steps"}
     lines = []
-    for n, guidance in ((28, "none"), (28, "sequential"), (50, "none")):
+    for n, guidance in swept:
         here = cell(rows, n, guidance, model=model)
         for f in frontier(here) if here else ():
             if f["fastcache"] is not None:

@@ -15,6 +15,7 @@ from functools import partial
 
 from . import (
     claims,
+    few_tables,
     load_tables,
     method_tables,
     preset_tables,
@@ -78,9 +79,12 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "peers_elsewhere": preset_tables.elsewhere,
     "peers_sizes": preset_tables.sizes,
     "smallest": preset_tables.smallest,
+    "few_steps": few_tables.few_steps,
+    "few_preset": few_tables.preset,
+    "few_tuned": few_tables.said,
     "students": training_tables.students,
     "losses": training_tables.losses,
-    "pictures": partial(quality_tables.leads, model="pictures"),
+    "pictures": partial(quality_tables.leads, model="pictures", swept=quality_tables.SWEPT[:2]),
     "load": load_tables.load,
     "load_soak": load_tables.soak,
     "promises": promises,

@@ -4,10 +4,11 @@
     python -m bench tune --json bench/results/tune-cpu.jsonl
     python -m bench tune --model video --part solvers
 
-Three parts. "curve": PSNR to the converged run by solver and steps, without a cache and with one. "solvers": the run
+Four parts. "curve": PSNR to the converged run by solver and steps, without a cache and with one. "solvers": the run
 that tune finds at twice the speed of 28 Euler steps, with the number of steps free, beside every solver at that time.
 "sweep": what tune finds at a speed-up, beside the best of all settings that `bench quality` sweeps, on the same seeds
-and by the same measured time. Seeds that no search has seen judge what was found.
+and by the same measured time. "few": what tune says of a distilled model's few steps. Seeds that no search has seen
+judge what was found.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ from .quality import calibrate
 from .subjects import MODES, SUBJECTS, Cell, Subject
 from .sweeps import points
 
-PARTS = ("curve", "solvers", "sweep")
+PARTS = ("curve", "solvers", "sweep", "few")
+# steps of a distilled model, and speed-ups that are asked for
+FEW = ((8, 1.25), (8, 1.6), (8, 1.9), (4, 1.25), (4, 1.9))
 USUAL, LONG, QUICK_LONG = 28, 50, 10  # steps
 SEEDS = (0, 1)  # that a search sees
 UNSEEN = (5, 6, 7, 8)
@@ -57,8 +60,11 @@ class Bench:
         self.model, self.labels = self.subject.load(), torch.arange(batch) % self.subject.labels
         self.scale = None if guidance == "none" else self.subject.guidance
         self.counts = (4, 6, 8) if quick else COUNTS
-        converged = 2 * QUICK_LONG if quick else CONVERGED
-        self.exact = {s: self.sample(converged, s, "ab2") for s in UNSEEN}
+        self.converged = 2 * QUICK_LONG if quick else CONVERGED
+
+    @cached_property
+    def exact(self) -> dict[int, Tensor]:
+        return {s: self.sample(self.converged, s, "ab2") for s in UNSEEN}
 
     def sample(self, steps: int, seed: int, solver: str = "euler", cache: Any = None) -> Tensor:
         return self.subject.generate(
@@ -152,6 +158,21 @@ def solvers(bench: Bench) -> Iterator[Row]:
         }  # fmt: skip
 
 
+def few(bench: Bench) -> Iterator[Row]:
+    """What tune says of few steps."""
+    for steps, speedup in FEW:
+        found = fastcache.tune(
+            bench.generation("euler"), bench.model, steps=steps, speedup=speedup, seeds=SEEDS,
+            progress=False,
+        )  # fmt: skip
+        best = found.rows[0]
+        yield {
+            "steps": steps, "speedup": speedup, "found": best.name, "computed": best.computed,
+            "found_speedup": best.speedup, "psnr": best.psnr, "cached": best.recipe is not None,
+            "said": found.verdict,
+        }  # fmt: skip
+
+
 # --- against the sweep --------------------------------------------------------------------------------------
 
 
@@ -217,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--warmup", nargs="+", type=int, default=[2], help="of the curve's cached runs")
     p.add_argument("--growth", nargs="+", type=float, default=[1.0], help="of their gaps")
     p.add_argument("--steps", nargs="+", type=int, default=[LONG], help="of the cached runs")
-    p.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    p.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS[:3]))
     p.add_argument("--batch", type=int, default=4, help="pictures of a run")
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -229,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         "curve": partial(curve, solvers=args.solver, swept=swept),
         "solvers": solvers,
         "sweep": sweep,
+        "few": few,
     }
     for name in args.model:
         bench = Bench(name, args.batch, args.quick, args.guidance)

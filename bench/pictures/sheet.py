@@ -56,9 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--size", choices=list(HEADS), default="7M")
     p.add_argument("--weights", type=Path, help="another file than the committed one")
     p.add_argument("--steps", type=int, default=28)
+    p.add_argument("--plain", action="store_true", help="no guidance, as a student wants it")
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args(argv)
-    write_sheet(load_model(args.size, args.weights), args.out, args.steps)
+    guidance = None if args.plain else GUIDANCE
+    write_sheet(load_model(args.size, args.weights), args.out, args.steps, guidance)
     return 0
 
 

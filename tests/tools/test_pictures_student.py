@@ -20,10 +20,11 @@ sys.path.insert(0, str(ROOT))
 
 import emoji  # noqa: E402
 
-from bench import common, few_steps, quality, subjects, sweeps, training_tables  # noqa: E402
+from bench import common, few_steps, few_tables, quality, subjects, sweeps, training_tables, tune  # noqa: E402
 from bench.pictures import data, distill, train  # noqa: E402
 from bench.pictures import model as pictures  # noqa: E402
 from bench.pictures.student import Recipe, Runs, Student, distances, teach  # noqa: E402
+from fastcache import presets  # noqa: E402
 from fastcache.demo.model import save_weights  # noqa: E402
 
 FIELDS = pictures.architecture(heads=1, double=1, single=1)
@@ -158,7 +159,7 @@ def test_every_schedule_of_a_short_run():
     plans = list(few_steps.schedules(6))
     assert [1, 1, 0, 0, 1, 1] in plans
     assert [1, 1, 1, 0, 0, 1] in plans
-    assert len({tuple(plan) for plan in plans}) == len(plans) == 6 + 4, "4 or 5 of 6"
+    assert len({tuple(plan) for plan in plans}) == len(plans) == 4 + 6 + 4, "3 to 5 of 6"
     assert all(plan[:2] == [1, 1] for plan in plans)
 
 
@@ -173,8 +174,8 @@ def test_quality_measures_a_student_without_a_solution():
     assert bench.solve() is None
     points = list(few_steps.short_points(cell, [1.0] * 5))
     rows = [bench.row(p, None) for p in points if p.method in ("Mask", "fewer steps")]
-    assert [r["compute"] for r in rows[:1]] == [pytest.approx(0.8)]
-    assert len(rows) == 1 + 3 * len(few_steps.FORECASTS)
+    assert [r["compute"] for r in rows[:3]] == [pytest.approx(n / 5) for n in (2, 3, 4)]
+    assert len(rows) == 3 + 7 * len(few_steps.FORECASTS)
     assert all(r["psnr"] > 0 and r["psnr_solution"] is None for r in rows)
     assert {p.system for p in points} >= {"fastcache", "diffusers", "uncached"}
 
@@ -185,3 +186,45 @@ def test_presets_and_lite_mode_are_measured_with_both_halves_in_one_call():
     keys = {p.key for p in sweeps.points(cell, [1.0] * 28, output)}
     assert ("fastcache", "Guided", "modulated guide", "every 3, warm-up 2") in keys
     assert ("diffusers", "TaylorSeer", "order 1", "lite, every 4") in keys
+
+
+def test_table_of_a_student_has_the_best_of_every_system():
+    def row(system, predictor, setting, compute, psnr):
+        method = "fewer steps" if system == "uncached" else "Mask"
+        cell = {"bench": "quality", "kind": "cpu", "model": "pictures-student", "steps": 8}
+        key = {"system": system, "method": method, "predictor": predictor, "setting": setting}
+        return cell | key | {"compute": compute, "psnr": psnr}
+
+    rows = [
+        row("uncached", "", "6 steps", 0.75, 30.0),
+        row("uncached", "", "5 steps", 0.625, 28.0),
+        row("fastcache", *few_tables.MASKS["mask/8"][1:], 0.752, 33.0),
+        row("fastcache", "reuse", "0 1 3 5 7", 0.626, 29.0),
+        row("diffusers", "order 1", "lite, every 3", 0.7, 31.5),
+    ]
+    lines = few_tables.few_steps(rows).splitlines()
+    assert lines[3:5] == [
+        "| 8 | 6 | 30.0 | 33.0 | 29.0 |  | 33.0 |  | 31.5 |  | Hermite 1 at 0 1 2 3 5 7 |",
+        "| 8 | 5 | 28.0 | 29.0 | 29.0 |  |  |  |  |  | reuse at 0 1 3 5 7 |",
+    ]
+    assert few_tables.preset(rows).splitlines()[2:] == [
+        '| `preset("mask/8")` | 0 1 2 3 5 7 | 33.0 | 30.0 |'
+    ]
+    for name, (steps, _, setting) in few_tables.MASKS.items():
+        computed = [i for i, c in enumerate(presets()[name]["when"][1]["compute"]) if c]
+        assert (steps, setting) == (presets()[name]["steps"], " ".join(map(str, computed)))
+
+
+def test_what_tune_says_of_few_steps(monkeypatch):
+    subject = dataclasses.replace(
+        subjects.SUBJECTS["pictures-student"](),
+        load=lambda: emoji.awake(heads=1, double=1, single=2),
+    )
+    monkeypatch.setitem(tune.SUBJECTS, "pictures-student", lambda: subject)
+    monkeypatch.setattr(tune, "FEW", ((2, 1.0),))
+    (row,) = tune.few(tune.Bench("pictures-student", 1))
+    assert row["said"]
+    table = few_tables.said(
+        [{**row, "bench": "tune", "part": "few", "model": "pictures-student", "kind": "cpu"}]
+    )
+    assert row["said"] in table
