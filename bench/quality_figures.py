@@ -39,7 +39,9 @@ class Series:
 def _on_stack(r: Row) -> bool:
     """fastcache, every block skipped at once."""
     setting = str(r["setting"])
-    alone = r["method"] in ("FirstBlock", "MagCache", "Interval") or setting.startswith("stack")
+    alone = r["method"] in ("FirstBlock", "MagCache", "Interval", "Mask") or setting.startswith(
+        "stack"
+    )
     return r["system"] == "fastcache" and alone
 
 
@@ -86,9 +88,17 @@ def quality_figure(rows: Sequence[Row]) -> Figure:
         axis.set_title(f"{cell.title}, {here[0]['seeds']} seeds", loc="left")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    known = dict(pair for axis in axes.flat for pair in _named_lines(axis))
+    labels = [series.label for series in SERIES if series.label in known]
+    handles = [known[label] for label in labels]
     figure.legend(handles, labels, loc="outside upper center", ncol=3 * columns, frameon=False)
     return figure
+
+
+def _named_lines(axis: Any) -> list[tuple[str, Any]]:
+    """(label, line) of a panel."""
+    handles, labels = axis.get_legend_handles_labels()
+    return list(zip(labels, handles, strict=True))
 
 
 def frontier_figure(rows: Sequence[Row]) -> Figure:

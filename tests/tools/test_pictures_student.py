@@ -20,7 +20,17 @@ sys.path.insert(0, str(ROOT))
 
 import emoji  # noqa: E402
 
-from bench import common, few_steps, few_tables, quality, subjects, sweeps, training_tables, tune  # noqa: E402
+from bench import (  # noqa: E402
+    common,
+    few_steps,
+    few_tables,
+    quality,
+    quality_figures,
+    subjects,
+    sweeps,
+    training_tables,
+    tune,
+)
 from bench.pictures import data, distill, train  # noqa: E402
 from bench.pictures import model as pictures  # noqa: E402
 from bench.pictures.student import Recipe, Runs, Student, distances, teach  # noqa: E402
@@ -188,19 +198,22 @@ def test_presets_and_lite_mode_are_measured_with_both_halves_in_one_call():
     assert ("diffusers", "TaylorSeer", "order 1", "lite, every 4") in keys
 
 
-def test_table_of_a_student_has_the_best_of_every_system():
-    def row(system, predictor, setting, compute, psnr):
-        method = "fewer steps" if system == "uncached" else "Mask"
-        cell = {"bench": "quality", "kind": "cpu", "model": "pictures-student", "steps": 8}
-        key = {"system": system, "method": method, "predictor": predictor, "setting": setting}
-        return cell | key | {"compute": compute, "psnr": psnr}
+def measured(system, predictor, setting, compute, psnr, steps=8):
+    """A row of the quality benchmark."""
+    method = "fewer steps" if system == "uncached" else "Mask"
+    cell = subjects.Cell("pictures-student", "fp32", steps, "none")._asdict()
+    key = {"system": system, "method": method, "predictor": predictor, "setting": setting}
+    found = {"compute": compute, "psnr": psnr, "seeds": 2}
+    return {"bench": "quality", "kind": "cpu", **cell, **key, **found}
 
+
+def test_table_of_a_student_has_the_best_of_every_system():
     rows = [
-        row("uncached", "", "6 steps", 0.75, 30.0),
-        row("uncached", "", "5 steps", 0.625, 28.0),
-        row("fastcache", *few_tables.MASKS["mask/8"][1:], 0.752, 33.0),
-        row("fastcache", "reuse", "0 1 3 5 7", 0.626, 29.0),
-        row("diffusers", "order 1", "lite, every 3", 0.7, 31.5),
+        measured("uncached", "", "6 steps", 0.75, 30.0),
+        measured("uncached", "", "5 steps", 0.625, 28.0),
+        measured("fastcache", *few_tables.MASKS["mask/8"][1:], 0.752, 33.0),
+        measured("fastcache", "reuse", "0 1 3 5 7", 0.626, 29.0),
+        measured("diffusers", "order 1", "lite, every 3", 0.7, 31.5),
     ]
     lines = few_tables.few_steps(rows).splitlines()
     assert lines[3:5] == [
@@ -213,6 +226,23 @@ def test_table_of_a_student_has_the_best_of_every_system():
     for name, (steps, _, setting) in few_tables.MASKS.items():
         computed = [i for i, c in enumerate(presets()[name]["when"][1]["compute"]) if c]
         assert (steps, setting) == (presets()[name]["steps"], " ".join(map(str, computed)))
+
+
+def test_legend_names_the_lines_of_every_panel():
+    pytest.importorskip("matplotlib")
+    rows = [
+        measured("fastcache", "reuse", "0 1 3", 0.75, 29.0, steps=4),
+        measured("uncached", "", "3 steps", 0.75, 30.0, steps=4),
+        measured("fastcache", "order 1", "0 1 3 5", 0.5, 29.0),
+        measured("diffusers", "order 1", "lite, every 3", 0.7, 31.5),
+    ]
+    figure = quality_figures.quality_figure(rows)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "fastcache, Taylor",
+        "fastcache, plain reuse",
+        "diffusers' hooks",
+        "fewer steps, no cache",
+    ]
 
 
 def test_what_tune_says_of_few_steps(monkeypatch):
