@@ -43,7 +43,7 @@ from .sweeps import points
 
 PARTS = ("curve", "solvers", "sweep", "few")
 # steps of a distilled model, and speed-ups that are asked for
-FEW = ((8, 1.25), (8, 1.6), (8, 1.9), (4, 1.25), (4, 1.9))
+FEW = ((8, 1.25), (8, 1.5), (8, 1.6), (8, 1.8), (4, 1.25), (4, 1.8))
 USUAL, LONG, QUICK_LONG = 28, 50, 10  # steps
 SEEDS = (0, 1)  # that a search sees
 UNSEEN = (5, 6, 7, 8)
