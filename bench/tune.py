@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,12 +177,12 @@ def few(bench: Bench) -> Iterator[Row]:
 # --- against the sweep --------------------------------------------------------------------------------------
 
 
-def sweep(bench: Bench) -> Iterator[Row]:
-    """What tune finds at each speed-up, and the best of the sweep at that cost."""
+def sweep(bench: Bench, path: str | None = None) -> Iterator[Row]:
+    """What tune finds at each speed-up, and the best of the sweep at that cost. path: of a journal of the sweep."""
     generation = Generation(bench.generation("euler"), bench.model)
-    journal = Journal(None, {})
+    settings = {"model": bench.name, "batch": len(bench.labels), "guidance": bench.scale}
+    journal = Journal(None if path is None else Path(path), settings)
     lab = Lab(generation, USUAL, USUAL, SEEDS, journal, None, lambda done, name: None)
-    start = time.thread_time()
     lab.begin()
     work = list(_swept(bench.name, bench.subject))
     with common.bar(len(work), f"{bench.name}: sweep") as progress:
@@ -189,7 +190,9 @@ def sweep(bench: Bench) -> Iterator[Row]:
             for seed in SEEDS:
                 lab.measure(candidate, seed)
             progress.update()
-    spent = time.thread_time() - start
+    # whole runs of the settings alone; what the lab times beside them is left out
+    spent = sum(sum(t.ratios) for t in lab.trials.values()) * lab.seconds
+    swept = tuple(lab.trials.values())
     reference = {s: bench.sample(USUAL, s) for s in UNSEEN}
     for speedup in SPEEDUPS:
         start = time.thread_time()
@@ -198,15 +201,17 @@ def sweep(bench: Bench) -> Iterator[Row]:
         )
         seconds = time.thread_time() - start
         goal = Goal(speedup)
-        best = max((t for t in lab.trials.values() if t.psnr), key=lambda t: goal.rank(lab, t))
+        best = max((t for t in swept if t.psnr), key=lambda t: goal.rank(lab, t))
         row = found.rows[0]
-        swept = bench.cached(best.candidate.recipe, best.candidate.steps, "euler")
+        beside = lab.measure(Candidate(row.name, row.recipe, row.steps), SEEDS[0])
+        run_best = bench.cached(best.candidate.recipe, best.candidate.steps, "euler")
         yield {
             "speedup": speedup, "found": row.name, "computed": row.computed, "psnr": row.psnr,
-            "found_speedup": row.speedup, "best": best.candidate.name, "best_computed": best.computed,
+            "found_speedup": row.speedup, "found_speedup_beside": 1 / lab.expected(beside),
+            "best": best.candidate.name, "best_computed": best.computed,
             "best_psnr": best.quality, "best_speedup": 1 / lab.expected(best),
             "unseen": bench.nearness(reference, bench.cached(found.best, row.steps, "euler")),
-            "best_unseen": bench.nearness(reference, swept),
+            "best_unseen": bench.nearness(reference, run_best),
             "points": len(work), "seconds": seconds, "sweep_seconds": spent, "runs": found.evidence["runs"],
         }  # fmt: skip
 
@@ -239,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--growth", nargs="+", type=float, default=[1.0], help="of their gaps")
     p.add_argument("--steps", nargs="+", type=int, default=[LONG], help="of the cached runs")
     p.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS[:3]))
+    p.add_argument("--journal", help="file that keeps the runs of the sweep, for one model")
     p.add_argument("--batch", type=int, default=4, help="pictures of a run")
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -249,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     makers = {
         "curve": partial(curve, solvers=args.solver, swept=swept),
         "solvers": solvers,
-        "sweep": sweep,
+        "sweep": partial(sweep, path=args.journal),
         "few": few,
     }
     for name in args.model:

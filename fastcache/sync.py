@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -170,6 +171,20 @@ def wait(device: torch.device) -> None:
     """Until everything that was launched on a device is done: for clocks."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def moment(device: torch.device, clock: Callable[[], float]) -> Any:
+    """Now, as the device will come to it: of a GPU an event among what is launched, elsewhere the clock's seconds."""
+    if device.type != "cuda":
+        return clock()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def between(start: Any, end: Any) -> float:
+    """From one moment to another, once both are over; in seconds, or a GPU's milliseconds."""
+    return end - start if isinstance(start, float) else start.elapsed_time(end)
 
 
 def on_host(values: Tensor) -> Tensor:

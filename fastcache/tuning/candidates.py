@@ -37,8 +37,15 @@ PREDICTORS: dict[str, Predictor] = {
     "Taylor 3, exact": Taylor(3, "exact"),
     "residual guide": Guided(),
     "residual guide, order 1": Guided(1),
-    "half slope": Hermite(1),
     "reuse": Reuse(),
+    "half slope": Hermite(1),
+}
+
+# Variants, and what has to come near before they are tried.
+AFTER = {
+    "Taylor 3, exact": "Taylor 2, exact",
+    "residual guide, order 1": "residual guide",
+    "half slope": "reuse",
 }
 
 
@@ -56,24 +63,20 @@ class Shape:
         return Spread(computed / steps, self.first, self.growth, last=self.last)
 
 
-# Those that all predictors are tried on, and those that the best are tried on.
-FIRST_SHAPES = (
-    Shape("early start", 2),
-    Shape("warm-up 4", 4),
-    Shape("growing gaps", 4, 1.35, last=False),
-)
+# The likeliest first: the first is what all predictors are tried on.
 SHAPES = (
-    *FIRST_SHAPES,
+    Shape("early start", 2),
     Shape("even", 1),
+    Shape("warm-up 4", 4),
+    Shape("warm-up 3, growing", 3, 1.2),
+    Shape("growing gaps", 4, 1.35, last=False),
+    Shape("early start, growing", 2, 1.2),
     Shape("warm-up 3", 3),
     Shape("warm-up 5", 5),
+    Shape("gaps that shrink", 2, 0.85),
     Shape("early start, no last", 2, last=False),
     Shape("warm-up 4, no last", 4, last=False),
-    Shape("warm-up 3, growing", 3, 1.2),
-    Shape("warm-up 3, growing, no last", 3, 1.35, last=False),
     Shape("growing gaps, last", 4, 1.35),
-    Shape("early start, growing", 2, 1.2),
-    Shape("gaps that shrink", 2, 0.85),
 )
 
 

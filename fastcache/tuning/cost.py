@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs cost, from the seconds that were measured of all of them.
 
-A run costs c + a computed + b reused, in units of the uncached run at the usual number of steps. c and a are found
-from uncached runs of several lengths, b from the runs of its kind: those with the same predictor, target and signal.
-One run's time is noisy; what all runs say of three numbers is less so.
+A run costs c + a (1 + e) (computed + b reused), in units of the uncached run at the usual number of steps. c, what
+comes before the first step and after the last, and b, what a reused step takes of a computed one, are seen within each
+run, so that they are the same on a busy machine; b by kind, which is the same predictor, target and signal. e, what a
+computed step takes more under a cache, needs the uncached run's time beside that of cached ones: all of them say it
+together. One run's time is noisy; what all runs say of three numbers is less so.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-PAIR = (
-    2  # timings of shorter runs without a cache, from which on what is constant in them is believed
-)
-GUESS = 0.05  # a reused step, in computed ones, while none was measured
+GUESS = 0.1  # a reused step, in computed ones, while none was measured
+MORE = (-0.2, 1.0)  # of a computed step, that a cache is believed to add; below 0 the clock errs
+SIGMA = 1.48  # of a normal distribution, in medians of what lies apart from its middle
+POOLED = 10  # runs of a kind from which on what they say of that counts as much as what all do
 
 
 @dataclass
@@ -27,51 +30,76 @@ class Cost:
     """
 
     usual: int
-    uncached: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    cached: dict[str, list[tuple[float, float, float]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
+    rests: list[float] = field(default_factory=list)
+    cached: list[tuple[str, float, float, float]] = field(default_factory=list)
+    seen: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def note(self, kind: str, computed: float, reused: float, ratio: float) -> None:
-        """One run: steps computed and reused, and its time as a share of the uncached run's."""
+        """One run under a cache: steps computed and reused, and its time as a share of the uncached run's."""
         if kind:
-            self.cached[kind].append((computed, reused, ratio))
-        else:
-            self.uncached[round(computed)].append(ratio)
+            self.cached.append((kind, computed, reused, ratio))
+
+    def see(self, kind: str, reuse: float | None = None, rest: float | None = None) -> None:
+        """What a reused step took, and all besides steps, in computed steps of the same run."""
+        if reuse is not None:
+            self.seen[kind].append(reuse)
+        if rest is not None:
+            self.rests.append(rest)
 
     @property
     def fixed(self) -> float:
         """What a run costs besides its steps."""
-        found = [
-            (ratio - steps / self.usual) / (1 - steps / self.usual)
-            for steps, ratios in self.uncached.items()
-            for ratio in ratios
-            if steps < self.usual
-        ]
-        # other work on the machine only ever adds to a time
-        return min(max(min(found), 0.0), 0.9) if len(found) >= PAIR else 0.0
+        rest = statistics.median(self.rests[1:] or self.rests) if self.rests else 0.0
+        return rest / (rest + self.usual)
 
     @property
     def step(self) -> float:
-        """What a computed step costs."""
+        """What a computed step costs without a cache."""
         return (1 - self.fixed) / self.usual
 
     def reused(self, kind: str) -> float:
-        """What a reused step of a kind costs."""
-        runs = self.cached.get(kind, [])[1:]  # the first one loads and compiles things
+        """What a reused step of a kind takes of a computed one."""
+        found = self.seen.get(kind, [])
+        return (
+            statistics.median(found[1:] or found) if found else GUESS
+        )  # the first run loads and compiles things
+
+    def more(self, kind: str) -> float:
+        """What a computed step takes more under a cache, as a share: by all runs, and by those of a kind where there
+        are many."""
         fixed, step = self.fixed, self.step
-        found = [(r - fixed - step * c) / n for c, n, r in runs if n]
-        return max(statistics.median(found), 0.0) if found else GUESS * step
+        found = [
+            (k, (ratio - fixed) / (step * (c + self.reused(k) * n)))
+            for k, c, n, ratio in self.cached
+        ]
+        if not found:
+            return 0.0
+        said, own = (
+            statistics.median(more for _, more in found),
+            [more for k, more in found if k == kind],
+        )
+        if own:
+            said = (said * POOLED + statistics.median(own) * len(own)) / (POOLED + len(own))
+        return min(max(said - 1, MORE[0]), MORE[1])
+
+    def doubt(self, timings: int) -> float:
+        """By what share all costs may be wrong, with so many timings of the uncached run: their standard error."""
+        apart = [abs(ratio / self.of(kind, c, n) - 1) for kind, c, n, ratio in self.cached]
+        return SIGMA * statistics.median(apart) / math.sqrt(timings) if apart and timings else 0.0
 
     def of(self, kind: str, computed: float, reused: float) -> float:
         """What a run costs."""
-        return self.fixed + self.step * computed + (self.reused(kind) * reused if reused else 0.0)
+        if not kind:
+            return self.fixed + self.step * computed
+        return self.fixed + self.step * (1 + self.more(kind)) * (
+            computed + self.reused(kind) * reused
+        )
 
     def affordable(self, kind: str, steps: int, most: float) -> int:
         """How many of `steps` steps may be computed; 0 where none may."""
+        free = (most - self.fixed) / self.step
         if not kind:
-            return int((most - self.fixed) / self.step + 1e-6)
+            return int(free + 1e-6)
         reused = self.reused(kind)
-        free = most - self.fixed - reused * steps
-        each = self.step - reused
-        return min(max(int(free / each + 1e-6), 0), steps) if each > 0 else 0
+        free = free / (1 + self.more(kind)) - reused * steps
+        return min(max(int(free / (1 - reused) + 1e-6), 0), steps) if reused < 1 else 0

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import inspect
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +45,13 @@ class NoCache:
         """As `Cache.reset`."""
 
 
+class Shares(NamedTuple):
+    """What parts of one run took, in computed calls of that run, so that it counts alike on a busy machine."""
+
+    reuse: float | None  # a call that reuses; None: there was none
+    rest: float  # all besides calls, before the first, and after the last
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one run gave: pictures, seconds, and under a cache how many of its calls were computed."""
@@ -53,6 +62,7 @@ class Outcome:
     calls: int = 0  # of the denoisers
     computed: int = 0  # of those, in which every rule computed
     marks: tuple[bool, ...] = ()  # computed steps of every branch alike; () where branches differ
+    shares: Shares | None = None  # None: not known
 
 
 class Generation:
@@ -93,21 +103,32 @@ class Generation:
             if recipe is None:
                 pictures, seconds = self._timed(NoCache(), steps, seed)
                 return Outcome(pictures, seconds)
+            moments: list[Any] = []
+
+            def note(record: Record | None) -> None:
+                moments.append(sync.moment(self.device, self.clock))
+
             with enable(self.target, recipe) as cache:
-                pictures, seconds = self._timed(cache, steps, seed)
+                cache.stats.watch = note
+                pictures, seconds = self._timed(cache, steps, seed, note)
                 records = tuple(cache.stats)
         computed = sum(r.action == COMPUTE for r in records)
         last: dict[str, int] = {}
         for r in records:
             last[r.model] = max(last.get(r.model, 0), r.step + 1)
         counts = sum(last.values()), len(records), computed
-        return Outcome(pictures, seconds, *counts, marks_of(records))
+        return Outcome(pictures, seconds, *counts, marks_of(records), shares_of(records, moments))
 
-    def _timed(self, cache: Any, steps: int, seed: int) -> tuple[list[Picture], float]:
+    def _timed(
+        self, cache: Any, steps: int, seed: int, note: Callable[[None], None] = lambda record: None
+    ) -> tuple[list[Picture], float]:
+        """note: told when the run begins and when it ends."""
         with torch.no_grad():
             sync.wait(self.device)
             start = self.clock()
+            note(None)
             made = self.call(cache, steps, seed)
+            note(None)
             sync.wait(self.device)
             seconds = self.clock() - start
         return pictures_in(made), seconds
@@ -156,3 +177,20 @@ def marks_of(records: tuple[Record, ...]) -> tuple[bool, ...]:
     if [step for step, _ in found[0]] != list(range(len(found[0]))):
         return ()
     return tuple(mark for _, mark in found[0])
+
+
+def shares_of(records: tuple[Record, ...], moments: list[Any]) -> Shares | None:
+    """moments: the start of a run, one per record, and the end. A call is noted when it is over."""
+    if not records or len(records) + 2 != len(moments):
+        return None
+    before, *spans, after = [sync.between(start, end) for start, end in pairwise(moments)]
+    taken: dict[bool, list[float]] = {True: [], False: []}
+    for record, span in zip(records[1:], spans, strict=True):
+        taken[record.action == COMPUTE].append(span)
+    computed, reused = taken.values()
+    if not computed:
+        return None
+    call = max(statistics.median(computed), 1e-9)
+    # the first call computes, and is not told from what comes before it
+    rest = max(before + after - call, 0.0) / call
+    return Shares(statistics.fmean(reused) / call if reused else None, rest)

@@ -10,7 +10,8 @@ from typing import Any
 from ..checks import real
 from .lab import Lab, Trial
 
-SLACK = 0.01  # by how much a measured time may miss a wished speed-up
+SLACK = 0.01  # by how much a measured time may miss a wished speed-up,
+MOST_SLACK = 0.02  # and at most, where no better can be told from the times
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Goal:
         if not trial.psnr:
             return False
         if self.most is not None:
-            return lab.expected(trial) <= self.most * (1 + SLACK)
+            return lab.expected(trial) <= self.most * (1 + min(max(SLACK, lab.doubt), MOST_SLACK))
         assert self.error is not None
         return trial.quality >= self.error
 

@@ -18,10 +18,9 @@ from .generation import Generation, Outcome
 from .journal import Journal
 from .pictures import Picture, psnr
 
-EVERY = 5  # runs between two of the uncached one
-LATEST = 3  # uncached runs whose median is what a run's time is divided by
+EVERY = 3.5  # uncached runs' time between two timings of one
+REFERENCE = "reference"  # what a progress line calls such a run, which counts for no budget
 REPEATS = 30.0  # dB that two uncached runs must be near each other
-OWN = 3  # timings from which on a candidate's own median counts and not what all runs say
 
 
 class OutOfTime(Exception):
@@ -72,15 +71,17 @@ class Lab:
         tick: Any,
     ) -> None:
         self.generation, self.usual, self.many, self.seeds = generation, usual, many, tuple(seeds)
-        self.journal, self.limit, self.tick = journal, limit, tick
+        self.journal, self.limit, self._tell = journal, limit, tick
         self.began = time.monotonic()
         self.trials: dict[tuple[Recipe | None, int], Trial] = {}
         self._references: dict[int, list[Picture]] = {}
         self._uncached: list[float] = []
-        self._last: list[Picture] = []  # of the latest uncached run
-        self._since, self.repeats = 0, math.inf
+        self._timed: set[int] = set()  # seeds that the uncached run was timed with
+        self._last: dict[int, list[Picture]] = {}  # of the latest uncached run, by seed
+        self._since, self.repeats = 0.0, math.inf
         self._taken: dict[int, int] = {}
         self.cost = Cost(usual)
+        self.spent = 0.0  # uncached runs' time that was taken so far, references left out
         self.size: list[int] = []  # pictures of a run, and the shape of one
 
     @property
@@ -90,13 +91,18 @@ class Lab:
 
     @property
     def base(self) -> float:
-        """Seconds of the uncached run at the usual number of steps."""
-        return statistics.median(self._uncached[-LATEST:]) if self._uncached else 0.0
+        """Seconds of the latest uncached run: a machine is busy for a while, so that the nearest tells most."""
+        return self._uncached[-1] if self._uncached else 0.0
 
     @property
     def seconds(self) -> float:
         """Its seconds over the whole tuning."""
         return statistics.median(self._uncached) if self._uncached else 0.0
+
+    @property
+    def doubt(self) -> float:
+        """By what share costs may be wrong."""
+        return self.cost.doubt(len(self._uncached))
 
     # --- the uncached run -----------------------------------------------------------------------------------
 
@@ -120,14 +126,16 @@ class Lab:
                 f"steps={self.cost.usual}, or have generate declare num_inference_steps"
             )
 
-    def time_uncached(self) -> float:
-        """One more timing of the uncached run; how near it comes to the one before, dB."""
-        seed = self.seeds[0]
+    def time_uncached(self, seed: int | None = None) -> float:
+        """One more timing of the uncached run; how near it comes to the one before with its seed, dB."""
+        seed = self.seeds[0] if seed is None else seed
+        self._timed.add(seed)
 
         def measured() -> dict[str, Any]:
             self._afford(1.0)
             made = self.generation.run(None, self.usual, seed)
-            before, self._last = self._last or made.pictures, made.pictures
+            before = self._last.get(seed, made.pictures)
+            self._last[seed] = made.pictures
             if self.many == self.usual:
                 self._references.setdefault(seed, made.pictures)
             size = [len(made.pictures), *made.pictures[0].values.shape]
@@ -138,7 +146,7 @@ class Lab:
         self.size = [int(n) for n in entry["size"]]
         self._uncached.append(float(entry["seconds"]))
         self.tick(1.0, "no cache")
-        self._since = 0
+        self._since = 0.0
         return float(entry["psnr"])
 
     def taken(self, steps: int) -> int:
@@ -146,8 +154,9 @@ class Lab:
         if steps not in self._taken and self._taken.get(self.usual) == self.usual:
             self._taken[steps] = steps
         if steps not in self._taken:
-            found = self.remembered(f"steps of {steps}", lambda: self._count(steps))["steps"]
-            self._taken[steps] = int(found)
+            found = self.remembered(f"steps of {steps}", lambda: self._count(steps))
+            self._taken[steps] = int(found["steps"])
+            self.cost.see("", *found["shares"])
         return self._taken[steps]
 
     def _count(self, steps: int) -> dict[str, Any]:
@@ -156,13 +165,19 @@ class Lab:
             raise ValueError(
                 "tune: generate made no call of target; it has to run the very model or pipeline that tune is given"
             )
-        return {"steps": outcome.steps}
+        return {"steps": outcome.steps, "shares": self._shares(outcome)}
+
+    def _shares(self, made: Outcome) -> list[float | None]:
+        """What a reused step takes of a computed one, and all besides steps of all calls of a step."""
+        if made.shares is None or not made.steps:
+            return []
+        return [made.shares.reuse, made.shares.rest * made.steps / made.calls]
 
     def _reference(self, seed: int) -> list[Picture]:
         if seed not in self._references:
             self._afford(self.many / self.usual)
             self._references[seed] = self.generation.run(None, self.many, seed).pictures
-            self.tick(self.many / self.usual, "reference")
+            self.tick(self.many / self.usual, REFERENCE)
         return self._references[seed]
 
     def converged_to(self) -> float:
@@ -175,7 +190,7 @@ class Lab:
             return {"psnr": str(psnr(made, self._reference(seed)))}
 
         found = float(self.remembered("half", measured)["psnr"])
-        self.tick(half / self.usual, "reference")
+        self.tick(half / self.usual, REFERENCE)
         return found
 
     # --- candidates -----------------------------------------------------------------------------------------
@@ -198,7 +213,8 @@ class Lab:
             return trial
         if self._since >= EVERY:
             self.time_uncached()
-        self._since += 1
+        if self.many == self.usual and seed not in self._timed:
+            self.time_uncached(seed)  # which is its reference too
         digest = "uncached" if candidate.recipe is None else candidate.recipe.digest().hex()[:32]
         entry = self.remembered(
             f"{digest} {candidate.steps} {seed}", lambda: self._measured(trial, seed)
@@ -207,6 +223,7 @@ class Lab:
         if not trial.error:
             self._note(trial, seed, entry)
         self.tick(self.expected(trial), candidate.name)
+        self._since += self.expected(trial)
         return trial
 
     def _measured(self, trial: Trial, seed: int) -> dict[str, Any]:
@@ -228,6 +245,7 @@ class Lab:
             "ratio": made.seconds / self.base,
             "computed": share * trial.taken,
             "marks": [int(m) for m in made.marks],
+            "shares": self._shares(made),
         }
 
     def _note(self, trial: Trial, seed: int, entry: dict[str, Any]) -> None:
@@ -237,21 +255,29 @@ class Lab:
         trial.marks = tuple(map(bool, entry["marks"]))
         reused = trial.taken - trial.computed
         self.cost.note(trial.candidate.kind, trial.computed, reused, trial.ratios[-1])
+        self.cost.see(trial.candidate.kind, *entry["shares"])
 
     def expected(self, trial: Trial) -> float:
-        """The cost of a candidate's run, as a share of the uncached one: by its own time where that was
-        measured often enough, else by what all runs say."""
-        if len(trial.ratios) >= OWN:
-            return statistics.median(trial.ratios)
+        """The cost of a candidate's run, as a share of the uncached one, by what all runs say."""
         if trial.candidate.recipe is None:
             return self.cost.of("", trial.taken, 0)
         computed = trial.computed or trial.taken / 2
         return self.cost.of(trial.candidate.kind, computed, trial.taken - computed)
 
+    def planned(self, candidate: Candidate) -> float:
+        """The cost of a candidate whose plan is known before step 0; of another that of computing half."""
+        taken, recipe = self.taken(candidate.steps), candidate.recipe
+        assert recipe is not None
+        try:
+            computed = len(recipe.plan(taken).computed)
+        except ValueError:  # it decides while it runs
+            computed = taken // 2
+        return self.cost.of(candidate.kind, computed, taken - computed)
+
     def uncached_usual(self) -> Trial:
         """The uncached run itself, whose time is 1 and which may be the reference."""
         trial = self.trial(without(self.usual))
-        trial.computed, trial.ratios = trial.taken, [1.0] * OWN
+        trial.computed, trial.ratios = trial.taken, [1.0]
         for seed in self.seeds if self.many == self.usual else ():
             trial.psnr[seed] = math.inf
         return trial
@@ -265,6 +291,11 @@ class Lab:
             found = make()
             self.journal.add(key, found, round(self.elapsed, 3))
         return found
+
+    def tick(self, cost: float, name: str) -> None:
+        """Say that a run is over, and what it cost."""
+        self.spent += cost if name != REFERENCE else 0.0
+        self._tell(cost, name)
 
     def _afford(self, cost: float) -> None:
         if self.limit is not None and self.elapsed + cost * self.base > self.limit:

@@ -16,13 +16,13 @@ STRIDES = (1, -1, 2, -2)
 Marks = tuple[bool, ...]
 
 
-def improve(lab: Lab, goal: Goal, start: Trial) -> None:
+def improve(lab: Lab, goal: Goal, start: Trial, budget: float) -> None:
     """Try plans near that of a trial, each nearer one from there on. Nothing where its plan is not one for all."""
     recipe = start.candidate.recipe
     if recipe is None or len(recipe.rules) > 1 or len(start.marks) != start.taken:
         return
     best, tried = start, {start.marks}
-    while len(tried) <= TRIED:
+    while len(tried) <= TRIED and lab.spent < budget:
         plan = next((m for m in _near(lab, goal, best) if m not in tried), None)
         if plan is None:
             return

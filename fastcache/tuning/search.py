@@ -3,38 +3,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ..calibration.errors import CalibrationError
 from ..policies import Interval
-from ..predictors import Predictor, Reuse, Taylor
+from ..predictors import Reuse, Taylor
 from ..recipe import Recipe
-from ..tools.measure import calibrate
+from .budget import budget, compared
 from .candidates import (
-    FIRST_SHAPES,
+    AFTER,
     PREDICTORS,
     SHAPES,
     Candidate,
     Shape,
-    easy_cache,
     named,
     shaped,
-    thresholds,
     without,
 )
+from .deciding import bisect_easy_cache, found_thresholds
 from .goal import Goal
 from .lab import Lab, Trial
 from .moves import improve
+from .pairs import promising
 
 MIDDLE = 0.45  # the cost at which predictors are compared where none is wished for
 STARTED = (MIDDLE, 0.3, 0.65, 0.2, 0.8)  # and others, where none meets the wished error there
 COMBINATIONS = 5  # predictors with schedules that go on to other step counts
-PREDICTORS_KEPT = 2  # that are tried on every schedule
-FINALISTS = 12  # that are judged on a second seed; half of them on a third
-CONFIRMED = 4  # whose time is measured again
-ROUNDS = 3  # times
+SHAPES_FIRST = 5  # schedules that are tried before predictors and schedules are compared across
+PREDICTORS_KEPT = 2  # that are tried on every schedule where an error is wished
+ACROSS = 0.55  # of the budget, up to which predictors are tried with schedules
+BEHIND = 3.0  # dB that methods which decide may be behind and more of them are tried
+FINALISTS = 4  # that are judged on a second seed; half of them on a third
+SETTLED = 6  # times that the best of all is judged or timed again, until it stays the best
+ROUNDS = 2  # timings more of the best
 MARGIN = 0.1  # dB by which a cache must be nearer than a run without one of equal cost,
+NEAR = (0.75, 1.05)  # shares of the wished cost between which presets are tried
 EXACT = 90.0  # dB beyond which runs differ by rounding alone
 CHEAPER = 0.01  # or the share by which it must be cheaper than one of equal error
 
@@ -51,6 +55,10 @@ class Search:
     def __init__(self, lab: Lab, goal: Goal, counts: Sequence[int]) -> None:
         self.lab, self.goal, self.counts = lab, goal, tuple(counts)
         self.combinations: dict[tuple[Recipe | None, int], tuple[str, Shape]] = {}
+        self.paired: dict[
+            tuple[str, Shape, int], float
+        ] = {}  # what came of them with the first seed, dB
+        self.budget = budget(counts, lab.many != lab.usual)
         self.most = goal.most if goal.most is not None else MIDDLE
         self.first = lab.seeds[0]
         self.converges: float | None = (
@@ -107,27 +115,30 @@ class Search:
                     break
             self.narrow(usual)
         steps = self.other_counts()
-        self.all_shapes(steps)
+        if self.goal.most is not None:
+            self.across(steps)
+        else:
+            self.all_shapes(steps)
         self.deciding(steps)
         self.fewer()
         self.judge()
         best = self.best()
         if best is not None:
-            improve(self.lab, self.goal, best)
-        self.confirm()
+            improve(self.lab, self.goal, best, self.budget)
+        self.settle()
 
     def try_all(self, candidates: Iterable[Candidate | None]) -> list[Trial]:
         """Run candidates with the first seed; the best first."""
         trials = [self.lab.measure(c, self.first) for c in candidates if c is not None]
         return sorted((t for t in trials if t.psnr), key=self._rank, reverse=True)
 
-    def fit(self, predictor: str, shape: Shape, steps: int, less: int = 0) -> Candidate | None:
-        """A predictor on a schedule, with as many computed steps as the wished cost allows, less some."""
+    def fit(self, predictor: str, shape: Shape, steps: int) -> Candidate | None:
+        """A predictor on a schedule, with as many computed steps as the wished cost allows."""
         taken = self.lab.taken(steps)
         made = shaped(predictor, shape, steps, taken, taken)
         if made is None:
             return None
-        computed = self.lab.cost.affordable(made.kind, taken, self.most) - less
+        computed = self.lab.cost.affordable(made.kind, taken, self.most)
         made = shaped(predictor, shape, steps, taken, computed)
         if made is not None:
             self.combinations[made.recipe, steps] = predictor, shape
@@ -141,11 +152,8 @@ class Search:
         if self.goal.most is None:
             self.bisect_fewer(usual)
             return
-        for _ in range(2):  # the first shows what a run costs besides its steps
-            taken = self.lab.cost.affordable("", self.lab.taken(usual), self.most)
-            steps = max(round(taken * usual / self.lab.taken(usual)), 1)
-            self.lab.measure(without(steps), self.first)
-            self.lab.measure(without(steps), self.first, again=True)
+        taken = self.lab.cost.affordable("", self.lab.taken(usual), self.most)
+        self.lab.measure(without(max(round(taken * usual / self.lab.taken(usual)), 1)), self.first)
 
     def bisect_fewer(self, usual: int) -> None:
         """The fewest steps without a cache that meet the wished error."""
@@ -160,18 +168,43 @@ class Search:
 
         Beside a converged reference the usual run's own error hides theirs: the longest run shows them.
         """
-        if self.lab.many == self.lab.usual or len(self.counts) == 1:
-            return self.counts[:1]
-        return tuple(dict.fromkeys((max(self.counts), self.counts[0])))
+        return compared(self.counts, self.lab.many != self.lab.usual)
 
     def compare(self, steps: int) -> bool:
-        """Presets, and all predictors on a few schedules; whether one is as was wished."""
-        tried = self.try_all(named(self.lab.generation.model_name, steps))
-        two = [self.fit(p, s, steps) for s in FIRST_SHAPES[:2] for p in PREDICTORS]
-        tried += self.try_all(two)
-        better = list(dict.fromkeys(p for p, _ in self.leading(steps)))[: len(PREDICTORS) // 2]
-        tried += self.try_all(self.fit(p, s, steps) for p in better for s in FIRST_SHAPES[2:])
+        """Presets, the predictors on one schedule, the best of them on a few; whether one is as was wished."""
+        tried = self.try_all(self.within_reach(named(self.lab.generation.model_name, steps)))
+        tried += self.pair(((p, SHAPES[0]) for p in PREDICTORS if self.likely(p, steps)), steps)
+        best = [p for p, _ in self.leading(steps)][:1]
+        tried += self.pair(((p, s) for p in best for s in SHAPES[1:SHAPES_FIRST]), steps)
         return any(self.goal.met(self.lab, t) for t in tried)
+
+    def pair(self, pairs: Iterable[tuple[str, Shape]], steps: int) -> list[Trial]:
+        """Try predictors with schedules, and note what comes of each; the best first."""
+        found: list[Trial] = []
+        for predictor, shape in pairs:
+            tried = self.try_all([self.fit(predictor, shape, steps)])
+            self.paired[predictor, shape, steps] = max(
+                (t.psnr[self.first] for t in tried), default=-math.inf
+            )
+            found += tried
+        return sorted(found, key=self._rank, reverse=True)
+
+    def at(self, steps: int) -> dict[tuple[str, Shape], float]:
+        """What came of predictors with schedules in runs of so many steps."""
+        return {(p, s): found for (p, s, n), found in self.paired.items() if n == steps}
+
+    def likely(self, predictor: str, steps: int) -> bool:
+        """Whether a predictor is no variant of one that is far behind."""
+        found = self.at(steps)
+        before = found.get((AFTER.get(predictor, ""), SHAPES[0]))
+        return before is None or before > max(found.values()) - BEHIND
+
+    def within_reach(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+        """Those that should cost about as much as is wished; where an error is wished, all."""
+        most = self.goal.most
+        for candidate in candidates:
+            if most is None or NEAR[0] < self.lab.planned(candidate) / most < NEAR[1]:
+                yield candidate
 
     def leading(self, steps: int | None) -> Iterator[tuple[str, Shape]]:
         """Predictors with schedules, the best first; steps: that they ran with, None for any."""
@@ -203,69 +236,75 @@ class Search:
         usual = self.counts[0]
         leading = list(dict.fromkeys(self.leading(None)))[:COMBINATIONS]
         for steps in self.counts if len(self.counts) > 1 else ():
-            self.try_all(self.fit(p, s, steps) for p, s in leading)
+            self.pair(leading, steps)
         cached = (t for t in self.trials() if t.candidate.recipe is not None)
         return next((t.candidate.steps for t in cached), usual)
 
+    def across(self, steps: int) -> None:
+        """Predictors with schedules, always those whose parts have done best so far."""
+        while self.lab.spent < ACROSS * self.budget:
+            pair = promising(self.at(steps), tuple(PREDICTORS), SHAPES)
+            if pair is None:
+                return
+            self.pair([pair], steps)
+
     def all_shapes(self, steps: int) -> None:
-        """The leading predictors on every schedule; towards an error with a step less as long as that will do."""
+        """The leading predictors on every schedule, with a step less as long as that meets the wished error."""
         leading = list(dict.fromkeys(p for p, _ in self.leading(steps)))[:PREDICTORS_KEPT]
         shapes = [(p, s) for p in leading for s in SHAPES]
-        trials = self.try_all(self.fit(p, s, steps) for p, s in shapes)
-        while self.goal.most is None and trials and self.goal.met(self.lab, trials[0]):
+        trials = self.pair(shapes, steps)
+        while trials and self.goal.met(self.lab, trials[0]):
             met = [t for t in trials if self.goal.met(self.lab, t)]
             keys = [(t.candidate.recipe, t.candidate.steps) for t in met]
             shapes = [self.combinations[key] for key in keys]
             self.most = self.lab.expected(met[0]) - self.lab.cost.step / 2
-            trials = self.try_all(self.fit(p, s, steps) for p, s in shapes)
+            trials = self.pair(shapes, steps)
 
     def deciding(self, steps: int) -> None:
         """Methods that decide while they run, at thresholds from one calibration run."""
         taken = self.lab.taken(steps)
         kind = Candidate("", Recipe(Interval(2)), steps).kind
         share = max(self.lab.cost.affordable(kind, taken, self.most) / taken, 1.5 / taken)
-        entry = self.lab.remembered(f"calibration {steps}", lambda: self._calibrated(steps, share))
-        rows = ((name, Recipe.from_dict(rules)) for name, rules in entry["recipes"])
-        self.try_all(Candidate(name, recipe, steps) for name, recipe in rows)
-        for what in (Taylor(1), Reuse()):
-            self.bisect_easy_cache(what, steps, share)
-
-    def _calibrated(self, steps: int, share: float) -> dict[str, Any]:
-        generation, seed = self.lab.generation, self.first
-        try:
-            found = calibrate(
-                lambda cache: generation.call(cache, steps, seed), generation.target, model="tuned"
-            )
-        except CalibrationError:  # nothing is known of where the blocks of this model are
-            return {"recipes": []}
-        made = thresholds(found, share, steps)
-        return {"recipes": [(c.name, c.recipe.to_dict()) for c in made if c.recipe is not None]}
-
-    def bisect_easy_cache(self, what: Predictor, steps: int, share: float) -> None:
-        """EasyCache's threshold for a share of computed steps, in three runs."""
-        low, high = 0.01, 1.0
-        for _ in range(3):
-            middle = (low * high) ** 0.5
-            trial = self.lab.measure(easy_cache(float(f"{middle:.2g}"), what, steps), self.first)
-            few = trial.computed <= share * trial.taken
-            low, high = (low, middle) if few else (middle, high)
+        entry = self.lab.remembered(
+            f"calibration {steps}",
+            lambda: found_thresholds(self.lab.generation, self.first, steps, share),
+        )
+        self.lab.tick(taken / self.lab.cost.usual, "calibration")
+        rows = [(name, Recipe.from_dict(rules)) for name, rules in entry["recipes"]]
+        best = self.best()
+        forecasts = (
+            best is None
+            or best.candidate.recipe is None
+            or best.candidate.recipe.rules[0].what.forecasts
+        )
+        # the same decisions with a forecast or without one: what the predictors have shown holds for them too
+        tried = self.try_all(
+            Candidate(name, recipe, steps)
+            for name, recipe in rows
+            if recipe.rules[0].what.forecasts == forecasts
+        )
+        if best is None or not tried or tried[0].quality > best.quality - BEHIND:
+            bisect_easy_cache(self.lab, Taylor(1) if forecasts else Reuse(), steps, share)
 
     # --- the final ----------------------------------------------------------------------------------------------
 
     def judge(self) -> None:
         """The better ones with every other seed, half as many of them with each."""
         kept = self.trials()[:FINALISTS]
-        plain = [t for t in self.trials() if t.candidate.recipe is None][:2]
+        plain = [t for t in self.trials() if t.candidate.recipe is None][:1]
         for seed in self.lab.seeds[1:]:
             for trial in [*kept, *(t for t in plain if t not in kept)]:
                 self.lab.measure(trial.candidate, seed)
             kept = sorted(kept, key=self._rank, reverse=True)[: max(len(kept) // 2, 3)]
 
-    def confirm(self) -> None:
-        """Time the best again, so that what is chosen was measured and not only expected."""
-        for _ in range(CONFIRMED):
-            best = self.best()
-            if best is None or best.candidate.recipe is None or len(best.ratios) >= ROUNDS + 2:
+    def settle(self) -> None:
+        """Judge with every seed, and time again, what is best until that is one that was."""
+        for _ in range(SETTLED):
+            best = next(iter(self.trials()), None)
+            if best is None or best.candidate.recipe is None:
                 return
-            for _ in range(ROUNDS):
-                self.lab.measure(best.candidate, self.first, again=True)
+            left = [seed for seed in self.lab.seeds if seed not in best.psnr]
+            if not left and len(best.ratios) >= len(self.lab.seeds) + ROUNDS:
+                return
+            for seed in left or self.lab.seeds[:1] * ROUNDS:
+                self.lab.measure(best.candidate, seed, again=not left)

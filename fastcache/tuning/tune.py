@@ -17,6 +17,7 @@ from ..checks import flag, real, whole
 from ..made_for import MadeFor, class_of_scheduler
 from ..recipe import Recipe
 from ..reporting.progress import work
+from .budget import budget
 from .generation import Generation
 from .goal import Goal
 from .journal import Journal
@@ -30,8 +31,6 @@ MOST_STEPS = 1000  # of a run: what most schedulers were trained with
 REFERENCE = 8  # times as many steps as the longest run that is tried, in the converged reference
 FEWEST = 200  # and at least so many
 ANY = (1.0, 0.5, 0.72, 1.36, 1.8)  # "any" step counts, as shares of the usual one
-EXPECTED = 90.0  # uncached runs that a tuning takes about the time of, for the progress line
-PER_COUNT = 4.0  # more for each further step count
 
 Steps = int | Sequence[int] | Literal["any"]
 
@@ -101,7 +100,8 @@ def tune(
         "device": generation.device.type, "versions": versions,
     }  # fmt: skip
     kept = Journal(None if journal is None else Path(journal), settings)
-    expected = EXPECTED + PER_COUNT * (len(counts) - 1) + (many / counts[0]) * len(tried)
+    references = many / counts[0] * (len(tried) + 0.5) if reference == "converged" else 0.0
+    expected = budget(counts, reference == "converged") + references
     with work(expected, "tune", progress) as tick:
         lab = Lab(generation, counts[0], many, tried, kept, limit, tick)
         search = Search(lab, goal, counts)
