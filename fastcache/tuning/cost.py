@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 GUESS = 0.1  # a reused step, in computed ones, while none was measured
 MORE = (-0.2, 1.0)  # of a computed step, that a cache is believed to add; below 0 the clock errs
@@ -21,7 +21,6 @@ SIGMA = 1.48  # of a normal distribution, in medians of what lies apart from its
 POOLED = 10  # runs of a kind from which on what they say of that counts as much as what all do
 
 
-@dataclass
 class Cost:
     """The cost model of one tuning.
 
@@ -29,15 +28,20 @@ class Cost:
         usual: steps of the run that costs 1, as the denoiser counts them.
     """
 
-    usual: int
-    rests: list[float] = field(default_factory=list)
-    cached: list[tuple[str, float, float, float]] = field(default_factory=list)
-    seen: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    def __init__(self, usual: int) -> None:
+        self.usual = usual
+        self.rests: list[float] = []
+        self.cached: list[tuple[str, float, float, float]] = []
+        self.seen: dict[str, list[float]] = defaultdict(list)
+        self._known: dict[
+            tuple[str, str], float
+        ] = {}  # what follows from these, until there are more
 
     def note(self, kind: str, computed: float, reused: float, ratio: float) -> None:
         """One run under a cache: steps computed and reused, and its time as a share of the uncached run's."""
         if kind:
             self.cached.append((kind, computed, reused, ratio))
+            self._known.clear()
 
     def see(self, kind: str, reuse: float | None = None, rest: float | None = None) -> None:
         """What a reused step took, and all besides steps, in computed steps of the same run."""
@@ -45,10 +49,19 @@ class Cost:
             self.seen[kind].append(reuse)
         if rest is not None:
             self.rests.append(rest)
+        self._known.clear()
+
+    def _once(self, name: str, kind: str, make: Callable[[str], float]) -> float:
+        if (name, kind) not in self._known:
+            self._known[name, kind] = make(kind)
+        return self._known[name, kind]
 
     @property
     def fixed(self) -> float:
         """What a run costs besides its steps."""
+        return self._once("fixed", "", self._fixed)
+
+    def _fixed(self, kind: str) -> float:
         rest = statistics.median(self.rests[1:] or self.rests) if self.rests else 0.0
         return rest / (rest + self.usual)
 
@@ -59,14 +72,19 @@ class Cost:
 
     def reused(self, kind: str) -> float:
         """What a reused step of a kind takes of a computed one."""
+        return self._once("reused", kind, self._reused)
+
+    def _reused(self, kind: str) -> float:
         found = self.seen.get(kind, [])
-        return (
-            statistics.median(found[1:] or found) if found else GUESS
-        )  # the first run loads and compiles things
+        # the first run of a kind loads and compiles things
+        return statistics.median(found[1:] or found) if found else GUESS
 
     def more(self, kind: str) -> float:
         """What a computed step takes more under a cache, as a share: by all runs, and by those of a kind where there
         are many."""
+        return self._once("more", kind, self._more)
+
+    def _more(self, kind: str) -> float:
         fixed, step = self.fixed, self.step
         found = [
             (k, (ratio - fixed) / (step * (c + self.reused(k) * n)))
@@ -74,18 +92,19 @@ class Cost:
         ]
         if not found:
             return 0.0
-        said, own = (
-            statistics.median(more for _, more in found),
-            [more for k, more in found if k == kind],
-        )
+        said = statistics.median(more for _, more in found)
+        own = [more for k, more in found if k == kind]
         if own:
             said = (said * POOLED + statistics.median(own) * len(own)) / (POOLED + len(own))
         return min(max(said - 1, MORE[0]), MORE[1])
 
     def doubt(self, timings: int) -> float:
         """By what share all costs may be wrong, with so many timings of the uncached run: their standard error."""
-        apart = [abs(ratio / self.of(kind, c, n) - 1) for kind, c, n, ratio in self.cached]
-        return SIGMA * statistics.median(apart) / math.sqrt(timings) if apart and timings else 0.0
+        return self._once("spread", "", self._spread) / math.sqrt(max(timings, 1))
+
+    def _spread(self, kind: str) -> float:
+        apart = [abs(ratio / self.of(k, c, n) - 1) for k, c, n, ratio in self.cached]
+        return SIGMA * statistics.median(apart) if apart else 0.0
 
     def of(self, kind: str, computed: float, reused: float) -> float:
         """What a run costs."""
