@@ -67,8 +67,8 @@ FIRST = fastcache.FirstBlockCacheConfig(threshold=1e9)
         (MAG, True, False, 40),
         (MAG, False, False, 44),
         (MAG, True, True, 47),
-        (FIRST, True, False, 55),
-        (FIRST, True, True, 62),
+        (FIRST, True, False, 56),
+        (FIRST, True, True, 63),
     ],
 )
 def test_a_skipped_step_enters_no_more_functions(config, named, timed, most):
