@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # How a server batches, by the last word of its name; others are told apart by how many requests they take at a time.
 MARKERS = {"mixed": "*", "whole batch": "D"}
+# Where the number of a point stands, in points, by how many before it lie close: above, below, to the right.
+BESIDE = ((0, 8), (0, -17), (13, -4))
 
 
 def name_of(row: Row) -> str:
@@ -85,12 +87,12 @@ def load_figure(rows: Sequence[Row]) -> Figure:
         marker = MARKERS.get(r["server"].rsplit(", ", 1)[-1], "s" if r["most"] > 1 else "o")
         quality.hlines(y, min(r["rates"]), max(r["rates"]), color=tone, lw=1.2, alpha=0.5)
         quality.plot(x, y, marker, color=tone, ms=13 if marker == "*" else 8)
-        close = any(abs(x - a) < widest / 12 and abs(y - b) < 0.5 for a, b in placed)
+        close = sum(abs(x - a) < widest / 12 and abs(y - b) < 0.5 for a, b in placed)
         placed.append((x, y))
         quality.annotate(
             str(number),
             (x, y),
-            (0, -17 if close else 8),
+            BESIDE[min(close, len(BESIDE) - 1)],
             textcoords="offset points",
             ha="center",
             color=INK,
