@@ -33,17 +33,21 @@ DOCS := .venv-docs
 PYTHONS ?= python3.10 python3.12 python3.13 python3.14
 OLDEST_TORCH := 2.10.0
 
-.PHONY: demo test test-fast test-gates test-oldest test-torch test-newest lint wheel wheel-test release-notes site report bench gpu-kit venv clean
+.PHONY: demo test test-fast test-gates test-bench test-oldest test-torch test-newest lint wheel wheel-test release-notes site report bench gpu-kit venv clean
 
 demo: venv
 	$(RUN)fastcache demo
 
 test: venv
-	$(call tests,$(VENV)) -m "not gate"
+	$(call tests,$(VENV)) -m "not gate and not bench"
 
 # what shows without a GPU what the kernels and the programs with them would do on one
 test-gates: venv
 	$(call tests,$(VENV)) -m gate
+
+# the benchmarks, the trainings of their models, and which of two is nearer on them
+test-bench: venv
+	$(call tests,$(VENV)) -m bench
 
 # what answers while one works: nothing that compiles, interprets kernels or runs whole models
 test-fast: venv

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -27,19 +28,22 @@ settings.register_profile("fastcache", derandomize=True, deadline=None, max_exam
 settings.load_profile("fastcache")
 
 
-# What `make test-fast` leaves out beside tests that are marked themselves: files whose every test is slow, of which
-# those of "gate" show without a GPU what kernels would do on one, and have a target of their own, ...
+# What `make test-fast` leaves out beside tests that are marked themselves: files whose every test is slow. Those of
+# "gate", which show without a GPU what kernels would do on one, and of "bench" have targets of their own, ...
 SLOW = {
     "gate": (
         "cuda_build", "cuda_emulation", "gpu_code", "gpu_kit", "gpu_pretended", "gpu_run", "model_kernels",
         "native_cuda", "triton_aot", "triton_counters", "triton_gpu", "triton_interpreter", "triton_launcher",
         "triton_layouts", "triton_offsets", "triton_sass",
     ),
+    "bench": (
+        "bench", "bench_engines", "bench_methods", "bench_models", "load", "pictures", "pictures_student",
+    ),
     "parity": ("parity", "diffusers_presets", "matrix", "pipelines"),
     "slow": (
-        "bench", "bench_methods", "captured_reuse", "compile", "compile_gpu", "compiled_matrix", "demo_model", "docs",
-        "export", "field_doors", "field_facts", "field_pipelines", "generated_code", "load", "mixed_compiled",
-        "on_device", "packaging", "pictures", "ranks", "ranks_killed", "serve", "state_machine",
+        "captured_reuse", "compile", "compile_gpu", "compiled_matrix", "demo_model", "docs",
+        "export", "field_doors", "field_facts", "field_pipelines", "generated_code", "mixed_compiled",
+        "on_device", "packaging", "ranks", "ranks_killed", "serve", "state_machine",
         "static_addresses", "transfers",
     ),
 }  # fmt: skip
@@ -63,10 +67,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def graphs_of_its_own():
-    """Torch counts what is compiled of one function over a whole process: no file counts against another."""
+    """Torch counts what is compiled of one function over a whole process: no file counts against another.
+
+    Nor does the collector go through what earlier files have left alive, which takes it seconds in the end.
+    """
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

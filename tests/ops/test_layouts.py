@@ -32,6 +32,7 @@ pytestmark = pytest.mark.skipif(
 SHAPE = (3, 8, 16)
 
 
+@pytest.mark.gate
 @interpreted.starts_interpreter
 def test_the_same_in_tritons_interpreter() -> None:
     interpreted.run_interpreted(__file__)

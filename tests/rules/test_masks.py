@@ -85,6 +85,7 @@ def test_a_preset_holds_the_mask_of_its_steps(name):
     )
 
 
+@pytest.mark.bench
 def test_presets_of_few_steps_keep_their_lead_where_they_have_one():
     """The figures of their rows, in dB to the uncached run: above fewer steps from 8 on, below at 4 and 6."""
     pytest.importorskip("diffusers")

@@ -159,6 +159,7 @@ def psnr_of(shipped: tuple, recipe: Recipe, steps: int) -> tuple[float, int]:
         return float(metrics.psnr(images, reference)), cache.stats.computed
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize(
     ("steps", "n", "gain"), [(28, 3, 2.0), (28, 4, 2.0), (28, 5, 2.0), (50, 5, 3.0)]
 )
