@@ -58,7 +58,8 @@ class Search:
         self.paired: dict[
             tuple[str, Shape, int], float
         ] = {}  # what came of them with the first seed, dB
-        self.budget = budget(counts, lab.many != lab.usual)
+        self.converged = lab.many != lab.usual  # what the reference is
+        self.budget = budget(counts, self.converged)
         self.most = goal.most if goal.most is not None else MIDDLE
         self.first = lab.seeds[0]
         self.converges: float | None = (
@@ -102,12 +103,12 @@ class Search:
         usual = self.counts[0]
         self.lab.begin()
         self.lab.uncached_usual()
-        if self.lab.many != usual:
+        if self.converged:
             self.lab.measure(without(usual), self.first)
             self.converges = self.lab.converged_to()
         self.fewer()
         if self.goal.most is not None:
-            for steps in self.compared():
+            for steps in compared(self.counts, self.converged):
                 self.compare(steps)
         else:
             for self.most in STARTED:
@@ -162,13 +163,6 @@ class Search:
             steps = (low + high) // 2
             trial = self.lab.measure(without(steps), self.first)
             low, high = (low, steps) if self.goal.met(self.lab, trial) else (steps, high)
-
-    def compared(self) -> tuple[int, ...]:
-        """The step counts that all predictors are compared at.
-
-        Beside a converged reference the usual run's own error hides theirs: the longest run shows them.
-        """
-        return compared(self.counts, self.lab.many != self.lab.usual)
 
     def compare(self, steps: int) -> bool:
         """Presets, the predictors on one schedule, the best of them on a few; whether one is as was wished."""
