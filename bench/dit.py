@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcache.demo.data import IMAGE_SIZE, NUM_CLASSES
-from fastcache.demo.model import read_weights, zero_modulation
+from fastcache.demo.model import loaded, zero_modulation
 from fastcache.demo.sample import integrate
 
 from .video import ASSETS
@@ -56,9 +56,7 @@ def build_model(seed: int = 0) -> nn.Module:
 
 def load_model(path: Path | None = None) -> nn.Module:
     """The committed checkpoint (stored in fp16) as an fp32 model in eval mode."""
-    model = build_model()
-    model.load_state_dict(read_weights(path or ASSETS / MODEL_FILE, "bench.train_dit"))
-    return model.eval().requires_grad_(False)
+    return loaded(build_model(), path or ASSETS / MODEL_FILE, "bench.train_dit")
 
 
 def denoise(model: nn.Module, latents: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from fastcache.demo import metrics
 from fastcache.demo.data import CHANNELS, GRID, IMAGE_SIZE, TEXT_DIM, encode_labels
-from fastcache.demo.model import Judge, read_weights
+from fastcache.demo.model import Judge, loaded
 from fastcache.demo.sample import integrate
 
 ASSETS = Path(__file__).parent / "assets"
@@ -104,9 +104,7 @@ def build_model(seed: int = 0) -> nn.Module:
 
 def load_model(path: Path | None = None) -> nn.Module:
     """The committed checkpoint (stored in fp16) as an fp32 model in eval mode."""
-    model = build_model()
-    model.load_state_dict(read_weights(path or ASSETS / MODEL_FILE, "bench.train_video"))
-    return model.eval().requires_grad_(False)
+    return loaded(build_model(), path or ASSETS / MODEL_FILE, "bench.train_video")
 
 
 def denoise(model: nn.Module, latents: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastcache.demo.model import predicted, read_weights, zero_modulation
+from fastcache.demo.model import loaded, predicted, zero_modulation
 from fastcache.demo.sample import integrate
 
 from .data import IMAGE_SIZE
@@ -73,8 +73,7 @@ def build_model(fields: dict[str, Any], seed: int = 0) -> nn.Module:
 def load_model(size: str = "7M", path: Path | None = None) -> nn.Module:
     """A checkpoint (stored in fp16), the committed one unless `path` names another, in fp32 and eval mode."""
     model = build_model(architecture(HEADS[size]))
-    model.load_state_dict(read_weights(path or ASSETS / file_of(size), "bench.pictures.train"))
-    return model.eval().requires_grad_(False)
+    return loaded(model, path or ASSETS / file_of(size), "bench.pictures.train")
 
 
 def pack(images: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from . import require
 from .data import CHANNELS, NUM_CLASSES, TEXT_DIM, encode_labels, position_ids
+
+Loaded = TypeVar("Loaded", bound=nn.Module)
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL_FILE = "flux_digits.safetensors"
@@ -78,16 +80,12 @@ def zero_modulation(model: nn.Module) -> None:
 
 def load_model(path: Path | None = None) -> nn.Module:
     """The shipped checkpoint (stored in fp16) as an fp32 model in eval mode."""
-    model = build_model()
-    model.load_state_dict(read_weights(path or ASSETS / MODEL_FILE))
-    return model.eval().requires_grad_(False)
+    return loaded(build_model(), path or ASSETS / MODEL_FILE)
 
 
 def load_judge(path: Path | None = None) -> Judge:
     """The shipped classifier in eval mode."""
-    judge = Judge()
-    judge.load_state_dict(read_weights(path or ASSETS / JUDGE_FILE))
-    return judge.eval().requires_grad_(False)
+    return loaded(Judge(), path or ASSETS / JUDGE_FILE)
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -98,8 +96,8 @@ def save_weights(module: nn.Module, path: Path) -> None:
     save_file({k: v.detach().half().contiguous() for k, v in module.state_dict().items()}, path)
 
 
-def read_weights(path: Path, trainer: str = "fastcache.demo.train") -> dict[str, Tensor]:
-    """What `save_weights` wrote, in fp32."""
+def loaded(model: Loaded, path: Path, trainer: str = "fastcache.demo.train") -> Loaded:
+    """A model with the weights that `save_weights` wrote, in fp32 and eval mode. trainer: what makes the file."""
     require("safetensors")
     from safetensors.torch import load_file
 
@@ -107,7 +105,8 @@ def read_weights(path: Path, trainer: str = "fastcache.demo.train") -> dict[str,
         raise FileNotFoundError(
             f"{path} is missing; reinstall fastcache-dit or rebuild it with `python -m {trainer}`"
         )
-    return {name: tensor.float() for name, tensor in load_file(path).items()}
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    return model.eval().requires_grad_(False)
 
 
 def denoise(model: nn.Module, tokens: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
