@@ -48,6 +48,8 @@ class Calibration(Plans):
             modulated input and of the model's output, unitless, of all runs; empty where it was not measured.
         grams: by context, row i holds the inner products of what all blocks add at step i with that of the steps
             0 to i, relative to their mean square, mean over runs; empty where it was not measured.
+        guides: the same of what a guided predictor looks at, by its name, "residual" and "modulated", and by context;
+            empty where it was not measured.
         model, scheduler: names of classes, "" where not known.
         steps: denoiser calls per context and run, a count; 0: one per ratio.
         runs: generations that were averaged, a count.
@@ -64,6 +66,7 @@ class Calibration(Plans):
     first_block: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
     input_changes: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     grams: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    guides: Mapping[str, Mapping[str, tuple[tuple[float, ...], ...]]] = field(default_factory=dict)
     model: str = ""
     scheduler: str = ""
     steps: int = 0
@@ -80,12 +83,17 @@ class Calibration(Plans):
         first_block = named_rows("first_block", self.first_block)
         inputs = named_rows("input_changes", self.input_changes)
         grams = named_rows("grams", self.grams)
+        guides = named_rows("guides", self.guides)
         checked = {
             "mag_ratios": ratios,
             "contexts": {name: ratio_list("contexts", rows) for name, rows in contexts},
             "first_block": {name: matrix_rows(rows) for name, rows in first_block},
             "input_changes": {name: pair_rows(rows) for name, rows in inputs},
             "grams": {name: gram_rows(rows) for name, rows in grams},
+            "guides": {
+                guide: {name: gram_rows(rows) for name, rows in named_rows("guides", found)}
+                for guide, found in guides
+            },
             "steps": self.steps or len(ratios),
         }
         for name, value in checked.items():

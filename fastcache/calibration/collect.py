@@ -20,6 +20,8 @@ from .fields import MAX_GRAM
 
 # (model, context), the ratios of a run, and how many steps it had
 Measured = tuple[tuple[str, str], list[Tensor], int]
+# by (model, context), per run a matrix
+Grams = Mapping[tuple[str, str], list[list[list[float]]]]
 
 
 def measured(calibrated: Calibrated, denoisers: Iterable[Denoiser]) -> Iterator[Measured]:
@@ -36,7 +38,8 @@ def collect(
     contexts: Sequence[str] | None = None,
     steps: int | None = None,
     inputs: Mapping[tuple[str, str], list[tuple[float, float]]] | None = None,
-    grams: Mapping[tuple[str, str], list[list[list[float]]]] | None = None,
+    grams: Grams | None = None,
+    guides: Mapping[str, Grams] | None = None,
     **names: Any,
 ) -> Calibration:
     """A calibration out of runs of `MagCacheConfig(calibrate=True)`.
@@ -71,17 +74,20 @@ def collect(
             f"calibration: num_inference_steps is {steps}, but the run made {length} model calls "
             "per context; count calls, not scheduler steps, or leave it out"
         )
+
+    def of_all(found: Grams) -> dict[str, Any]:
+        """The mean of each context's matrices."""
+        means = {label(key): _mean_gram(runs) for key, runs in found.items()}
+        return {name: rows for name, rows in means.items() if name in ratios and rows}
+
     changes = {label(key): rows for key, rows in (watched or {}).items() if label(key) in ratios}
     return Calibration(
         _mean(_whole(list(ratios.values())), "mag_ratios"),
         ratios,
         {name: tuple(map(tuple, rows)) for name, rows in changes.items()},
         {label(key): tuple(rows) for key, rows in (inputs or {}).items() if label(key) in ratios},
-        {
-            label(key): rows
-            for key, found in (grams or {}).items()
-            if label(key) in ratios and (rows := _mean_gram(found))
-        },
+        of_all(grams or {}),
+        {name: of_all(found) for name, found in (guides or {}).items()},
         steps=length,
         runs=max(map(len, runs.values())),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

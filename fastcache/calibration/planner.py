@@ -9,7 +9,7 @@ forecast wrongly between two of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..predictors import Fitted, Predictor, Taylor
 from ..recipe import Recipe
 from .errors import CalibrationError
 from .fields import MAX_GRAM
+from .missed import Missed
 from .weights import fitted_weights
 
 Cost = Literal["steps", "final"]
@@ -56,14 +57,14 @@ def gram_of(grams: Mapping[str, Sequence[Sequence[float]]], context: str | None)
 class Edges:
     """What it costs to skip all steps between two computed ones.
 
-    gram: [T, T] of the values of a run. what: gives the weights. cost: "steps" adds up the errors of all skipped
-    values, as DPCache does; "final" takes the error that they leave together in the latents, as LeMiCa does. lengths:
-    how far each step moves the latents, [T]; of use for "final" alone.
+    gram: [T, T] of the values of a run. missed: what a forecast leaves wrong. cost: "steps" adds up the errors of all
+    skipped values, as DPCache does; "final" takes the error that they leave together in the latents, as LeMiCa does.
+    lengths: how far each step moves the latents, [T]; of use for "final" alone.
     """
 
-    def __init__(self, gram: Array, what: Predictor, cost: Cost, lengths: Array) -> None:
-        self.gram, self.what, self.cost, self.lengths = gram, what, cost, lengths
-        self.steps = len(gram)
+    def __init__(self, gram: Array, missed: Missed, cost: Cost, lengths: Array) -> None:
+        self.gram, self.missed, self.cost, self.lengths = gram, missed, cost, lengths
+        self.what, self.steps = missed.what, len(gram)
         self.known: dict[tuple[int, ...], list[float]] = {}
 
     def __call__(self, kept: tuple[int, ...], then: int) -> float:
@@ -81,16 +82,6 @@ class Edges:
             total += self.size(missed)
             moved += self.lengths[step] * missed
             found.append(total if self.cost == "steps" else self.size(moved))
-        return found
-
-    def missed(self, kept: tuple[int, ...], step: int) -> Array:
-        """The forecast less the value at a step, as coefficients of the values."""
-        found = np.zeros(self.steps)
-        weights: Callable[..., Any] = self.what.weights
-        args = (kept, step, self.steps) if self.what.per_run else (kept, step)
-        for at, weight in zip(kept, weights(*args), strict=False):
-            found[at] += weight
-        found[step] -= 1.0
         return found
 
     def size(self, c: Array) -> float:
@@ -116,12 +107,16 @@ def planned(
     last: bool = True,
     max_skips: int | None = None,
     lengths: Sequence[float] | None = None,
+    guide: Array | None = None,
 ) -> list[int]:
-    """The steps to compute, ascending, that cost least. See `Calibration.plan` for the arguments."""
+    """The steps to compute, ascending, that cost least. See `Calibration.plan` for the arguments.
+
+    guide: what is known of what a guided predictor looks at, [T, T].
+    """
     matrix = np.array(gram, dtype=np.float64)
     total = len(matrix)
-    given = _checked(total, computed, what, cost, first, max_skips, lengths)
-    edges = Edges(matrix, what, cost, given)
+    given = _checked(total, computed, what, cost, first, max_skips, lengths, guide is not None)
+    edges = Edges(matrix, Missed(total, what, guide), cost, given)
     combine, nothing = (added, 0.0) if cost == "steps" else (largest_first, ())
     gap = total if max_skips is None else max_skips + 1
     start, reach = tuple(range(first)), min(what.depth, REACH)
@@ -163,6 +158,7 @@ def _checked(
     first: int,
     max_skips: int | None,
     lengths: Sequence[float] | None,
+    guided: bool,
 ) -> Array:
     """The lengths of the steps; an error that names the argument where one makes no sense."""
     owner = "Calibration.plan"
@@ -177,11 +173,11 @@ def _checked(
         )
     if cost not in ("steps", "final"):
         raise CalibrationError(f"calibration: cost is {cost!r}, must be 'steps' or 'final'")
-    told = what.guide is None and what.fitted is None and not what.per_module
+    told = (what.guide is None or guided) and what.fitted is None and not what.per_module
     if not told or what.table or what.feeds_back or not what.depth:
         raise CalibrationError(
             f"calibration: what is a {type(what).__name__}, whose weights of computed values are not known beforehand; "
-            "plan with Reuse(), Taylor(), Hermite() or Chebyshev()"
+            "plan with Reuse(), Taylor(), Hermite(), Chebyshev(), or a guide whose inner products were recorded"
         )
     found = np.ones(total) if lengths is None else np.array(lengths, dtype=np.float64)
     if found.shape != (total,) or not np.isfinite(found).all():
@@ -195,6 +191,7 @@ class Plans:
     """What a calibration plans: its fields are those of `Calibration`."""
 
     grams: Mapping[str, tuple[tuple[float, ...], ...]]
+    guides: Mapping[str, Mapping[str, tuple[tuple[float, ...], ...]]]
     model: str
     scheduler: str
 
@@ -217,7 +214,8 @@ class Plans:
 
         Args:
             computed: steps to compute, a count above `first` and below the steps of the run.
-            what: a predictor whose weights are known beforehand; None: `Taylor(order=1)`.
+            what: a predictor whose weights are known beforehand, or a guided one whose guide is in `guides`; None:
+                `Taylor(order=1)`.
             cost: "steps" adds up the errors of all skipped values (DPCache); "final" takes, from one computed step
                 to the next, the error that they leave together in the latents, and has the largest of these as small as
                 can be (LeMiCa).
@@ -237,8 +235,11 @@ class Plans:
         """
         what = Taylor(order=1) if what is None else what
         Recipe(Mask((True,)), what)  # which names what does not go with a stack
+        what = what.on_block("modulated" in self.guides)
         gram = gram_of(self.grams, context)
-        steps = planned(gram, computed, what, cost, first, last, max_skips, lengths)
+        seen = self.guides.get(what.guide or "")
+        guide = None if seen is None else gram_of(seen, context)
+        steps = planned(gram, computed, what, cost, first, last, max_skips, lengths, guide)
         marks = tuple(i in steps for i in range(len(gram)))
         made_for = MadeFor(self.model, self.scheduler, len(marks))
         return Recipe.of(Recipe(Mask(marks, scaled=True), what).rules, "plan", made_for)

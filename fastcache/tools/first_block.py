@@ -19,6 +19,7 @@ from ..models.attention import block_lists
 from ..models.block_io import BlockIO
 from ..models.registry import adapter_for
 from ..runtime.denoiser import Denoiser
+from .gram import Grams, Trajectory
 
 GAP = 32  # first-block changes are kept against this many earlier steps
 
@@ -27,10 +28,13 @@ SAMPLE = 1 << 18  # elements of a first-block residual that are compared, evenly
 
 
 @contextmanager
-def watch_first_blocks(cache: Cache) -> Iterator[dict[tuple[str, str], list[list[float]]]]:
-    """Watch the first block of every model while the context is open; the dict is filled at its end.
+def watch_first_blocks(
+    cache: Cache, guides: dict[str, Grams]
+) -> Iterator[dict[tuple[str, str], list[list[float]]]]:
+    """Watch the first block of every model while the context is open; the dicts are filled at its end.
 
-    By (model, context), row i: relative L1 change of the residual at step i against i-1, i-2, ...
+    By (model, context), row i: relative L1 change of the residual at step i against i-1, i-2, ... guides: gets the
+    Gram matrices of that residual as "residual".
     """
     watchers = [FirstBlockWatcher(denoiser, cache.adapter) for denoiser in cache.denoisers]
     changes: dict[tuple[str, str], list[list[float]]] = {}
@@ -42,6 +46,8 @@ def watch_first_blocks(cache: Cache) -> Iterator[dict[tuple[str, str], list[list
     for watcher in watchers:
         for context, rows in watcher.rows().items():
             changes[watcher.denoiser.name, context] = rows
+        for context, grams in watcher.trajectory.grams().items():
+            guides.setdefault("residual", {})[watcher.denoiser.name, context] = grams
 
 
 class FirstBlockWatcher:
@@ -53,6 +59,7 @@ class FirstBlockWatcher:
         self.denoiser, self.io = denoiser, BlockIO(block, row.block)
         self.samples: dict[Any, list[Tensor]] = {}  # newest first
         self.sums: dict[Any, list[list[Tensor]]] = {}
+        self.trajectory = Trajectory()
         self.before: Tensor | None = None
         # the input is read before the block runs, since the block may write into it
         pre = block.register_forward_pre_hook(self.entering, with_kwargs=True)
@@ -84,6 +91,7 @@ class FirstBlockWatcher:
         residual = torch.empty_like(after)
         torch.ops.fastcache.residual_store_.default(residual, after, before)
         self.samples[key] = [residual, *kept[: GAP - 1]]
+        self.trajectory.keep(key, index, residual)
 
     def rows(self) -> dict[str, list[list[float]]]:
         """Changes by context, of the last run where there were several."""

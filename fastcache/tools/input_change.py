@@ -20,16 +20,18 @@ from ..runtime.denoiser import Denoiser
 from ..targets.meters.model_input import together
 from ..targets.outputs import first_value
 from .first_block import relative, sampled
+from .gram import Grams, Trajectory
 
 Pairs = list[tuple[float, float]]
 
 
 @contextmanager
-def watch_inputs(cache: Cache) -> Iterator[dict[tuple[str, str], Pairs]]:
-    """Watch every model whose modulation is known while the context is open; the dict is filled at its end.
+def watch_inputs(cache: Cache, guides: dict[str, Grams]) -> Iterator[dict[tuple[str, str], Pairs]]:
+    """Watch every model whose modulation is known while the context is open; the dicts are filled at its end.
 
     By (model, context), for each step after a run's first: relative L1 change of the first block's modulated input
-    against the step before, and that of the model's output.
+    against the step before, and that of the model's output. guides: gets the Gram matrices of that input as
+    "modulated".
     """
     watchers = [InputWatcher(denoiser, cache.adapter) for denoiser in cache.denoisers]
     found: dict[tuple[str, str], Pairs] = {}
@@ -41,6 +43,8 @@ def watch_inputs(cache: Cache) -> Iterator[dict[tuple[str, str], Pairs]]:
     for watcher in watchers:
         for context, pairs in watcher.pairs().items():
             found[watcher.denoiser.name, context] = pairs
+        for context, grams in watcher.trajectory.grams().items():
+            guides.setdefault("modulated", {})[watcher.denoiser.name, context] = grams
 
 
 class InputWatcher:
@@ -50,6 +54,7 @@ class InputWatcher:
         row = adapter or adapter_for(denoiser.model)
         block = block_lists(denoiser.model, row)[0][1]._modules["0"]
         self.denoiser, self.io = denoiser, BlockIO(block, row.block)
+        self.trajectory = Trajectory()
         self.entered: Tensor | None = None  # of the running call
         self.before: dict[Any, tuple[int, Tensor, Tensor]] = {}  # by state: step, input, output
         self.sums: dict[str, list[Tensor]] = {}  # by context
@@ -72,6 +77,7 @@ class InputWatcher:
         value = together(first_value(output))
         if state is None or entered is None or not isinstance(value, Tensor):
             return
+        self.trajectory.keep(state.key, state.armed_step or 0, entered)
         step, now = state.armed_step or 0, sampled(value).float()
         at, *before = self.before.get(state.key, (step, entered, now))
         if at == step - 1 and [b.shape for b in before] == [entered.shape, now.shape]:

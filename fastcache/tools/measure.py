@@ -20,6 +20,7 @@ from ..made_for import class_of_scheduler
 from ..models.adapter import BlockAdapter
 from ..runtime.compiling import eagerly
 from .first_block import watch_first_blocks
+from .gram import Grams
 from .input_change import watch_inputs
 from .trajectory import watch_trajectories
 
@@ -72,10 +73,11 @@ def calibrate(
         whole("calibrate", "num_inference_steps", expected, 1, MAX_STEPS)
     cache = enable(target, MagCacheConfig(calibrate=True), adapter=adapter, backend=backend)
     total = None if expected is None else expected * len(jobs)
+    guides: dict[str, Grams] = {}
     with (
         cache,
-        watch_first_blocks(cache) as watched,
-        watch_inputs(cache) as inputs,
+        watch_first_blocks(cache, guides) as watched,
+        watch_inputs(cache, guides) as inputs,
         watch_trajectories(cache) as grams,
     ):
         with (
@@ -91,7 +93,7 @@ def calibrate(
         "scheduler": scheduler or class_of_scheduler(target),
     }
     runs = measured(cache.settings.calibrated, cache.denoisers)
-    return collect(runs, watched, contexts, expected, inputs, grams, source=source, **names)
+    return collect(runs, watched, contexts, expected, inputs, grams, guides, source=source, **names)
 
 
 def generate_with(job: Callable[..., Any], cache: Cache) -> None:
