@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-BUDGET = 28.0  # of one step count, after which single steps are moved no more
+BUDGET = 26.0  # of one step count, after which single steps are moved no more
 PER_COUNT = 4.0  # more for each further step count
+ACROSS = 0.5  # of the first, in which predictors and schedules are tried
 
 
 def compared(counts: Sequence[int], converged: bool) -> tuple[int, ...]:
@@ -20,3 +21,10 @@ def compared(counts: Sequence[int], converged: bool) -> tuple[int, ...]:
 def budget(counts: Sequence[int], converged: bool) -> float:
     """About how many uncached runs' time a search takes."""
     return BUDGET * len(compared(counts, converged)) + PER_COUNT * (len(counts) - 1)
+
+
+def shares(counts: Sequence[int], converged: bool) -> Iterator[tuple[int, float]]:
+    """The step counts in the order in which they are looked at, and what each may take for predictors and schedules."""
+    first = compared(counts, converged)
+    for steps in dict.fromkeys((*first, *counts)):
+        yield steps, ACROSS * BUDGET if steps in first else PER_COUNT

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product, starmap
 from typing import Any
 
 from ..calibration.calibration import Calibration
@@ -15,6 +16,7 @@ from ..policies import (
     COMPUTE,
     FirstBlock,
     InputChange,
+    Interval,
     Magnitude,
     Mask,
     OutputSlope,
@@ -41,42 +43,52 @@ PREDICTORS: dict[str, Predictor] = {
     "half slope": Hermite(1),
 }
 
-# Variants, and what has to come near before they are tried.
-AFTER = {
-    "Taylor 3, exact": "Taylor 2, exact",
-    "residual guide, order 1": "residual guide",
-    "half slope": "reuse",
-}
-
 
 @dataclass(frozen=True)
 class Shape:
     """Where the computed steps of a run lie, however many they are: fields of `Spread`."""
 
-    name: str
     first: int
     growth: float = 1.0
     last: bool = True
 
-    def policy(self, steps: int, computed: int) -> Policy:
-        """The schedule of so many computed steps of a run."""
+    @property
+    def name(self) -> str:
+        """In words."""
+        grown = "" if self.growth == 1 else f", gaps grow by {self.growth:g}"
+        return f"warm-up {self.first}{grown}{'' if self.last else ', no last'}"
+
+    def policy(self, steps: int, computed: int) -> Policy | None:
+        """The schedule of so many computed steps of a run; None where there is none."""
+        if computed < self.first + self.last:
+            return None
         return Spread(computed / steps, self.first, self.growth, last=self.last)
 
 
-# The likeliest first: the first is what all predictors are tried on.
-SHAPES = (
-    Shape("early start", 2),
-    Shape("even", 1),
-    Shape("warm-up 4", 4),
-    Shape("warm-up 3, growing", 3, 1.2),
-    Shape("growing gaps", 4, 1.35, last=False),
-    Shape("early start, growing", 2, 1.2),
-    Shape("warm-up 3", 3),
-    Shape("warm-up 5", 5),
-    Shape("gaps that shrink", 2, 0.85),
-    Shape("early start, no last", 2, last=False),
-    Shape("warm-up 4, no last", 4, last=False),
-    Shape("growing gaps, last", 4, 1.35),
+@dataclass(frozen=True)
+class EveryNth:
+    """Computed steps at equal gaps, after as long a warm-up as their number allows, and so many at the end."""
+
+    n: int
+    last: int = 1
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"every {self.n}" + {0: ", no last", 1: ""}.get(self.last, f", last {self.last}")
+
+    def policy(self, steps: int, computed: int) -> Policy | None:
+        """The schedule of at most so many computed steps of a run; None where there is none."""
+        end = steps - self.last
+        for warmup in range(min(computed, end), 0, -1):
+            if warmup + len(range(warmup - 1 + self.n, end, self.n)) + self.last <= computed:
+                return Interval(self.n, stop=end, warmup=warmup, last=False)
+        return None
+
+
+SHAPES: tuple[Shape | EveryNth, ...] = (
+    *starmap(Shape, product((2, 1, 3, 4, 5), (1.0, 1.2, 0.85, 1.35), (True, False))),
+    *starmap(EveryNth, product(range(2, 8), (1, 0, 2))),
 )
 
 
@@ -113,11 +125,16 @@ def without(steps: int) -> Candidate:
     return Candidate(f"{steps} steps, no cache", None, steps)
 
 
-def shaped(predictor: str, shape: Shape, steps: int, taken: int, computed: int) -> Candidate | None:
+def shaped(
+    predictor: str, shape: Shape | EveryNth, steps: int, taken: int, computed: int
+) -> Candidate | None:
     """A predictor on a schedule that computes at most `computed` of the `taken` steps; None where none does."""
-    for asked in range(min(computed, taken), shape.first + shape.last, -1):
+    for asked in range(min(computed, taken), 0, -1):
+        when = shape.policy(taken, asked)
+        if when is None:
+            return None
+        recipe = Recipe(when, PREDICTORS[predictor])
         # a guide may have more steps computed than its schedule asks for
-        recipe = Recipe(shape.policy(taken, asked), PREDICTORS[predictor])
         if len(recipe.plan(taken).computed) <= computed:
             return Candidate(f"{predictor}, {shape.name}", recipe, steps)
     return None

@@ -49,6 +49,11 @@ class Goal:
         """The cost, as a share of the uncached run's, that a run may have; None: any."""
         return None if self.speedup is None else 1 / self.speedup
 
+    @property
+    def planned(self) -> float | None:
+        """The cost that schedules are made for; None: any."""
+        return None if self.most is None else self.most * (1 + 0.9 * SLACK)
+
     def met(self, lab: Lab, trial: Trial) -> bool:
         """Whether a trial is what was wished for."""
         if not trial.psnr:

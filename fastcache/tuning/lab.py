@@ -132,7 +132,7 @@ class Lab:
         self._timed.add(seed)
 
         def measured() -> dict[str, Any]:
-            self._afford(1.0)
+            self.afford(1.0)
             made = self.generation.run(None, self.usual, seed)
             before = self._last.get(seed, made.pictures)
             self._last[seed] = made.pictures
@@ -175,7 +175,7 @@ class Lab:
 
     def _reference(self, seed: int) -> list[Picture]:
         if seed not in self._references:
-            self._afford(self.many / self.usual)
+            self.afford(self.many / self.usual)
             self._references[seed] = self.generation.run(None, self.many, seed).pictures
             self.tick(self.many / self.usual, REFERENCE)
         return self._references[seed]
@@ -185,7 +185,7 @@ class Lab:
         half, seed = max(self.many // 2, 1), self.seeds[0]
 
         def measured() -> dict[str, Any]:
-            self._afford(half / self.usual)
+            self.afford(half / self.usual)
             made = self.generation.run(None, half, seed).pictures
             return {"psnr": str(psnr(made, self._reference(seed)))}
 
@@ -229,7 +229,7 @@ class Lab:
     def _measured(self, trial: Trial, seed: int) -> dict[str, Any]:
         candidate = trial.candidate
         wanted = self._reference(seed)
-        self._afford(self.expected(trial))
+        self.afford(self.expected(trial))
         try:
             made = self.generation.run(candidate.recipe, candidate.steps, seed)
         except Exception as error:
@@ -297,6 +297,6 @@ class Lab:
         self.spent += cost if name != REFERENCE else 0.0
         self._tell(cost, name)
 
-    def _afford(self, cost: float) -> None:
+    def afford(self, cost: float) -> None:
         if self.limit is not None and self.elapsed + cost * self.base > self.limit:
             raise OutOfTime

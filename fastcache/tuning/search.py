@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order in which candidates are tried: successive halving over predictors, schedules, steps and seeds."""
+"""The order in which candidates are tried: what a calibrated run lets expect, corrected by what has come of others."""
 
 from __future__ import annotations
 
@@ -7,33 +7,30 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ..calibration.calibration import Calibration
+from ..calibration.outlook import Outlook
 from ..policies import Interval
-from ..predictors import Reuse, Taylor
+from ..predictors import Predictor, Reuse, Taylor
 from ..recipe import Recipe
-from .budget import budget, compared
-from .candidates import (
-    AFTER,
-    PREDICTORS,
-    SHAPES,
-    Candidate,
-    Shape,
-    named,
-    shaped,
-    without,
-)
-from .deciding import bisect_easy_cache, found_thresholds
+from .belief import believed
+from .budget import budget, compared, shares
+from .calibrated import calibrated
+from .candidates import Candidate, easy_cache, named, thresholds, without
 from .goal import Goal
 from .lab import Lab, Trial
-from .moves import improve
-from .pairs import promising
+from .moves import Marks, improve
+from .plans import Planned, Plans
 
-MIDDLE = 0.45  # the cost at which predictors are compared where none is wished for
-STARTED = (MIDDLE, 0.3, 0.65, 0.2, 0.8)  # and others, where none meets the wished error there
-COMBINATIONS = 5  # predictors with schedules that go on to other step counts
-SHAPES_FIRST = 5  # schedules that are tried before predictors and schedules are compared across
-PREDICTORS_KEPT = 2  # that are tried on every schedule where an error is wished
-ACROSS = 0.55  # of the budget, up to which predictors are tried with schedules
-BEHIND = 3.0  # dB that methods which decide may be behind and more of them are tried
+MIDDLE = 0.45  # the cost that is begun with where an error is wished for
+LEADING = 4  # predictors whose schedules are looked for step by step
+COUNTS = 24  # numbers of computed steps that are looked at where an error is wished for
+SURE = (
+    0.5  # dB that a wished error is looked for with, since one seed does not tell those of others
+)
+HOPE = 1.5  # dB that a candidate may be expected to miss a wished error by and is tried
+BEHIND = 5.0  # dB that a candidate may be expected to be behind the best and is tried
+CLOSE = 2.0  # dB that methods which decide may be behind and EasyCache is tried
+EASY = 3  # runs that EasyCache's threshold is looked for in
 FINALISTS = 4  # that are judged on a second seed; half of them on a third
 SETTLED = 6  # times that the best of all is judged or timed again, until it stays the best
 ROUNDS = 2  # timings more of the best
@@ -54,10 +51,9 @@ class Search:
 
     def __init__(self, lab: Lab, goal: Goal, counts: Sequence[int]) -> None:
         self.lab, self.goal, self.counts = lab, goal, tuple(counts)
-        self.combinations: dict[tuple[Recipe | None, int], tuple[str, Shape]] = {}
-        self.paired: dict[
-            tuple[str, Shape, int], float
-        ] = {}  # what came of them with the first seed, dB
+        self.calibrations: dict[int, Calibration | None] = {}  # by `num_inference_steps`
+        self.plans: dict[int, Plans] = {}
+        self.tried: dict[tuple[Recipe | None, int], Planned] = {}
         self.converged = lab.many != lab.usual  # what the reference is
         self.budget = budget(counts, self.converged)
         self.most = goal.most if goal.most is not None else MIDDLE
@@ -107,43 +103,26 @@ class Search:
             self.lab.measure(without(usual), self.first)
             self.converges = self.lab.converged_to()
         self.fewer()
-        if self.goal.most is not None:
-            for steps in compared(self.counts, self.converged):
-                self.compare(steps)
-        else:
-            for self.most in STARTED:
-                if self.compare(usual):
-                    break
-            self.narrow(usual)
-        steps = self.other_counts()
-        if self.goal.most is not None:
-            self.across(steps)
-        else:
-            self.all_shapes(steps)
-        self.deciding(steps)
+        until = 0.0
+        for steps, share in shares(self.counts, self.converged):
+            until += share
+            self.explore(steps, until)
+        self.seek(self.leading(), until)
+        best = self.best()
+        if self.goal.most is None and best is not None and self.goal.met(self.lab, best):
+            self.most = self.lab.expected(best)
+        self.deciding(self.leading())
         self.fewer()
         self.judge()
         best = self.best()
         if best is not None:
-            improve(self.lab, self.goal, best, self.budget)
+            improve(self.lab, self.goal, best, self.budget, self.likeliest)
         self.settle()
 
     def try_all(self, candidates: Iterable[Candidate | None]) -> list[Trial]:
         """Run candidates with the first seed; the best first."""
         trials = [self.lab.measure(c, self.first) for c in candidates if c is not None]
         return sorted((t for t in trials if t.psnr), key=self._rank, reverse=True)
-
-    def fit(self, predictor: str, shape: Shape, steps: int) -> Candidate | None:
-        """A predictor on a schedule, with as many computed steps as the wished cost allows."""
-        taken = self.lab.taken(steps)
-        made = shaped(predictor, shape, steps, taken, taken)
-        if made is None:
-            return None
-        computed = self.lab.cost.affordable(made.kind, taken, self.most)
-        made = shaped(predictor, shape, steps, taken, computed)
-        if made is not None:
-            self.combinations[made.recipe, steps] = predictor, shape
-        return made
 
     def fewer(self) -> None:
         """Runs without a cache at the wished cost, which a cache has to be better than."""
@@ -164,121 +143,158 @@ class Search:
             trial = self.lab.measure(without(steps), self.first)
             low, high = (low, steps) if self.goal.met(self.lab, trial) else (steps, high)
 
-    def compare(self, steps: int) -> bool:
-        """Presets, the predictors on one schedule, the best of them on a few; whether one is as was wished."""
-        tried = self.try_all(self.within_reach(named(self.lab.generation.model_name, steps)))
-        tried += self.pair(((p, SHAPES[0]) for p in PREDICTORS if self.likely(p, steps)), steps)
-        best = [p for p, _ in self.leading(steps)][:1]
-        tried += self.pair(((p, s) for p in best for s in SHAPES[1:SHAPES_FIRST]), steps)
-        return any(self.goal.met(self.lab, t) for t in tried)
+    # --- schedules that are known beforehand -----------------------------------------------------------------------
 
-    def pair(self, pairs: Iterable[tuple[str, Shape]], steps: int) -> list[Trial]:
-        """Try predictors with schedules, and note what comes of each; the best first."""
-        found: list[Trial] = []
-        for predictor, shape in pairs:
-            tried = self.try_all([self.fit(predictor, shape, steps)])
-            self.paired[predictor, shape, steps] = max(
-                (t.psnr[self.first] for t in tried), default=-math.inf
-            )
-            found += tried
-        return sorted(found, key=self._rank, reverse=True)
+    def explore(self, steps: int, until: float) -> None:
+        """Always what should be best, until so much was spent; and presets."""
+        self.calibrations[steps] = found = calibrated(self.lab, steps)
+        self.plans[steps] = Plans(Outlook(self.lab.taken(steps), found), steps)
+        presets = named(self.lab.generation.model_name, steps)
+        if steps not in compared(self.counts, self.converged):
+            presets = iter(())
+        if self.goal.most is not None:
+            self.try_all(self.within_reach(presets))
+        self.seek(steps, until)
+        if self.goal.most is None:
+            self.try_all(self.within_reach(presets))
 
-    def at(self, steps: int) -> dict[tuple[str, Shape], float]:
-        """What came of predictors with schedules in runs of so many steps."""
-        return {(p, s): found for (p, s, n), found in self.paired.items() if n == steps}
+    def seek(self, steps: int, until: float) -> None:
+        """Run what should be best at this step count, again and again."""
+        pick = self.nearest if self.goal.most is not None else self.cheapest
+        while self.lab.spent < until and (planned := pick(steps)) is not None:
+            self.tried[planned.candidate.recipe, steps] = planned
+            self.try_all([planned.candidate])
 
-    def likely(self, predictor: str, steps: int) -> bool:
-        """Whether a predictor is no variant of one that is far behind."""
-        found = self.at(steps)
-        before = found.get((AFTER.get(predictor, ""), SHAPES[0]))
-        return before is None or before > max(found.values()) - BEHIND
+    def leading(self) -> int:
+        """The step count of the best with a cache."""
+        cached = (t.candidate.steps for t in self.trials() if t.candidate.recipe is not None)
+        return next(cached, self.counts[0])
+
+    def nearest(self, steps: int) -> Planned | None:
+        """What should come nearest at the wished cost, of all that was not tried."""
+        plans = self.plans[steps]
+        computed = {p: self.affordable(p, steps) for p in plans.predictors}
+        first = [p for name, n in computed.items() for p in plans.spread(name, n)[:1]]
+        ranked = [p.predictor for _, p in self.ranked(first, steps)]
+        made = [plans.all(p, computed[p] - fewer) for p in ranked[:LEADING] for fewer in (0, 1)]
+        made += [plans.spread(p, computed[p]) for p in ranked[LEADING:]]
+        return self.promising([p for found in made for p in found], steps)
+
+    def ranked(self, asked: Sequence[Planned], steps: int) -> list[tuple[float, Planned]]:
+        """With what is believed of them, the best first."""
+        worth = believed(self.came(steps), asked)
+        return sorted(zip(map(float, worth), asked, strict=True), key=lambda row: -row[0])
+
+    def promising(self, asked: Iterable[Planned], steps: int) -> Planned | None:
+        """The best of what was not tried; None where all of it should be far behind what was, of any step count."""
+        left = [p for p in asked if (p.candidate.recipe, steps) not in self.tried]
+        met = [near for trial, _, near in self._came() if self.goal.met(self.lab, trial)]
+        worth, best = next(iter(self.ranked(left, steps)), (0.0, None))
+        return best if worth > max(met, default=-math.inf) - BEHIND else None
+
+    def cheapest(self, steps: int) -> Planned | None:
+        """The cheapest of what should meet the wished error, or nearly, below the cost of all that does."""
+        if not self.came(steps):
+            return self.nearest(steps)
+        wished, below = (self.goal.error or 0.0) + SURE, self.below()
+        plans, taken = self.plans[steps], self.lab.taken(steps)
+        first = [
+            p
+            for predictor in plans.predictors
+            for computed in range(taken - 1, 1, -max(taken // COUNTS, 1))
+            for p in plans.spread(predictor, computed)[:1]
+        ]
+        # those that should meet it, the cheapest first; then by how little they should miss it
+        options = [
+            (max(wished - worth, 0.0), self.lab.planned(start.candidate), start)
+            for worth, start in self.ranked(first, steps)
+        ]
+        for short, cost, start in sorted(options, key=lambda option: option[:2]):
+            if cost >= below:
+                continue
+            if short > HOPE and below < math.inf:
+                return None
+            made = plans.all(start.predictor, sum(start.marks))
+            left = [p for p in made if (p.candidate.recipe, steps) not in self.tried]
+            if left:
+                return self.ranked(left, steps)[0][1]
+        return None
+
+    def likeliest(self, best: Trial, plans: list[Marks]) -> list[Marks]:
+        """Schedules in place of a trial's, the most promising first."""
+        recipe, steps = best.candidate.recipe, best.candidate.steps
+        here = self.plans.get(steps)
+        if here is None or recipe is None or not here.fits(recipe, best.marks):
+            return plans
+        planned = [here.instead(recipe, marks) for marks in plans]
+        for p in planned:
+            self.tried.setdefault((p.candidate.recipe, steps), p)
+        return [p.marks for _, p in self.ranked(planned, steps)]
+
+    def affordable(self, predictor: str, steps: int) -> int:
+        """How many steps it may compute at the cost that is looked at; never all."""
+        most = self.goal.planned or self.most
+        taken = self.lab.taken(steps)
+        return min(
+            self.lab.cost.affordable(self.plans[steps].kind(predictor), taken, most), taken - 1
+        )
+
+    def came(self, steps: int) -> list[tuple[Planned, float]]:
+        """The planned runs of so many steps, with how near they came, dB."""
+        return [
+            (planned, near)
+            for trial, planned, near in self._came()
+            if trial.candidate.steps == steps
+        ]
+
+    def _came(self) -> Iterator[tuple[Trial, Planned, float]]:
+        for key, trial in self.lab.trials.items():
+            if key in self.tried and self.first in trial.psnr:
+                yield trial, self.tried[key], min(trial.psnr[self.first], EXACT)
 
     def within_reach(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
-        """Those that should cost about as much as is wished; where an error is wished, all."""
+        """Those that should cost about as much as is wished, or less than all that meets the wished error."""
         most = self.goal.most
+        low, high = (0.0, self.below()) if most is None else (NEAR[0] * most, NEAR[1] * most)
         for candidate in candidates:
-            if most is None or NEAR[0] < self.lab.planned(candidate) / most < NEAR[1]:
+            if low < self.lab.planned(candidate) < high:
                 yield candidate
 
-    def leading(self, steps: int | None) -> Iterator[tuple[str, Shape]]:
-        """Predictors with schedules, the best first; steps: that they ran with, None for any."""
-        for trial in self.trials():
-            found = self.combinations.get((trial.candidate.recipe, trial.candidate.steps))
-            if found is not None and steps in (None, trial.candidate.steps):
-                yield found
+    def below(self) -> float:
+        """The cost of the cheapest that meets the wished error with what other seeds may take of it."""
+        sure = [t for t in self.trials() if t.quality >= (self.goal.error or 0.0) + SURE]
+        return min((self.lab.expected(t) for t in sure), default=math.inf)
 
-    def narrow(self, steps: int) -> None:
-        """The lowest cost at which one of the leading combinations meets the wished error."""
-        for predictor, shape in list(dict.fromkeys(self.leading(steps)))[:COMBINATIONS]:
-            taken = self.lab.taken(steps)
-            low, high = shape.first + shape.last, taken
-            while high - low > 1:
-                computed = (low + high) // 2
-                made = shaped(predictor, shape, steps, taken, computed)
-                met = False
-                if made is not None:
-                    trial = self.lab.measure(made, self.first)
-                    self.combinations[made.recipe, steps] = predictor, shape
-                    met = self.goal.met(self.lab, trial)
-                low, high = (low, computed) if met else (computed, high)
-        best = self.best()
-        if best is not None and self.goal.met(self.lab, best):
-            self.most = self.lab.expected(best)
-
-    def other_counts(self) -> int:
-        """The leading combinations at other step counts; the one with the best of all."""
-        usual = self.counts[0]
-        leading = list(dict.fromkeys(self.leading(None)))[:COMBINATIONS]
-        for steps in self.counts if len(self.counts) > 1 else ():
-            self.pair(leading, steps)
-        cached = (t for t in self.trials() if t.candidate.recipe is not None)
-        return next((t.candidate.steps for t in cached), usual)
-
-    def across(self, steps: int) -> None:
-        """Predictors with schedules, always those whose parts have done best so far."""
-        while self.lab.spent < ACROSS * self.budget:
-            pair = promising(self.at(steps), tuple(PREDICTORS), SHAPES)
-            if pair is None:
-                return
-            self.pair([pair], steps)
-
-    def all_shapes(self, steps: int) -> None:
-        """The leading predictors on every schedule, with a step less as long as that meets the wished error."""
-        leading = list(dict.fromkeys(p for p, _ in self.leading(steps)))[:PREDICTORS_KEPT]
-        shapes = [(p, s) for p in leading for s in SHAPES]
-        trials = self.pair(shapes, steps)
-        while trials and self.goal.met(self.lab, trials[0]):
-            met = [t for t in trials if self.goal.met(self.lab, t)]
-            keys = [(t.candidate.recipe, t.candidate.steps) for t in met]
-            shapes = [self.combinations[key] for key in keys]
-            self.most = self.lab.expected(met[0]) - self.lab.cost.step / 2
-            trials = self.pair(shapes, steps)
+    # --- methods that decide while they run ---------------------------------------------------------------------
 
     def deciding(self, steps: int) -> None:
-        """Methods that decide while they run, at thresholds from one calibration run."""
-        taken = self.lab.taken(steps)
+        """These at thresholds from the calibrated run, and EasyCache where they come near."""
+        calibration = self.calibrations.get(steps)
+        if calibration is None:
+            return
+        taken, best = self.lab.taken(steps), self.best()
         kind = Candidate("", Recipe(Interval(2)), steps).kind
         share = max(self.lab.cost.affordable(kind, taken, self.most) / taken, 1.5 / taken)
-        entry = self.lab.remembered(
-            f"calibration {steps}",
-            lambda: found_thresholds(self.lab.generation, self.first, steps, share),
-        )
-        self.lab.tick(taken / self.lab.cost.usual, "calibration")
-        rows = [(name, Recipe.from_dict(rules)) for name, rules in entry["recipes"]]
-        best = self.best()
-        forecasts = (
-            best is None
-            or best.candidate.recipe is None
-            or best.candidate.recipe.rules[0].what.forecasts
-        )
+        recipe = None if best is None else best.candidate.recipe
+        forecasts = recipe is None or recipe.rules[0].what.forecasts
         # the same decisions with a forecast or without one: what the predictors have shown holds for them too
         tried = self.try_all(
-            Candidate(name, recipe, steps)
-            for name, recipe in rows
-            if recipe.rules[0].what.forecasts == forecasts
+            c
+            for c in thresholds(calibration, share, steps)
+            if c.recipe is not None and c.recipe.rules[0].what.forecasts == forecasts
         )
-        if best is None or not tried or tried[0].quality > best.quality - BEHIND:
-            bisect_easy_cache(self.lab, Taylor(1) if forecasts else Reuse(), steps, share)
+        if best is None or not tried or tried[0].quality > best.quality - CLOSE:
+            self.bisect_easy_cache(Taylor(1) if forecasts else Reuse(), steps, share)
+
+    def bisect_easy_cache(self, what: Predictor, steps: int, share: float) -> None:
+        """EasyCache's threshold for a share of computed steps, which no calibration tells."""
+        low, high = 0.01, 1.0
+        for _ in range(EASY):
+            middle = (low * high) ** 0.5
+            made = easy_cache(float(f"{middle:.2g}"), what, steps)
+            trial = self.lab.measure(made, self.first)
+            few = trial.computed <= share * trial.taken
+            low, high = (low, middle) if few else (middle, high)
 
     # --- the final ----------------------------------------------------------------------------------------------
 

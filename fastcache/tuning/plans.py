@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules for predictors at one step count, by what a calibrated run lets expect of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..calibration.outlook import Outlook
+from ..policies import Interval
+from ..predictors import Predictor
+from ..recipe import Recipe
+from ..targets.spec import Stack
+from .candidates import PREDICTORS, SHAPES, Candidate, masked, shaped
+from .moves import Marks, near
+
+STARTS = 2  # schedules of a predictor that single steps are moved from
+ROUNDS = 8  # of that, at most
+GAIN = 0.05  # dB that a move has to bring
+LONG = 100  # steps of a run from which on moves are too many
+
+
+class Planned(NamedTuple):
+    """A candidate whose schedule is known beforehand."""
+
+    candidate: Candidate
+    predictor: str
+    marks: Marks
+    expected: float  # dB, on the outlook's scale
+
+
+class Plans:
+    """What there is to try in runs of one step count.
+
+    Args:
+        outlook: of such runs.
+        steps: what `num_inference_steps` is; the outlook has as many as the denoiser takes.
+    """
+
+    def __init__(self, outlook: Outlook, steps: int) -> None:
+        self.outlook, self.steps = outlook, steps
+        self.predictors = tuple(name for name, what in PREDICTORS.items() if outlook.knows(what))
+        self._spread: dict[tuple[str, int], list[Planned]] = {}
+        self._moved: dict[
+            int, dict[Marks, None]
+        ] = {}  # by computed steps, what moving steps has led to
+        self._moved_for: set[tuple[str, int]] = set()
+
+    def kind(self, predictor: str) -> str:
+        """Of all candidates with this predictor."""
+        return Candidate("", Recipe(Interval(2), PREDICTORS[predictor]), self.steps).kind
+
+    def spread(self, predictor: str, computed: int) -> list[Planned]:
+        """A predictor on every shape of at most so many computed steps, the best first."""
+        key = predictor, computed
+        if key not in self._spread:
+            taken = self.outlook.steps
+            made = (shaped(predictor, s, self.steps, taken, computed) for s in SHAPES)
+            planned = [self._planned(c, predictor) for c in made if c is not None]
+            self._spread[key] = sorted(planned, key=lambda p: -p.expected)
+        return self._spread[key]
+
+    def all(self, predictor: str, computed: int) -> list[Planned]:
+        """These, and what moving single steps as the outlook says leads to, for this predictor and others."""
+        what, moved = PREDICTORS[predictor], self._moved.setdefault(computed, {})
+        if (predictor, computed) not in self._moved_for and self.outlook.steps <= LONG:
+            self._moved_for.add((predictor, computed))
+            for start in self.spread(predictor, computed)[:STARTS]:
+                moved[climbed(self.outlook, what, start.marks)] = None
+        found = {p.marks: p for p in self.spread(predictor, computed)}
+        for marks in moved:
+            name = f"{predictor}, planned"
+            made = masked(marks, what, Stack(), name, self.steps)
+            planned = self._planned(made, predictor)
+            if sum(planned.marks) <= computed:
+                found.setdefault(planned.marks, planned)
+        return list(found.values())
+
+    def fits(self, recipe: Recipe, marks: Marks) -> bool:
+        """Whether the outlook says anything of other schedules in place of a recipe's."""
+        rule, *others = recipe.rules
+        known = rule.where == Stack() and self.outlook.knows(rule.what)
+        return known and not others and len(marks) == self.outlook.steps
+
+    def instead(self, recipe: Recipe, marks: Marks) -> Planned:
+        """A recipe on another schedule."""
+        rule = recipe.rules[0]
+        name = next((n for n, what in PREDICTORS.items() if what == rule.what), repr(rule.what))
+        made = masked(marks, rule.what, rule.where, f"{name}, planned", self.steps)
+        return Planned(made, name, marks, self.outlook.expected(rule.what, marks))
+
+    def _planned(self, candidate: Candidate, predictor: str) -> Planned:
+        assert candidate.recipe is not None
+        taken = self.outlook.steps
+        computed = set(candidate.recipe.plan(taken).computed)
+        marks = tuple(i in computed for i in range(taken))
+        expected = self.outlook.expected(PREDICTORS[predictor], marks)
+        return Planned(candidate, predictor, marks, expected)
+
+
+def climbed(outlook: Outlook, what: Predictor, marks: Marks) -> Marks:
+    """The schedule that moving single steps leads to, always the move that the outlook likes best."""
+    first = 2 if what.guide is None else what.depth  # a guide needs so many values
+    best = outlook.expected(what, marks)
+    for _ in range(ROUNDS):
+        tried = [m for m in near(marks) if m[:first] == marks[:first]]
+        top = max(tried, key=lambda m: outlook.expected(what, m), default=marks)
+        if outlook.expected(what, top) < best + GAIN:
+            break
+        marks, best = top, outlook.expected(what, top)
+    return marks
