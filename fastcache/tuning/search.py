@@ -9,13 +9,12 @@ from typing import Any
 
 from ..calibration.calibration import Calibration
 from ..calibration.outlook import Outlook
-from ..policies import Interval
-from ..predictors import Predictor, Reuse, Taylor
 from ..recipe import Recipe
 from .belief import believed
 from .budget import budget, compared, shares
 from .calibrated import calibrated
-from .candidates import Candidate, easy_cache, named, thresholds, without
+from .candidates import Candidate, named, without
+from .deciding import try_deciding
 from .goal import Goal
 from .lab import Lab, Trial
 from .moves import Marks, improve
@@ -24,13 +23,9 @@ from .plans import Planned, Plans
 MIDDLE = 0.45  # the cost that is begun with where an error is wished for
 LEADING = 4  # predictors whose schedules are looked for step by step
 COUNTS = 24  # numbers of computed steps that are looked at where an error is wished for
-SURE = (
-    0.5  # dB that a wished error is looked for with, since one seed does not tell those of others
-)
+SURE = 0.5  # dB more than wished that are looked for, since one seed does not tell others'
 HOPE = 1.5  # dB that a candidate may be expected to miss a wished error by and is tried
 BEHIND = 5.0  # dB that a candidate may be expected to be behind the best and is tried
-CLOSE = 2.0  # dB that methods which decide may be behind and EasyCache is tried
-EASY = 3  # runs that EasyCache's threshold is looked for in
 FINALISTS = 4  # that are judged on a second seed; half of them on a third
 SETTLED = 6  # times that the best of all is judged or timed again, until it stays the best
 ROUNDS = 2  # timings more of the best
@@ -53,7 +48,8 @@ class Search:
         self.lab, self.goal, self.counts = lab, goal, tuple(counts)
         self.calibrations: dict[int, Calibration | None] = {}  # by `num_inference_steps`
         self.plans: dict[int, Plans] = {}
-        self.tried: dict[tuple[Recipe | None, int], Planned] = {}
+        # what was expected of recipes, by these and `num_inference_steps`
+        self.planned: dict[tuple[Recipe | None, int], Planned] = {}
         self.converged = lab.many != lab.usual  # what the reference is
         self.budget = budget(counts, self.converged)
         self.most = goal.most if goal.most is not None else MIDDLE
@@ -149,9 +145,8 @@ class Search:
         """Always what should be best, until so much was spent; and presets."""
         self.calibrations[steps] = found = calibrated(self.lab, steps)
         self.plans[steps] = Plans(Outlook(self.lab.taken(steps), found), steps)
-        presets = named(self.lab.generation.model_name, steps)
-        if steps not in compared(self.counts, self.converged):
-            presets = iter(())
+        main = steps in compared(self.counts, self.converged)
+        presets = list(named(self.lab.generation.model_name, steps)) if main else []
         if self.goal.most is not None:
             self.try_all(self.within_reach(presets))
         self.seek(steps, until)
@@ -162,7 +157,7 @@ class Search:
         """Run what should be best at this step count, again and again."""
         pick = self.nearest if self.goal.most is not None else self.cheapest
         while self.lab.spent < until and (planned := pick(steps)) is not None:
-            self.tried[planned.candidate.recipe, steps] = planned
+            self.planned[planned.candidate.recipe, steps] = planned
             self.try_all([planned.candidate])
 
     def leading(self) -> int:
@@ -187,7 +182,7 @@ class Search:
 
     def promising(self, asked: Iterable[Planned], steps: int) -> Planned | None:
         """The best of what was not tried; None where all of it should be far behind what was, of any step count."""
-        left = [p for p in asked if (p.candidate.recipe, steps) not in self.tried]
+        left = self.untried(asked, steps)
         met = [near for trial, _, near in self._came() if self.goal.met(self.lab, trial)]
         worth, best = next(iter(self.ranked(left, steps)), (0.0, None))
         return best if worth > max(met, default=-math.inf) - BEHIND else None
@@ -215,10 +210,13 @@ class Search:
             if short > HOPE and below < math.inf:
                 return None
             made = plans.all(start.predictor, sum(start.marks))
-            left = [p for p in made if (p.candidate.recipe, steps) not in self.tried]
-            if left:
+            if left := self.untried(made, steps):
                 return self.ranked(left, steps)[0][1]
         return None
+
+    def untried(self, asked: Iterable[Planned], steps: int) -> list[Planned]:
+        """Those whose recipes were not run at this step count."""
+        return [p for p in asked if (p.candidate.recipe, steps) not in self.lab.trials]
 
     def likeliest(self, best: Trial, plans: list[Marks]) -> list[Marks]:
         """Schedules in place of a trial's, the most promising first."""
@@ -228,7 +226,7 @@ class Search:
             return plans
         planned = [here.instead(recipe, marks) for marks in plans]
         for p in planned:
-            self.tried.setdefault((p.candidate.recipe, steps), p)
+            self.planned.setdefault((p.candidate.recipe, steps), p)
         return [p.marks for _, p in self.ranked(planned, steps)]
 
     def affordable(self, predictor: str, steps: int) -> int:
@@ -249,8 +247,8 @@ class Search:
 
     def _came(self) -> Iterator[tuple[Trial, Planned, float]]:
         for key, trial in self.lab.trials.items():
-            if key in self.tried and self.first in trial.psnr:
-                yield trial, self.tried[key], min(trial.psnr[self.first], EXACT)
+            if key in self.planned and self.first in trial.psnr:
+                yield trial, self.planned[key], min(trial.psnr[self.first], EXACT)
 
     def within_reach(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         """Those that should cost about as much as is wished, or less than all that meets the wished error."""
@@ -265,36 +263,11 @@ class Search:
         sure = [t for t in self.trials() if t.quality >= (self.goal.error or 0.0) + SURE]
         return min((self.lab.expected(t) for t in sure), default=math.inf)
 
-    # --- methods that decide while they run ---------------------------------------------------------------------
-
     def deciding(self, steps: int) -> None:
-        """These at thresholds from the calibrated run, and EasyCache where they come near."""
+        """Methods that decide while they run, where a calibrated run gives their thresholds."""
         calibration = self.calibrations.get(steps)
-        if calibration is None:
-            return
-        taken, best = self.lab.taken(steps), self.best()
-        kind = Candidate("", Recipe(Interval(2)), steps).kind
-        share = max(self.lab.cost.affordable(kind, taken, self.most) / taken, 1.5 / taken)
-        recipe = None if best is None else best.candidate.recipe
-        forecasts = recipe is None or recipe.rules[0].what.forecasts
-        # the same decisions with a forecast or without one: what the predictors have shown holds for them too
-        tried = self.try_all(
-            c
-            for c in thresholds(calibration, share, steps)
-            if c.recipe is not None and c.recipe.rules[0].what.forecasts == forecasts
-        )
-        if best is None or not tried or tried[0].quality > best.quality - CLOSE:
-            self.bisect_easy_cache(Taylor(1) if forecasts else Reuse(), steps, share)
-
-    def bisect_easy_cache(self, what: Predictor, steps: int, share: float) -> None:
-        """EasyCache's threshold for a share of computed steps, which no calibration tells."""
-        low, high = 0.01, 1.0
-        for _ in range(EASY):
-            middle = (low * high) ** 0.5
-            made = easy_cache(float(f"{middle:.2g}"), what, steps)
-            trial = self.lab.measure(made, self.first)
-            few = trial.computed <= share * trial.taken
-            low, high = (low, middle) if few else (middle, high)
+        if calibration is not None:
+            try_deciding(self.lab, calibration, steps, self.best(), self.most)
 
     # --- the final ----------------------------------------------------------------------------------------------
 
