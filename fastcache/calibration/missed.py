@@ -13,8 +13,7 @@ import torch
 from .. import sync
 from ..ops import dispatch
 from ..predictors import Predictor
-
-Array = np.ndarray
+from .grams import Array
 
 
 class Missed:

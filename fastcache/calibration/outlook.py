@@ -16,9 +16,8 @@ from itertools import pairwise
 import numpy as np
 
 from ..predictors import Predictor
-from .calibration import Calibration
-from .missed import Array, Missed
-from .planner import gram_of
+from .grams import Array, Rows, gram_of
+from .missed import Missed
 
 # How much of each skipped step's error counts by itself: errors that cancel on one run may not on another.
 ALONE = 0.1
@@ -46,16 +45,23 @@ class Outlook:
 
     Args:
         steps: of a run, as the denoiser counts them.
-        calibration: of such a run; where None, or without inner products of such runs, values are taken to turn slowly.
+        grams, guides: as in a `Calibration` of such a run; without them values are taken to turn slowly.
+        lengths: how far each step moves the latents, one number per step; None: all as far.
     """
 
-    def __init__(self, steps: int, calibration: Calibration | None = None) -> None:
+    def __init__(
+        self,
+        steps: int,
+        grams: Mapping[str, Rows] | None = None,
+        guides: Mapping[str, Mapping[str, Rows]] | None = None,
+        lengths: Sequence[float] | None = None,
+    ) -> None:
         self.steps = steps
-        measured = () if calibration is None else _contexts(calibration)
-        fits = [context for context in measured if len(context.gram) == steps]
-        self.contexts = fits or [_smooth(steps)]
+        measured = _contexts(grams or {}, guides or {})
+        self.contexts = [c for c in measured if len(c.gram) == steps] or [_smooth(steps)]
         self.guides = frozenset.intersection(*(frozenset(c.guides) for c in self.contexts))
-        self.lengths = [context.lengths for context in self.contexts]
+        scale = np.ones(steps) if lengths is None else np.asarray(lengths, dtype=np.float64)
+        self.lengths = [context.lengths * scale for context in self.contexts]
         self._missed: dict[Predictor, list[Missed]] = {}  # by context
         # by predictor, the computed steps before a gap, and the one after it: by context what it adds
         self._gaps: dict[tuple[Predictor, tuple[int, ...], int], list[tuple[Array, float]]] = {}
@@ -117,14 +123,16 @@ class Outlook:
             yield errors.sum(0), float(np.einsum("ij,jk,ik->", errors, context.gram, errors))
 
 
-def _contexts(calibration: Calibration) -> Iterator[Context]:
-    for name in calibration.grams:
-        guides = {
+def _contexts(
+    grams: Mapping[str, Rows], guides: Mapping[str, Mapping[str, Rows]]
+) -> Iterator[Context]:
+    for name, rows in grams.items():
+        seen = {
             guide: gram_of(found, name)
-            for guide, found in calibration.guides.items()
-            if name in found and len(found[name]) == len(calibration.grams[name])
+            for guide, found in guides.items()
+            if name in found and len(found[name]) == len(rows)
         }
-        yield Context(gram_of(calibration.grams, name), guides)
+        yield Context(gram_of(grams, name), seen)
 
 
 def _smooth(steps: int) -> Context:

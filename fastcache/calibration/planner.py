@@ -10,48 +10,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ..checks import whole
 from ..made_for import MadeFor
-from ..policies import Mask, Policy
+from ..policies import Mask, Policy, Spread
 from ..predictors import Fitted, Predictor, Taylor
 from ..recipe import Recipe
 from .errors import CalibrationError
-from .fields import MAX_GRAM
+from .grams import Array, gram_of
 from .missed import Missed
+from .nearby import Marks, climbed
+from .outlook import Outlook
 from .weights import fitted_weights
 
-Cost = Literal["steps", "final"]
-Array = np.ndarray
-
+Cost = Literal["steps", "final", "run"]
 # Computed steps by which paths are told apart, at most: for predictors that keep no more the plan is the best one.
 REACH = 3
-
-
-def gram_of(grams: Mapping[str, Sequence[Sequence[float]]], context: str | None) -> Array:
-    """All inner products of `Calibration.grams`, of one context or the mean of all."""
-    if not grams:
-        raise CalibrationError(
-            f"calibration: grams is empty; fastcache.calibrate(run, target) records them of runs of at most {MAX_GRAM} "
-            "steps"
-        )
-    if context is not None and context not in grams:
-        raise CalibrationError(f"calibration: context must be one of {list(grams)}")
-    names = list(grams) if context is None else [context]
-    if len({len(grams[name]) for name in names}) > 1:
-        raise CalibrationError(
-            f"calibration: context must be one of {names}, whose runs differ in length"
-        )
-    found = []
-    for name in names:
-        rows = grams[name]
-        lower = np.array([[*row, *[0.0] * (len(rows) - len(row))] for row in rows])
-        found.append(lower + np.tril(lower, -1).T)
-    whole_gram: Array = np.mean(found, axis=0)
-    return whole_gram
+GROWTHS = (1.0, 1.2, 0.85)  # of the gaps of schedules that a search for the nearest run starts from
 
 
 class Edges:
@@ -150,6 +129,36 @@ def planned(
     return [*best, goal] if last else list(best)
 
 
+def nearest(
+    outlook: Outlook,
+    start: Sequence[int],
+    what: Predictor,
+    first: int,
+    last: bool,
+    max_skips: int | None,
+) -> list[int]:
+    """As many steps as in `start`, whose run should come nearest: looked for from it and from evenly spread ones."""
+    total, gap = outlook.steps, outlook.steps if max_skips is None else max_skips + 1
+    share = len(start) / total
+    first = first if what.guide is None else max(first, what.depth)  # a guide needs so many values
+
+    def allowed(marks: Marks) -> bool:
+        computed = [i for i, mark in enumerate(marks) if mark]
+        ends = [*computed, total] if not last else computed
+        near = all(b - a <= gap for a, b in pairwise(ends))
+        return all(marks[:first]) and marks[-1] >= last and near
+
+    starts = [tuple(i in start for i in range(total))]
+    for growth in GROWTHS:
+        spread = Spread(share, first, growth, last=last)
+        computed = Recipe(spread, what).plan(total).computed
+        starts.append(tuple(i in computed for i in range(total)))
+    fits = [s for s in starts if allowed(s) and sum(s) == len(start)]
+    found = [climbed(outlook, what, marks, allowed) for marks in fits or starts[:1]]
+    best = max(found, key=lambda marks: outlook.expected(what, marks))
+    return [i for i, mark in enumerate(best) if mark]
+
+
 def _checked(
     total: int,
     computed: int,
@@ -171,8 +180,8 @@ def _checked(
             f"calibration: computed is {computed}, must be above {first}, the first steps that are computed anyway, "
             f"and below {total}, the steps of the run"
         )
-    if cost not in ("steps", "final"):
-        raise CalibrationError(f"calibration: cost is {cost!r}, must be 'steps' or 'final'")
+    if cost not in get_args(Cost):
+        raise CalibrationError(f"calibration: cost is {cost!r}, must be one of {get_args(Cost)}")
     told = (what.guide is None or guided) and what.fitted is None and not what.per_module
     if not told or what.table or what.feeds_back or not what.depth:
         raise CalibrationError(
@@ -218,12 +227,13 @@ class Plans:
                 `Taylor(order=1)`.
             cost: "steps" adds up the errors of all skipped values (DPCache); "final" takes, from one computed step
                 to the next, the error that they leave together in the latents, and has the largest of these as small as
-                can be (LeMiCa).
+                can be (LeMiCa); "run" takes what all of them leave together, each as a share of its value, and moves
+                single steps from several schedules on as long as that falls.
             first: steps computed at the start, a count >= 1.
             last: whether the last step is computed.
             max_skips: most steps skipped in a row, a count; None: any number.
             lengths: how far each step moves the latents, one number per step, such as differences of sigmas, for
-                "final"; None: all as far.
+                "final" and "run"; None: all as far.
             context: a name in `grams`; None takes all contexts together.
         Returns:
             A recipe of a `Mask` and the predictor, on the stack; elsewhere than on this model, scheduler and length of
@@ -231,7 +241,7 @@ class Plans:
         Raises:
             TypeError: an argument is of another type; the message names it.
             CalibrationError: an argument is out of its range, or nothing was measured.
-        Source: DPCache (CVPR 2026); LeMiCa (arXiv 2511.00090).
+        Source: DPCache (CVPR 2026); LeMiCa (arXiv 2511.00090); "run" is ours.
         """
         what = Taylor(order=1) if what is None else what
         Recipe(Mask((True,)), what)  # which names what does not go with a stack
@@ -239,10 +249,22 @@ class Plans:
         gram = gram_of(self.grams, context)
         seen = self.guides.get(what.guide or "")
         guide = None if seen is None else gram_of(seen, context)
-        steps = planned(gram, computed, what, cost, first, last, max_skips, lengths, guide)
+        ways: Cost = "final" if cost == "run" else cost
+        steps = planned(gram, computed, what, ways, first, last, max_skips, lengths, guide)
+        if cost == "run":
+            outlook = Outlook(len(gram), *self._of(context), lengths)
+            steps = nearest(outlook, steps, what, first, last, max_skips)
         marks = tuple(i in steps for i in range(len(gram)))
         made_for = MadeFor(self.model, self.scheduler, len(marks))
         return Recipe.of(Recipe(Mask(marks, scaled=True), what).rules, "plan", made_for)
+
+    def _of(self, context: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Inner products and those of guides, of one context or of all."""
+        guides = {
+            guide: {name: rows for name, rows in found.items() if context in (None, name)}
+            for guide, found in self.guides.items()
+        }
+        return {n: rows for n, rows in self.grams.items() if context in (None, n)}, guides
 
     def fit(
         self, when: Policy, keep: int = 3, ridge: float = 1e-3, context: str | None = None

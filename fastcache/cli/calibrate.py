@@ -155,7 +155,7 @@ def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan-out", type=Path, help="plan.json beside the calibration if not given"
     )
     parser.add_argument(
-        "--cost", choices=("steps", "final"), default="steps", help="what a plan keeps small"
+        "--cost", choices=("steps", "final", "run"), default="steps", help="what a plan keeps small"
     )
     parser.add_argument("--steps", type=int, default=28, help="of the demo model")
     parser.add_argument("--batch", type=int, default=8, help="images of the demo model")

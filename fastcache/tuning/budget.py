@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-BUDGET = 26.0  # of one step count, after which single steps are moved no more
+BUDGET = 25.0  # of one step count, after which single steps are moved no more
 PER_COUNT = 4.0  # more for each further step count
 ACROSS = 0.5  # of the first, in which predictors and schedules are tried
 

@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
+from ..calibration.nearby import Marks, computed_of, near, with_steps
 from .candidates import Candidate, masked
 from .goal import Goal
 from .lab import Lab, Trial
 
 TRIED = 40  # plans
-REACH = 3  # steps that a computed one is moved by
 
-Marks = tuple[bool, ...]
 Likeliest = Callable[
     [Trial, list[Marks]], list[Marks]
 ]  # which of these plans in place of a trial's come first
@@ -62,42 +61,14 @@ def _around(lab: Lab, goal: Goal, best: Trial) -> Iterator[list[Marks]]:
     yield list(dict.fromkeys(near(marks)))
 
 
-def near(marks: Marks) -> Iterator[Marks]:
-    """Plans of as many computed steps that differ in the place of one, or of all from one on."""
-    yield from _shifted(marks)
-    for stride in (s for reach in range(1, REACH + 1) for s in (reach, -reach)):
-        for i in _steps(marks)[1:]:
-            if 0 < i + stride < len(marks) and not marks[i + stride]:
-                yield _with(marks, out=[i], more=[i + stride])
-
-
-def _with(marks: Marks, out: Sequence[int] = (), more: Sequence[int] = ()) -> Marks:
-    return tuple((m and i not in out) or i in more for i, m in enumerate(marks))
-
-
-def _steps(marks: Marks) -> list[int]:
-    return [i for i, m in enumerate(marks) if m]
-
-
 def _left_out(marks: Marks) -> Iterator[Marks]:
-    for i in reversed(_steps(marks)[1:]):
-        yield _with(marks, out=[i])
+    for i in reversed(computed_of(marks)[1:]):
+        yield with_steps(marks, out=[i])
 
 
 def _added(marks: Marks) -> Iterator[Marks]:
     """One more in the middle of a row of reused steps, the longest row first."""
-    ends = [*_steps(marks), len(marks)]
+    ends = [*computed_of(marks), len(marks)]
     rows = [(b - a, (a + b) // 2) for a, b in pairwise(ends) if b - a > 1]
     for _, middle in sorted(rows, key=lambda row: (-row[0], row[1])):
-        yield _with(marks, more=[middle])
-
-
-def _shifted(marks: Marks) -> Iterator[Marks]:
-    """All steps from one on a step earlier or later, but for a computed last one: one gap changes, and the last."""
-    end = len(marks) - marks[-1]  # a computed last step stays
-    for stride in (1, -1):
-        for i in [s for s in _steps(marks) if 0 < s < end]:
-            some = [s + stride for s in _steps(marks) if i <= s < end]
-            if some[-1] < end and not (stride < 0 and marks[some[0]]):
-                kept = _with(marks, out=range(i, end))
-                yield _with(kept, more=some)
+        yield with_steps(marks, more=[middle])

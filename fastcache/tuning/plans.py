@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..calibration.nearby import Marks, climbed
 from ..calibration.outlook import Outlook
 from ..policies import Interval
 from ..predictors import Predictor
 from ..recipe import Recipe
 from ..targets.spec import Stack
 from .candidates import PREDICTORS, SHAPES, Candidate, masked, shaped
-from .moves import Marks, near
 
 STARTS = 2  # schedules of a predictor that single steps are moved from
-ROUNDS = 8  # of that, at most
-GAIN = 0.05  # dB that a move has to bring
 LONG = 100  # steps of a run from which on moves are too many
 
 
@@ -40,9 +38,8 @@ class Plans:
         self.outlook, self.steps = outlook, steps
         self.predictors = tuple(name for name, what in PREDICTORS.items() if outlook.knows(what))
         self._spread: dict[tuple[str, int], list[Planned]] = {}
-        self._moved: dict[
-            int, dict[Marks, None]
-        ] = {}  # by computed steps, what moving steps has led to
+        # by computed steps, what moving steps has led to
+        self._moved: dict[int, dict[Marks, None]] = {}
         self._moved_for: set[tuple[str, int]] = set()
 
     def kind(self, predictor: str) -> str:
@@ -65,7 +62,7 @@ class Plans:
         if (predictor, computed) not in self._moved_for and self.outlook.steps <= LONG:
             self._moved_for.add((predictor, computed))
             for start in self.spread(predictor, computed)[:STARTS]:
-                moved[climbed(self.outlook, what, start.marks)] = None
+                moved[self._climbed(what, start.marks)] = None
         found = {p.marks: p for p in self.spread(predictor, computed)}
         for marks in moved:
             name = f"{predictor}, planned"
@@ -74,6 +71,15 @@ class Plans:
             if sum(planned.marks) <= computed:
                 found.setdefault(planned.marks, planned)
         return list(found.values())
+
+    def _climbed(self, what: Predictor, marks: Marks) -> Marks:
+        """Where moving single steps leads to, but for those that a run begins with."""
+        first = 2 if what.guide is None else what.depth  # a guide needs so many values
+
+        def alike(plan: Marks) -> bool:
+            return plan[:first] == marks[:first]
+
+        return climbed(self.outlook, what, marks, alike)
 
     def fits(self, recipe: Recipe, marks: Marks) -> bool:
         """Whether the outlook says anything of other schedules in place of a recipe's."""
@@ -95,16 +101,3 @@ class Plans:
         marks = tuple(i in computed for i in range(taken))
         expected = self.outlook.expected(PREDICTORS[predictor], marks)
         return Planned(candidate, predictor, marks, expected)
-
-
-def climbed(outlook: Outlook, what: Predictor, marks: Marks) -> Marks:
-    """The schedule that moving single steps leads to, always the move that the outlook likes best."""
-    first = 2 if what.guide is None else what.depth  # a guide needs so many values
-    best = outlook.expected(what, marks)
-    for _ in range(ROUNDS):
-        tried = [m for m in near(marks) if m[:first] == marks[:first]]
-        top = max(tried, key=lambda m: outlook.expected(what, m), default=marks)
-        if outlook.expected(what, top) < best + GAIN:
-            break
-        marks, best = top, outlook.expected(what, top)
-    return marks

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..calibration.calibration import Calibration
+from ..calibration.nearby import Marks
 from ..calibration.outlook import Outlook
 from ..recipe import Recipe
 from .belief import believed
@@ -17,7 +18,7 @@ from .candidates import Candidate, named, without
 from .deciding import try_deciding
 from .goal import Goal
 from .lab import Lab, Trial
-from .moves import Marks, improve
+from .moves import improve
 from .plans import Planned, Plans
 
 MIDDLE = 0.45  # the cost that is begun with where an error is wished for
@@ -144,7 +145,8 @@ class Search:
     def explore(self, steps: int, until: float) -> None:
         """Always what should be best, until so much was spent; and presets."""
         self.calibrations[steps] = found = calibrated(self.lab, steps)
-        self.plans[steps] = Plans(Outlook(self.lab.taken(steps), found), steps)
+        seen = () if found is None else (found.grams, found.guides)
+        self.plans[steps] = Plans(Outlook(self.lab.taken(steps), *seen), steps)
         main = steps in compared(self.counts, self.converged)
         presets = list(named(self.lab.generation.model_name, steps)) if main else []
         if self.goal.most is not None:

@@ -47,6 +47,10 @@ def calibration(contexts: int = 2, **changes: Any) -> Calibration:
     return Calibration((1.0,) * STEPS, dict.fromkeys(names, (1.0,) * STEPS), **made)
 
 
+def outlook_of(found: Calibration | None, steps: int = STEPS) -> Outlook:
+    return Outlook(steps) if found is None else Outlook(steps, found.grams, found.guides)
+
+
 def forecast(what: Any, kept: list[int], step: int, context: int) -> torch.Tensor:
     """Of a value, from the values themselves; a guide's weights by the public op."""
     values, held = trajectory(context), kept[: what.depth]
@@ -79,7 +83,7 @@ def error(what: Any, marks: tuple[bool, ...], contexts: int) -> float:
 
 @pytest.mark.parametrize("what", WHATS, ids=repr)
 def test_what_is_expected_is_the_error_that_the_values_give(what):
-    outlook, draw = Outlook(STEPS, calibration()), random.Random(0)
+    outlook, draw = outlook_of(calibration()), random.Random(0)
     assert outlook.knows(what)
     on = what.on_block(True)
     for _ in range(20):
@@ -90,7 +94,7 @@ def test_what_is_expected_is_the_error_that_the_values_give(what):
 
 
 def test_what_cannot_be_known_is_not_claimed():
-    outlook = Outlook(STEPS, calibration(guides={"residual": calibration().guides["residual"]}))
+    outlook = outlook_of(calibration(guides={"residual": calibration().guides["residual"]}))
     assert outlook.knows(Guided(1)) and outlook.knows(Guided(1, "auto"))
     assert not outlook.knows(Guided(1, "modulated")) and not outlook.knows(DMD())
     assert not outlook.knows(Guided(1, "input"))
@@ -101,7 +105,7 @@ def test_what_cannot_be_known_is_not_claimed():
 )
 def test_where_nothing_fits_values_are_taken_to_turn_slowly(given):
     steps = STEPS if given is None or not given.grams else STEPS + 3
-    outlook = Outlook(steps, given)
+    outlook = outlook_of(given, steps)
     every = lambda n: tuple(i < 2 or i % n == 0 for i in range(steps))  # noqa: E731
     near = [outlook.expected(Taylor(1), every(n)) for n in (2, 3, 5)]
     assert near == sorted(near, reverse=True)
@@ -151,7 +155,7 @@ def test_the_order_that_it_gives_is_that_of_whole_runs():
 
     found = fastcache.calibrate(lambda cache: run(cache), model)
     assert set(found.guides) == {"residual", "modulated"}
-    outlook, reference, pairs = Outlook(STEPS, found), run(), []
+    outlook, reference, pairs = outlook_of(found), run(), []
     for what in (Taylor(1), Taylor(2, "exact"), Guided(1, "modulated"), Reuse()):
         for _ in range(8):
             marks = tuple(i < 3 or draw.random() < 0.4 for i in range(STEPS))

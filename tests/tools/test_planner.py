@@ -163,6 +163,40 @@ def test_hostile_grams_are_refused(rows):
         fastcache.Calibration((1.0,), grams={"a": rows})
 
 
+def together(values: np.ndarray, marks: tuple[int, ...], what: Any) -> float:
+    """What all skipped steps leave in the latents, each as a share of its value."""
+    wrong = missed(values, marks, what)
+    shares = [w / np.linalg.norm(v) for w, v in zip(wrong, values, strict=True)]
+    return float(np.linalg.norm(sum(shares)))
+
+
+@pytest.mark.parametrize("what", [Reuse(), Taylor(1), Taylor(2, "exact")], ids=repr)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plan_for_the_run_leaves_less_than_most_others(what, seed):
+    steps, computed = 14, 6
+    values = trajectory(steps, seed)
+    rows = tuple(tuple(row[: i + 1]) for i, row in enumerate((values @ values.T).tolist()))
+    made = fastcache.Calibration((1.0,) * steps, grams={"cond": rows})
+    plan = made.plan(computed, what, cost="run", first=2)
+    marks = tuple(map(int, plan.when.compute))
+    assert sum(marks) == computed and marks[:2] == (1, 1) and marks[-1]
+    all_of_them = sorted(together(values, m, what) for m in every(steps, computed, 2, True, None))
+    assert together(values, marks, what) <= all_of_them[len(all_of_them) // 10]
+    for other in ("steps", "final"):
+        marked = tuple(map(int, made.plan(computed, what, cost=other, first=2).when.compute))
+        assert together(values, marks, what) <= 1.2 * together(values, marked, what)
+
+
+def test_a_plan_for_the_run_keeps_its_limits():
+    made = calibration()
+    plan = made.plan(6, Taylor(1), cost="run", first=1, last=False, max_skips=2, context="cond")
+    rows = [len(list(run)) for mark, run in itertools.groupby(plan.when.compute) if not mark]
+    assert sum(plan.when.compute) == 6 and max(rows) <= 2
+    early = made.plan(6, Taylor(1), cost="run", lengths=[1.0] * 4 + [1e-6] * 8)
+    late = made.plan(6, Taylor(1), cost="run", lengths=[1e-6] * 8 + [1.0] * 4)
+    assert sum(early.when.compute[:6]) > sum(late.when.compute[:6])
+
+
 def test_another_model_or_scheduler_is_named():
     recipe = calibration(scheduler="Euler").plan(6)
     with fastcache.enable(toys.Model(), recipe):
