@@ -73,6 +73,7 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "more_steps_guided": partial(tune_tables.more_steps, model="pictures", guidance="sequential"),
     "tuned": tune_tables.tuned,
     "tune_sweep": tune_tables.against_sweep,
+    "plans": tune_tables.plans,
     "peers": preset_tables.peers,
     "peers_exact": partial(preset_tables.peers, column="psnr_solution"),
     "elsewhere": quality_tables.elsewhere,

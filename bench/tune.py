@@ -4,10 +4,11 @@
     python -m bench tune --json bench/results/tune-cpu.jsonl
     python -m bench tune --model video --part solvers
 
-Four parts. "curve": PSNR to the converged run by solver and steps, without a cache and with one. "solvers": the run
+Five parts. "curve": PSNR to the converged run by solver and steps, without a cache and with one. "solvers": the run
 that tune finds at twice the speed of 28 Euler steps, with the number of steps free, beside every solver at that time.
 "sweep": what tune finds at a speed-up, beside the best of all settings that `bench quality` sweeps, on the same seeds
-and by the same measured time. "few": what tune says of a distilled model's few steps. Seeds that no search has seen
+and by the same measured time. "few": what tune says of a distilled model's few steps. "plans": what `Calibration.plan`
+makes of one calibrated run, beside evenly spread steps. Seeds that no search has seen
 judge what was found.
 """
 
@@ -20,13 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 import fastcache
 from fastcache import Guided, Recipe, Spread, Taylor
+from fastcache.calibration.planner import Cost
 from fastcache.configs.given import settings_of
 from fastcache.demo import metrics
 from fastcache.demo.solvers import SOLVERS
@@ -42,13 +44,19 @@ from .quality import calibrate
 from .subjects import MODES, SUBJECTS, Cell, Subject
 from .sweeps import points
 
-PARTS = ("curve", "solvers", "sweep", "few")
+PARTS = ("curve", "solvers", "sweep", "few", "plans")
 # steps of a distilled model, and speed-ups that are asked for
 FEW = ((8, 1.25), (8, 1.5), (8, 1.6), (8, 1.8), (4, 1.25), (4, 1.8))
 USUAL, LONG, QUICK_LONG = 28, 50, 10  # steps
 SEEDS = (0, 1)  # that a search sees
 UNSEEN = (5, 6, 7, 8)
 CONVERGED = 400  # steps of the second-order solver that stand for the exact solution
+PLANNED = (8, 10, 12, 14, 16)  # computed steps of plans, and what predicts
+PLANNERS = {
+    "Taylor 1": Taylor(1, "exact"),
+    "Taylor 2, step 0 forgotten": Taylor(2, "exact", skip_first=True),
+    "modulated guide, order 1": Guided(1, "modulated"),
+}
 COUNTS = (7, 10, 14, 16, 20, 28)
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0)
 
@@ -174,6 +182,20 @@ def few(bench: Bench) -> Iterator[Row]:
         }  # fmt: skip
 
 
+def plans(bench: Bench) -> Iterator[Row]:
+    """Plans of every cost from one calibrated run, and evenly spread steps, on other seeds."""
+    calibration = fastcache.calibrate(
+        lambda cache: bench.sample(USUAL, SEEDS[0], cache=cache), bench.model
+    )
+    reference = {s: bench.sample(USUAL, s) for s in UNSEEN}
+    for (name, what), computed in itertools.product(PLANNERS.items(), PLANNED):
+        recipes = {"even": Recipe(Spread(computed / USUAL, 2), what)}
+        recipes |= {c: calibration.plan(computed, what, cost=c) for c in get_args(Cost)}
+        for way, recipe in recipes.items():
+            found = bench.nearness(reference, bench.cached(recipe, USUAL, "euler"))
+            yield {"predictor": name, "computed": computed, "way": way, "psnr": found}
+
+
 # --- against the sweep --------------------------------------------------------------------------------------
 
 
@@ -257,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         "solvers": solvers,
         "sweep": partial(sweep, path=args.journal),
         "few": few,
+        "plans": plans,
     }
     for name in args.model:
         bench = Bench(name, args.batch, args.quick, args.guidance)

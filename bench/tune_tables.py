@@ -105,6 +105,22 @@ def against_sweep(rows: Sequence[Row]) -> str:
     return markdown(columns, lines) if lines else ""
 
 
+def plans(rows: Sequence[Row]) -> str:
+    """Plans of one calibrated run, beside evenly spread steps."""
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
+    for r in of_part(rows, "plans"):
+        found.setdefault((r["model"], r["predictor"], r["computed"]), {})[r["way"]] = r["psnr"]
+    ways = ("even", "steps", "final", "run")
+    lines = [
+        (
+            NAMES[model], predictor, str(computed),
+            *(f"**{p[w]:.1f}**" if p[w] == max(p.values()) else f"{p[w]:.1f}" for w in ways),
+        )
+        for (model, predictor, computed), p in found.items()
+    ]  # fmt: skip
+    return markdown(("model", "predictor", "computed", *ways), lines) if lines else ""
+
+
 def more_steps_figure(rows: Sequence[Row]) -> Figure:
     """PSNR to the converged run over computed steps: solvers, and 50 cached steps."""
     here = curve_of(rows)
