@@ -20,7 +20,7 @@ from .grams import Array, Rows, gram_of
 from .missed import Missed
 
 # How much of each skipped step's error counts by itself: errors that cancel on one run may not on another.
-ALONE = 0.1
+ALONE = 0.3
 # Where nothing was measured: how far values reach that turn slowly, in runs; what is each value's own, and the first's.
 SMOOTH, OWN, FIRST = 0.25, 1e-3, 0.1
 LEAST = 1e-12  # the error of a run that is as good as computed

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..calibration.calibration import Calibration
 from ..calibration.errors import CalibrationError
+from ..calibration.nearby import Marks
 from ..configs.given import settings_of
 from ..configs.presets import preset, presets
 from ..policies import (
@@ -161,39 +162,47 @@ def named(model: str, steps: int) -> Iterator[Candidate]:
 # --- thresholds, from one calibration run ------------------------------------------------------------------
 
 
-def thresholds(calibration: Calibration, share: float, steps: int) -> Iterator[Candidate]:
-    """Rules that decide while they run, at thresholds that compute about a share of the calibrated steps."""
+def thresholds(
+    calibration: Calibration, share: float, steps: int
+) -> Iterator[tuple[Candidate, Marks]]:
+    """Rules that decide while they run, at thresholds that compute about a share of the calibrated steps, and which."""
     four: dict[str, Any] = {"warmup": 4, "last": True}
     two: dict[str, Any] = {"warmup": 2, "last": True}
     reuse, order_1 = Reuse(), Taylor(1)
 
-    def first_block(what: Predictor, **guards: Any) -> Recipe:
+    def first_block(what: Predictor, **guards: Any) -> tuple[Recipe, Sequence[int]]:
         threshold = calibration.first_block_threshold(share, **guards)
-        return Recipe(FirstBlock(threshold, **guards), what)
+        computed = calibration.computed_steps(threshold, **guards)
+        return Recipe(FirstBlock(threshold, **guards), what), computed
 
-    def magnitude(what: Predictor, **guards: Any) -> Recipe:
+    def magnitude(what: Predictor, **guards: Any) -> tuple[Recipe, Sequence[int]]:
         fields: dict[str, Any] = {"retention_ratio": 0.1, "max_skip_steps": 8}
         threshold = calibration.mag_threshold(share, **fields)
-        steps, ratios = calibration.steps, calibration.mag_ratios
+        count, ratios = calibration.steps, calibration.mag_ratios
         when = Magnitude(
-            threshold, num_inference_steps=steps, mag_ratios=ratios, **fields, **guards
+            threshold, num_inference_steps=count, mag_ratios=ratios, **fields, **guards
         )
-        return Recipe(when, what)
+        return Recipe(when, what), Recipe(when, what).plan(count).computed
 
-    makers: tuple[tuple[str, Callable[[], Recipe]], ...] = (
+    def input_change(what: Predictor) -> tuple[Recipe, Sequence[int]]:
+        when, computed = _input_change(calibration, share)
+        return Recipe(when, what), computed
+
+    makers: tuple[tuple[str, Callable[[], tuple[Recipe, Sequence[int]]]], ...] = (
         ("FirstBlock, guided", lambda: first_block(Guided(), **two)),
         ("FirstBlock, Taylor 1", lambda: first_block(order_1, **four)),
         ("FirstBlock, reuse", lambda: first_block(reuse)),
         ("MagCache, Taylor 1", lambda: magnitude(order_1, **four)),
         ("MagCache, reuse", lambda: magnitude(reuse)),
-        ("TeaCache, Taylor 1", lambda: Recipe(_input_change(calibration, share), order_1)),
-        ("TeaCache, reuse", lambda: Recipe(_input_change(calibration, share), reuse)),
+        ("TeaCache, Taylor 1", lambda: input_change(order_1)),
+        ("TeaCache, reuse", lambda: input_change(reuse)),
     )
     for name, make in makers:
         try:
-            yield Candidate(name, make(), steps)
+            recipe, computed = make()
         except CalibrationError:
             continue  # nothing was measured that it needs, or no threshold computes so few steps
+        yield Candidate(name, recipe, steps), tuple(i in computed for i in range(calibration.steps))
 
 
 def easy_cache(threshold: float, what: Predictor, steps: int) -> Candidate:
@@ -203,19 +212,25 @@ def easy_cache(threshold: float, what: Predictor, steps: int) -> Candidate:
     return Candidate(f"EasyCache, {name}", Recipe(when, what, Output()), steps)
 
 
-def _input_change(calibration: Calibration, share: float) -> Policy:
-    """TeaCache's rule at the threshold that computes about a share of the steps along the calibrated run."""
+def _input_change(calibration: Calibration, share: float) -> tuple[Policy, Sequence[int]]:
+    """TeaCache's rule at the threshold that computes about a share of the steps along the calibrated run, and which."""
     fit = calibration.input_fit()
     changes = [x for x, _ in next(iter(calibration.input_changes.values()))]
     steps = len(changes) + 1
     low, high = 0.0, 1e3
-    for _ in range(40):
-        threshold = (low + high) / 2
+
+    def computed(threshold: float) -> list[int]:
         policy = InputChange(threshold, fit.coefficients)
         run = policy.begin(steps)
-        computed = [
-            policy.decide(run, Step(i, steps), changes[i - 1] if i else None).action == COMPUTE
+        return [
+            i
             for i in range(steps)
+            if policy.decide(run, Step(i, steps), changes[i - 1] if i else None).action == COMPUTE
         ]
-        low, high = (low, threshold) if sum(computed) < share * steps else (threshold, high)
-    return InputChange(float(f"{high:.4g}"), fit.coefficients)
+
+    for _ in range(40):
+        threshold = (low + high) / 2
+        few = len(computed(threshold)) < share * steps
+        low, high = (low, threshold) if few else (threshold, high)
+    threshold = float(f"{high:.4g}")
+    return InputChange(threshold, fit.coefficients), computed(threshold)

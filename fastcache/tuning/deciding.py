@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..calibration.calibration import Calibration
+from ..calibration.nearby import Marks
 from ..policies import Interval
 from ..predictors import Predictor, Reuse, Taylor
 from ..recipe import Recipe
@@ -15,12 +18,18 @@ RUNS = 3  # that EasyCache's threshold is looked for in
 
 
 def try_deciding(
-    lab: Lab, calibration: Calibration, steps: int, best: Trial | None, most: float
+    lab: Lab,
+    calibration: Calibration,
+    steps: int,
+    best: Trial | None,
+    most: float,
+    close: Callable[[Candidate, Marks], bool],
 ) -> None:
     """Run them with the first seed, at about a cost.
 
     steps: `num_inference_steps` of the calibrated run. best: of what was tried; the same decisions with a forecast or
-    without one: what the predictors have shown holds for them too.
+    without one: what the predictors have shown holds for them too. close: whether one should come near the best, by the
+    steps that it would have computed along the calibrated run.
     """
     taken = lab.taken(steps)
     kind = Candidate("", Recipe(Interval(2)), steps).kind
@@ -29,11 +38,13 @@ def try_deciding(
     forecasts = recipe is None or recipe.rules[0].what.forecasts
     tried = [
         lab.measure(c, lab.seeds[0])
-        for c in thresholds(calibration, share, steps)
-        if c.recipe is not None and c.recipe.rules[0].what.forecasts == forecasts
+        for c, marks in thresholds(calibration, share, steps)
+        if c.recipe is not None
+        and c.recipe.rules[0].what.forecasts == forecasts
+        and close(c, marks)
     ]
     near = max((t.quality for t in tried), default=None)
-    if best is None or near is None or near > best.quality - CLOSE:
+    if best is None or (near is not None and near > best.quality - CLOSE):
         _bisect_easy_cache(lab, Taylor(1) if forecasts else Reuse(), steps, share)
 
 

@@ -18,7 +18,7 @@ from .generation import Generation, Outcome
 from .journal import Journal
 from .pictures import Picture, psnr
 
-EVERY = 3.5  # uncached runs' time between two timings of one
+EVERY = 5.0  # uncached runs' time between two timings of one
 REFERENCE = "reference"  # what a progress line calls such a run, which counts for no budget
 REPEATS = 30.0  # dB that two uncached runs must be near each other
 

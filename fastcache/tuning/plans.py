@@ -81,18 +81,33 @@ class Plans:
 
         return climbed(self.outlook, what, marks, alike)
 
-    def fits(self, recipe: Recipe, marks: Marks) -> bool:
-        """Whether the outlook says anything of other schedules in place of a recipe's."""
-        rule, *others = recipe.rules
-        known = rule.where == Stack() and self.outlook.knows(rule.what)
-        return known and not others and len(marks) == self.outlook.steps
-
-    def instead(self, recipe: Recipe, marks: Marks) -> Planned:
-        """A recipe on another schedule."""
-        rule = recipe.rules[0]
+    def expecting(self, candidate: Candidate, marks: Marks) -> Planned | None:
+        """A candidate whose run is known to compute these steps; None where the outlook says nothing of it."""
+        rule, *others = candidate.recipe.rules if candidate.recipe is not None else ()
+        if others or rule.where != Stack() or len(marks) != self.outlook.steps:
+            return None
+        if not self.outlook.knows(rule.what):
+            return None
         name = next((n for n, what in PREDICTORS.items() if what == rule.what), repr(rule.what))
-        made = masked(marks, rule.what, rule.where, f"{name}, planned", self.steps)
-        return Planned(made, name, marks, self.outlook.expected(rule.what, marks))
+        return Planned(candidate, name, marks, self.outlook.expected(rule.what, marks))
+
+    def planned(self, candidate: Candidate) -> Planned | None:
+        """A candidate whose schedule is known beforehand; None where the outlook says nothing of it."""
+        try:
+            plan = candidate.recipe.plan(self.outlook.steps) if candidate.recipe else None
+        except ValueError:  # it decides while it runs
+            return None
+        if plan is None:
+            return None
+        computed = set(plan.computed)
+        return self.expecting(candidate, tuple(i in computed for i in range(self.outlook.steps)))
+
+    def instead(self, recipe: Recipe, plans: list[Marks]) -> list[Planned]:
+        """A recipe on other schedules; none where the outlook says nothing of them."""
+        rule = recipe.rules[0]
+        made = (masked(m, rule.what, rule.where, "moved", self.steps) for m in plans)
+        found = (self.expecting(c, m) for c, m in zip(made, plans, strict=True))
+        return [p for p in found if p is not None]
 
     def _planned(self, candidate: Candidate, predictor: str) -> Planned:
         assert candidate.recipe is not None

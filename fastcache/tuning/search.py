@@ -27,6 +27,9 @@ COUNTS = 24  # numbers of computed steps that are looked at where an error is wi
 SURE = 0.5  # dB more than wished that are looked for, since one seed does not tell others'
 HOPE = 1.5  # dB that a candidate may be expected to miss a wished error by and is tried
 BEHIND = 5.0  # dB that a candidate may be expected to be behind the best and is tried
+CLOSE = (
+    2.0  # dB that methods which decide while they run may be expected to be behind and are tried
+)
 FINALISTS = 4  # that are judged on a second seed; half of them on a third
 SETTLED = 6  # times that the best of all is judged or timed again, until it stays the best
 ROUNDS = 2  # timings more of the best
@@ -149,11 +152,16 @@ class Search:
         self.plans[steps] = Plans(Outlook(self.lab.taken(steps), *seen), steps)
         main = steps in compared(self.counts, self.converged)
         presets = list(named(self.lab.generation.model_name, steps)) if main else []
-        if self.goal.most is not None:
-            self.try_all(self.within_reach(presets))
-        self.seek(steps, until)
         if self.goal.most is None:
+            self.seek(steps, until)
             self.try_all(self.within_reach(presets))
+            return
+        for candidate in self.within_reach(presets):
+            planned = self.plans[steps].planned(candidate)
+            if planned is not None:  # what comes of it tells of others
+                self.planned[candidate.recipe, steps] = planned
+            self.try_all([candidate])
+        self.seek(steps, until)
 
     def seek(self, steps: int, until: float) -> None:
         """Run what should be best at this step count, again and again."""
@@ -224,12 +232,10 @@ class Search:
         """Schedules in place of a trial's, the most promising first."""
         recipe, steps = best.candidate.recipe, best.candidate.steps
         here = self.plans.get(steps)
-        if here is None or recipe is None or not here.fits(recipe, best.marks):
-            return plans
-        planned = [here.instead(recipe, marks) for marks in plans]
+        planned = [] if here is None or recipe is None else here.instead(recipe, plans)
         for p in planned:
             self.planned.setdefault((p.candidate.recipe, steps), p)
-        return [p.marks for _, p in self.ranked(planned, steps)]
+        return [p.marks for _, p in self.ranked(planned, steps)] or plans
 
     def affordable(self, predictor: str, steps: int) -> int:
         """How many steps it may compute at the cost that is looked at; never all."""
@@ -268,8 +274,17 @@ class Search:
     def deciding(self, steps: int) -> None:
         """Methods that decide while they run, where a calibrated run gives their thresholds."""
         calibration = self.calibrations.get(steps)
-        if calibration is not None:
-            try_deciding(self.lab, calibration, steps, self.best(), self.most)
+        if calibration is None:
+            return
+        best, near = self.best(), [found for _, found in self.came(steps)]
+
+        def close(candidate: Candidate, marks: Marks) -> bool:
+            planned = self.plans[steps].expecting(candidate, marks)
+            if planned is None or not near:
+                return True
+            return self.ranked([planned], steps)[0][0] > max(near) - CLOSE
+
+        try_deciding(self.lab, calibration, steps, best, self.most, close)
 
     # --- the final ----------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ def test_a_pipeline_is_tuned_and_left_as_it_was(name, kind, tmp_path):
     assert found.evidence["scheduler"] == type(pipe.scheduler).__name__
     cached = [r for r in found.rows if r.recipe is not None]
     # a share of the model's calls: of Heun's 11 calls for 6 steps a threshold may compute the first alone
-    assert len(cached) > 5 and all(0.5 < r.computed <= 6 for r in cached)
+    assert len(cached) > 2 and all(0.5 < r.computed <= 6 for r in cached)
     with fastcache.enable(pipe, found.save(tmp_path / "tuned.json")) as cache:
         generate(found.num_inference_steps)
         assert (cache.stats.reused > 0) == (found.best is not None)
