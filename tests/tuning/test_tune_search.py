@@ -182,7 +182,7 @@ def test_at_a_wished_speed_it_finds_what_trying_everything_finds(known):
         assert world.spent < 1.3 * budget((STEPS,), False)
         leads.append(found.quality - best_of_all(world, search, 1 / speedup))
     # here and there it misses something; over all of them it is ahead of what has no steps moved
-    assert statistics.fmean(leads) > 0 and min(leads) > -4, leads
+    assert statistics.fmean(leads) > 1 and statistics.median(leads) > -0.5, leads
 
 
 @pytest.mark.parametrize("number", range(3))
