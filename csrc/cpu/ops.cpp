@@ -28,7 +28,10 @@ const Kernels& kernels() {
 }
 
 const auto parallel = [](int64_t begin, int64_t end, int64_t grain, const auto& f) {
-  torch::stable::parallel_for(begin, end, grain, f);
+  if (end - begin == 1)
+    f(begin, end);  // torch has nothing to divide
+  else
+    torch::stable::parallel_for(begin, end, grain, f);
 };
 
 void op_residual_l1(Tensor sums, Tensor y, Tensor x, Tensor prev, std::optional<Tensor> out,
@@ -230,6 +233,44 @@ std::string op_capability() { return checked_capability(); }
 
 }  // namespace
 }  // namespace fastcache
+
+// What a reused step runs, also without torch's dispatcher, which takes several times as long as the kernel of a small
+// tensor. Called from Python by address, with contiguous CPU tensors of one shape and dtype: nothing is checked here.
+#define FASTCACHE_BY_ADDRESS extern "C" __attribute__((visibility("default")))
+
+// sums: [samples, 2], or null. Returns the first sum over the second, of the first sample.
+FASTCACHE_BY_ADDRESS double fastcache_residual_l1(float* sums, void* y, void* x, void* prev,
+                                                  int64_t samples, int64_t length,
+                                                  int type) noexcept {
+  using namespace fastcache;
+  const auto dense = [&](void* data) {
+    return Operand{static_cast<char*>(data), Type(type), length};
+  };
+  double one[2];
+  std::vector<double> more(samples > 1 ? 2 * samples : 0);
+  double* totals = samples > 1 ? more.data() : one;
+  residual_l1(kernels(), parallel, {samples, length, 1}, dense(y), dense(x), dense(prev),
+              dense(nullptr), totals);
+  for (int64_t i = 0; sums && i < 2 * samples; ++i) sums[i] = static_cast<float>(totals[i]);
+  return double(static_cast<float>(totals[0])) / double(static_cast<float>(totals[1]));
+}
+
+// terms: so many addresses, and then as many weights.
+FASTCACHE_BY_ADDRESS void fastcache_linear_combine(void* out, void* const* terms, int count,
+                                                   int64_t length, int type) noexcept {
+  using namespace fastcache;
+  const auto dense = [&](void* data) {
+    return Operand{static_cast<char*>(data), Type(type), length};
+  };
+  const auto weights = reinterpret_cast<const double*>(terms + count);
+  Operand at[MAX_TERMS];
+  float scale[MAX_TERMS];
+  for (int t = 0; t < count; ++t) {
+    at[t] = dense(terms[t]);
+    scale[t] = static_cast<float>(weights[t]);
+  }
+  combine(kernels(), parallel, {1, length, 1}, dense(out), at, scale, count);
+}
 
 STABLE_TORCH_LIBRARY(fastcache_C, m) {
   m.def(

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from .backends.table import BACKENDS, REFERENCE
-from .checks import DTYPES
 
 AUTO = "auto"
 
@@ -225,11 +224,10 @@ def _kernel(name: str, op: str) -> Callable | None:
 
 @cache
 def at_once(op: str, dtype: torch.dtype) -> Callable | None:
-    """What may be called at once with contiguous tensors of one dtype on CPUs: it compares their shapes itself.
-
-    None where the backend there has no such thing; it takes what the backend's operator takes, results first.
+    """What may be called at once with contiguous tensors of one shape and dtype on CPUs, which are not empty: it checks
+    nothing. None where the backend there has no such thing.
     """
-    return BACKENDS[_preferred("cpu")].operator(op) if dtype in DTYPES else None
+    return BACKENDS[_preferred("cpu")].at_once(op, dtype)
 
 
 def _takes_dtypes(name: str, op: str, tensors: list[Tensor]) -> bool:

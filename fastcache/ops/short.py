@@ -2,7 +2,8 @@
 """The way of an op to its kernel on CPUs where nothing traces, watches or forces another one: one function each.
 
 A reused step calls each of them once, when the model has just pushed all of it out of the processor's caches, so that
-every function on the way costs more than the kernel of a small tensor. Whatever is unusual takes the general way.
+every function on the way costs more than the kernel of a small tensor, and torch's dispatcher ten times as much. What
+is called here takes addresses and checks nothing, so all checks are here; whatever is unusual takes the general way.
 """
 
 from __future__ import annotations
@@ -19,25 +20,45 @@ traced, modes = torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch
 empty, FLOAT, CPU = torch.empty, torch.float32, torch.device("cpu")
 
 
+def measures(op: str, y: Tensor, x: Tensor, prev: Tensor) -> Callable | None:
+    """What measures y - x against prev at once; None where that takes the general way."""
+    if (
+        not (traced() or modes())
+        and type(y) is Tensor
+        and y.is_cpu
+        and x.is_cpu
+        and prev.is_cpu
+        and forced() == AUTO
+        and (dtype := y.dtype) is x.dtype
+        and dtype is prev.dtype
+        and (shape := y.shape) == x.shape
+        and shape == prev.shape
+        and y.is_contiguous()
+        and x.is_contiguous()
+        and prev.is_contiguous()
+        and y.numel()
+    ):
+        return at_once(op, dtype)
+    return None
+
+
+def relative_change(y: Tensor, x: Tensor, prev: Tensor) -> float | None:
+    """The first sum of `residual_l1` over the second, on the host; None where that takes the general way.
+
+    NaN or infinity where the second one is zero.
+    """
+    run = measures("relative_change", y, x, prev)
+    return None if run is None else run(y, x, prev)
+
+
 def residual_l1(general: Callable[..., Any]) -> Callable[..., Any]:
     def call(y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False) -> Any:
-        if (
-            not (traced() or modes())
-            and type(y) is Tensor
-            and y.is_cpu
-            and forced() == AUTO
-            and (dtype := y.dtype) is x.dtype
-            and dtype is prev.dtype
-            and y.is_contiguous()
-            and x.is_contiguous()
-            and prev.is_contiguous()
-            and (run := at_once("residual_l1", dtype))
-            and y.numel()
-        ):
-            sums = empty((y.shape[0], 2) if per_sample else 2, dtype=FLOAT, device=CPU)
-            run(sums, y, x, prev, None, per_sample)
-            return sums
-        return general(y, x, prev, per_sample)
+        run = measures("residual_l1", y, x, prev)
+        if run is None:
+            return general(y, x, prev, per_sample)
+        sums = empty((y.shape[0], 2) if per_sample else 2, dtype=FLOAT, device=CPU)
+        run(sums, y, x, prev)
+        return sums
 
     return call
 
@@ -45,19 +66,26 @@ def residual_l1(general: Callable[..., Any]) -> Callable[..., Any]:
 def linear_combine_(general: Callable[..., Any]) -> Callable[..., Any]:
     def call(out: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]) -> Any:
         if not (traced() or modes()) and type(out) is Tensor and out.is_cpu and forced() == AUTO:
-            dtype = out.dtype
+            dtype, shape = out.dtype, out.shape
             for t in tensors:
-                if t.dtype is not dtype or not t.is_contiguous():
+                if (
+                    t.dtype is not dtype
+                    or t.shape != shape
+                    or not t.is_contiguous()
+                    or not t.is_cpu
+                ):
                     break
             else:
                 run = at_once("linear_combine", dtype)
-                if run and out.is_contiguous() and out.numel():
+                alike = len(tensors) == len(weights) <= TERMS
+                if run and alike and out.is_contiguous() and out.numel():
                     return run(out, tensors, weights)
         return general(out, tensors, weights)
 
     return call
 
 
+TERMS = 8  # that a kernel takes
 # by the name of the op; each takes the general way, and returns a function with the op's arguments
 SHORT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "residual_l1": residual_l1,

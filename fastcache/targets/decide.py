@@ -197,6 +197,8 @@ class RuleDecider:
             return
         if meter.needs_history:
             self.decide_with(self.measured(state, y, x))
+        elif self.group is None:
+            self.decide_by(meter.number(state, y, x))
         else:
             self.decide_with(meter.measure(state, y, x))
 
@@ -213,13 +215,12 @@ class RuleDecider:
 
     def decide_with(self, measured: Tensor | None) -> None:
         """Decide the running step with what was measured; the one device read of a step."""
+        self.decide_by(self._read(self.control.state, measured))
+
+    def decide_by(self, signal: float | None) -> None:
+        """Decide the running step by a number; None where there is none."""
         control = self.control
         state, step = control.state, control.step
-        if self.group is None:  # as `_read` does it
-            assert self.meter is not None
-            signal = None if measured is None else self.meter.read(measured, None)
-        else:
-            signal = self._read(state, measured)
         decision = self.decide(state, step, signal)
         control.decisions[self.index] = decision
         control.actions[self.index] = decision.action

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcache
 from fastcache.ops import dispatch
-from fastcache.ops.short import SHORT
+from fastcache.ops.short import SHORT, relative_change
+from fastcache.sync import relative_change as of_sums
 
 pytestmark = pytest.mark.skipif(
     fastcache.backends()["cpp"] is not True, reason="needs the C++ kernels"
@@ -106,13 +109,58 @@ def test_a_forced_backend_and_whoever_watches_get_the_general_way(name):
     assert not taken(name, three())
 
 
-@pytest.mark.parametrize("name", SHORT)
-def test_shapes_that_differ_are_an_error_before_anything_is_read(name):
-    tensors = [*three()[:2], torch.randn(2, 6, 9)]
-    with pytest.raises(RuntimeError, match="another shape"):
-        taken(name, tensors)
+@pytest.mark.parametrize("what", ["one shape", "as many elements", "weights"])
+def test_what_the_general_way_refuses_goes_there_before_anything_is_read(what):
+    """What is called by address looks at nothing itself."""
+    bad = torch.randn(
+        {"one shape": (2, 6, 9), "as many elements": (2, 8, 6), "weights": SHAPE}[what]
+    )
+    for place in range(3):
+        tensors = three()
+        tensors[place] = bad
+        if what != "weights":
+            assert relative_change(*tensors) is None and taken("residual_l1", tensors) == 1
+        general, weights = General(), [1.0] * (3 + (what == "weights"))
+        SHORT["linear_combine_"](general)(three()[0], tensors, weights)
+        assert general.taken == 1
+    with pytest.raises(ValueError, match="shape"):
+        fastcache.ops.direct("residual_l1")(*three()[:2], torch.randn(2, 6, 9))
 
 
-def test_a_backend_without_such_operators_has_none():
+def test_more_terms_than_a_kernel_takes_go_the_general_way():
+    general, out = General(), torch.empty(SHAPE)
+    for count in (1, 8, 9):
+        terms, weights = [torch.randn(SHAPE) for _ in range(count)], [0.5] * count
+        SHORT["linear_combine_"](general)(out, terms, weights)
+        if count < 9:
+            torch.testing.assert_close(out, sum(0.5 * t for t in terms))
+    assert general.taken == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 6, 8), (3, 700, 131)])  # of one chunk, and of several
+def test_the_number_of_a_change_is_that_of_its_sums(dtype, shape):
+    y, x, prev = (torch.randn(shape).to(dtype) for _ in range(3))
+    assert relative_change(y, x, prev) == of_sums(fastcache.ops.residual_l1(y, x, prev))
+
+
+def test_the_number_of_a_change_against_nothing():
+    y, x, nothing = torch.ones(SHAPE), torch.zeros(SHAPE), torch.zeros(SHAPE)
+    assert relative_change(y, x, nothing) == math.inf
+    for case in (nothing, nothing, nothing), (y * math.nan, x, y), (y, x, x * math.nan):
+        assert math.isnan(relative_change(*case)) and math.isnan(
+            of_sums(fastcache.ops.residual_l1(*case))
+        )
+
+
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_a_change_that_is_unusual_has_no_number_at_once(what):
+    assert relative_change(*UNUSUAL[what]()) is None
+    with fastcache.backend("reference"):
+        assert relative_change(*three()) is None
+
+
+def test_a_backend_without_such_functions_has_none():
     assert dispatch.at_once("residual_l1", torch.float64) is None
-    assert dispatch.BACKENDS["reference"].operator("residual_l1") is None
+    assert dispatch.at_once("residual_store", torch.float32) is None
+    assert dispatch.BACKENDS["reference"].at_once("residual_l1", torch.float32) is None

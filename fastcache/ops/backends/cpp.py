@@ -10,10 +10,13 @@ as a view that is so: `dispatch.resolve` sees to it.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +31,7 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 CPU = torch.device("cpu")
+MAX_TERMS = 8  # of a sum, as kernels.h has it
 
 
 SWITCHED_OFF = "switched off by FASTCACHE_DISABLE_EXT=1"
@@ -73,9 +77,61 @@ def _op(name: str) -> Callable[..., None]:
     return overload._op  # what the overload itself calls, from Python
 
 
-def operator(name: str) -> Callable[..., None]:
-    """An operator of the shared object, which looks itself at what it is given. Not for empty tensors."""
-    return _op(name)
+def at_once(op: str, dtype: torch.dtype) -> Callable | None:
+    """A function of the shared object past torch's dispatcher; None where it has none for this op or dtype.
+
+    It takes addresses and checks nothing: its tensors have to be contiguous, on the CPU, of one shape and this dtype,
+    and not empty.
+    """
+    if op not in BY_ADDRESS or dtype not in CODES:
+        return None
+    _op("capability")
+    name, arguments, result, made = BY_ADDRESS[op]
+    run = getattr(ctypes.CDLL(str(LIBRARY)), name)
+    run.argtypes, run.restype = arguments, result
+    return made(run, CODES[dtype])
+
+
+def _residual_l1(run: Callable[..., float], code: int) -> Callable[..., None]:
+    def call(sums: Tensor, y: Tensor, x: Tensor, prev: Tensor) -> None:
+        """sums: [2], or [samples, 2]."""
+        samples = sums.numel() // 2
+        places = sums.data_ptr(), y.data_ptr(), x.data_ptr(), prev.data_ptr()
+        run(*places, samples, y.numel() // samples, code)
+
+    return call
+
+
+def _relative_change(run: Callable[..., float], code: int) -> Callable[..., float]:
+    def call(y: Tensor, x: Tensor, prev: Tensor) -> float:
+        return run(None, y.data_ptr(), x.data_ptr(), prev.data_ptr(), 1, y.numel(), code)
+
+    return call
+
+
+def _linear_combine(run: Callable[..., None], code: int) -> Callable[..., None]:
+    # by the number of terms
+    packs = [struct.Struct(f"{count}P{count}d").pack for count in range(MAX_TERMS + 1)]
+
+    def call(out: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]) -> None:
+        count = len(tensors)
+        terms = packs[count](*[t.data_ptr() for t in tensors], *weights)
+        run(out.data_ptr(), terms, count, out.numel(), code)
+
+    return call
+
+
+# By the op: the C function, its arguments and result, and what makes a function of tensors of it. Dtypes by their
+# number in layout.h.
+ADDRESS, COUNT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_L1 = ("fastcache_residual_l1", [*[ADDRESS] * 4, COUNT, COUNT, ctypes.c_int], DOUBLE)
+_SUM = ("fastcache_linear_combine", [ADDRESS, ADDRESS, ctypes.c_int, COUNT, ctypes.c_int], None)
+BY_ADDRESS: dict[str, tuple[str, list[Any], Any, Callable[..., Callable]]] = {
+    "residual_l1": (*_L1, _residual_l1),
+    "relative_change": (*_L1, _relative_change),
+    "linear_combine": (*_SUM, _linear_combine),
+}
 
 
 def capability() -> str:

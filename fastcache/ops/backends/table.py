@@ -60,10 +60,10 @@ class Backend:
         """Its function for an op; None where it has none."""
         return getattr(self._imported, op, None)
 
-    def operator(self, op: str) -> Callable | None:
-        """Its operator for an op without what stands before it, where that compares shapes; else None."""
-        found = getattr(self._imported, "operator", None)
-        return None if found is None else found(op)
+    def at_once(self, op: str, dtype: torch.dtype) -> Callable | None:
+        """Its function for contiguous tensors of one shape and dtype that checks nothing; None where it has none."""
+        found = getattr(self._imported, "at_once", None)
+        return None if found is None else found(op, dtype)
 
     def takes(self, op: str, dtypes: Sequence[torch.dtype]) -> bool:
         """Whether its function for an op takes this mix of dtypes."""

@@ -77,6 +77,11 @@ class Meter:
         """What the device gives for y, or for y - x; None where there is nothing to measure it against."""
         raise NotImplementedError
 
+    def number(self, state: State, y: Tensor, x: Tensor | None) -> float | None:
+        """The number for y, or for y - x, of this rank alone; None where there is nothing to measure it against."""
+        measured = self.measure(state, y, x)
+        return None if measured is None else self.read(measured, None)
+
     def keep(self, state: State, y: Tensor, x: Tensor | None) -> None:
         """Have later steps measured against y, or y - x."""
 

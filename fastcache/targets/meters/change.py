@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ... import sync
 from ...ops import direct
+from ...ops.short import relative_change
 from ...storage.allocate import allocate, strides_of
 from ...storage.ring import tail
 from ...storage.state import State
@@ -39,6 +40,14 @@ class Change(Meter):
             if before.shape != y.shape:  # of another length
                 return None
         return _sums(y, x, before, self.per_sample)
+
+    def number(self, state: State, y: Tensor, x: Tensor | None) -> float | None:
+        slots: SignalSlots = state.slots[self.rule].signal
+        if x is not None and slots.kept_reference and not self.per_sample:
+            found = relative_change(y, x, slots.reference)
+            if found is not None:
+                return found
+        return super().number(state, y, x)
 
     def keep(self, state: State, y: Tensor, x: Tensor | None) -> None:
         slots = self._slots(state)
