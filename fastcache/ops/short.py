@@ -17,7 +17,7 @@ from torch import Tensor
 from .dispatch import AUTO, at_once, forced
 
 traced, modes = torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch_stack
-empty, FLOAT, CPU = torch.empty, torch.float32, torch.device("cpu")
+empty, empty_like, FLOAT, CPU = torch.empty, torch.empty_like, torch.float32, torch.device("cpu")
 
 
 def measures(op: str, y: Tensor, x: Tensor, prev: Tensor) -> Callable | None:
@@ -83,6 +83,35 @@ def linear_combine_(general: Callable[..., Any]) -> Callable[..., Any]:
         return general(out, tensors, weights)
 
     return call
+
+
+def base_and_rows(
+    base: Tensor, rows: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype
+) -> Tensor | None:
+    """base + sum weights * rows, in this dtype; None where that takes the general way.
+
+    rows: as many as weights, of one buffer: what the first one is, all of them are.
+    """
+    if (
+        not (traced() or modes())
+        and type(base) is Tensor
+        and base.is_cpu
+        and forced() == AUTO
+        and base.dtype is dtype
+        and (row := rows[0]).dtype is dtype
+        and row.is_cpu
+        and base.shape == row.shape
+        and base.is_contiguous()
+        and row.is_contiguous()
+        and len(rows) < TERMS
+        and 0.0 not in weights
+        and (run := at_once("linear_combine", dtype))
+        and base.numel()
+    ):
+        out = empty_like(base)
+        run(out, (base, *rows), (1.0, *weights))
+        return out
+    return None
 
 
 TERMS = 8  # that a kernel takes

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ops import direct
 from ..ops.passes import in_passes
+from ..ops.short import base_and_rows
 from .allocate import Unfit, put, stacked
 from .history import Timeline
 from .stream import Stream
@@ -114,20 +115,22 @@ class Ring(Stream):
         return row.detach()
 
     def predict(self, base: Tensor | None, weights: Sequence[float] | Tensor) -> Tensor:
-        """base + sum of weights * rows, newest first; a plain reuse without a base is the row itself."""
+        """base + sum of weights * rows, newest first; a plain reuse without a base is the row itself.
+
+        weights: none while compiling, whose own are on the device.
+        """
         if isinstance(weights, Tensor):
             return self.predict_weighted(base, weights)
-        if weights == (1.0,):  # never while compiling
+        if not weights:
+            return self._predict_compiled(base)
+        if weights == (1.0,):
             row = self.views[self.timeline.rows[0]]
             if base is None:
                 return self._handed_out(row)
             if row.shape == base.shape and row.dtype == base.dtype == self.dtype:
                 return base + row  # the kernel's bits and passes, with a sixth of its call overhead
-        if torch.compiler.is_compiling():
-            return self._predict_compiled(base)
-        rows = [self.views[r] for r in self.timeline.rows[: len(weights)]]
-        if base is not None and rows[0].shape != base.shape:
-            rows = [fitting(row, base) for row in rows]
+        views = self.views
+        rows = [views[r] for r in self.timeline.rows[: len(weights)]]
         return weighted(rows, weights, base, self.dtype)
 
     def _handed_out(self, row: Tensor) -> Tensor:
@@ -228,8 +231,14 @@ def weighted(
     out: Tensor | None = None,
 ) -> Tensor:
     """base + sum weights * rows in one launch, and one more per seven terms beyond eight; without a base the sum
-    alone, also into `out`, which may be one of the rows."""
+    alone, also into `out`, which may be one of the rows.
+
+    rows: of one buffer. base: of their shape, or of the end of their batch.
+    """
     if base is not None:
+        if (found := base_and_rows(base, rows, weights, dtype)) is not None:
+            return found
+        rows = [fitting(row, base) for row in rows]
         out = torch.empty_like(rows[0], dtype=dtype)
         if len(rows) == 1 and weights[0] == 1.0:
             _apply(out, base, rows[0])

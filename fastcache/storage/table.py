@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops import direct
 from .allocate import put, stacked
 from .history import Timeline
-from .ring import fitting, weighted, wide
+from .ring import weighted, wide
 from .stream import Stream
 
 _update = direct("taylor_update_")
@@ -48,8 +48,7 @@ class Table(Stream):
                 term = wide(slot[0].to(self.dtype)) * weight
                 total = term if total is None else total + term
             return total.to(self.dtype)
-        rows = [fitting(view, base) for view in self.views[: len(weights)]]
-        return weighted(rows, weights, base, self.dtype)
+        return weighted(self.views[: len(weights)], weights, base, self.dtype)
 
 
 class Blank(Stream):

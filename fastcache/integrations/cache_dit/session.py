@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -52,7 +51,6 @@ class Session:
         self.transformer, self.lists, self.kwargs, self.pipe = transformer, lists, kwargs, pipe
         self.attached = Attached(transformer, recipe, adapter=adapter)
         self.cache = self.attached.cache
-        self.said: dict[str, Context] = {}  # of the latest call, by branch
         self.begin()
         self.cache.told = self.next_call
         vars(transformer)[SESSION] = self
@@ -63,7 +61,8 @@ class Session:
         config = self.kwargs["cache_config"]
         self.separate, self.steps = bool(config.enable_separate_cfg), config.num_inference_steps
         self.cfg_first = bool(config.cfg_compute_first)
-        self.calls, self.taken = 0, Counter[str]()
+        self.calls = 0
+        self.latest: dict[str, Context] = {}  # what the latest call was, by branch
         self.cache.reset()
 
     def next_call(self, around: Any) -> Any:
@@ -75,16 +74,16 @@ class Session:
             name = CFG
         else:
             name = MAIN
-        step = self.taken[name]
-        if step == self.steps:
+        call = self.latest.get(name)
+        if call is not None and call.step_index + 1 == self.steps:
             self.begin()
-            step = 0
-        self.calls += 1
-        self.taken[name] = step + 1
-        call = self.said.get(name)
+            call = None
         if call is None:
-            call = self.said[name] = Context(self.cache, name)
-        call.step_index, call.num_inference_steps = step, self.steps
+            call = self.latest[name] = Context(self.cache, name)
+            call.step_index, call.num_inference_steps = 0, self.steps
+        else:
+            call.step_index += 1
+        self.calls += 1
         if around is None:
             call.request, call.generation = thread_request(), None
         else:
@@ -101,7 +100,7 @@ class Session:
     def show(self) -> None:
         """Put statistics of the latest run where cache-dit has them: on the transformer and its block lists."""
         run = list(self.cache.stats)[-self.calls :] if self.calls else []
-        second = list(self.taken)[1:2]  # cache-dit knows two branches
+        second = list(self.latest)[1:2]  # cache-dit knows two branches
         found: dict[str, Any] = {}
         for prefix, cfg in (("_", False), ("_cfg_", True)):
             rows = [r for r in run if (r.context in second) is cfg]
@@ -111,7 +110,9 @@ class Session:
             found[f"{prefix}residual_diffs"] = {
                 str(r.step): r.signal for r in rows if r.signal is not None
             }
-        found["_accumulated_executed_steps"] = max(self.taken.values(), default=0)
+        found["_accumulated_executed_steps"] = max(
+            (call.step_index + 1 for call in self.latest.values()), default=0
+        )
         found["_accumulated_transformer_executed_steps"] = self.calls
         assert found.keys() == SHOWN
         for owner in (self.transformer, *self.lists):
