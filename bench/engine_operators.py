@@ -64,10 +64,10 @@ def accelerated(order: int) -> Operators:
 def installed(order: int) -> Operators:
     """Those under `install()`, which keeps no text that the model does not read."""
     before, image_terms, _ = held(order)
-    change, add = known("relative_change"), sum_of(order)
+    change, add = known("residual_l1"), sum_of(order)
 
     def run(x: Tensor, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        change(image, x, before)
+        change(None, image, x, before)
         return text, add(image, image_terms)
 
     return run

@@ -17,13 +17,16 @@ from torch import Tensor
 from .dispatch import AUTO, at_once, forced
 
 traced, modes = torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch_stack
-empty, empty_like, FLOAT, CPU = torch.empty, torch.empty_like, torch.float32, torch.device("cpu")
+empty_like, FLOAT, CPU = torch.empty_like, torch.float32, torch.device("cpu")
 
 
-def measures(op: str, y: Tensor, x: Tensor, prev: Tensor) -> Callable | None:
-    """What measures y - x against prev at once; None where that takes the general way."""
+def relative_change(y: Tensor, x: Tensor, prev: Tensor, sums: Tensor | None = None) -> float | None:
+    """The first sum of `residual_l1` over the second, on the host; None where that takes the general way.
+
+    NaN or infinity where the second one is zero. sums: receives them. Not for traced code.
+    """
     if (
-        not (traced() or modes())
+        not modes()
         and type(y) is Tensor
         and y.is_cpu
         and x.is_cpu
@@ -36,29 +39,21 @@ def measures(op: str, y: Tensor, x: Tensor, prev: Tensor) -> Callable | None:
         and y.is_contiguous()
         and x.is_contiguous()
         and prev.is_contiguous()
+        and (run := at_once("residual_l1", dtype))
         and y.numel()
     ):
-        return at_once(op, dtype)
+        found: float = run(sums, y, x, prev)
+        return found
     return None
-
-
-def relative_change(y: Tensor, x: Tensor, prev: Tensor) -> float | None:
-    """The first sum of `residual_l1` over the second, on the host; None where that takes the general way.
-
-    NaN or infinity where the second one is zero.
-    """
-    run = measures("relative_change", y, x, prev)
-    return None if run is None else run(y, x, prev)
 
 
 def residual_l1(general: Callable[..., Any]) -> Callable[..., Any]:
     def call(y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False) -> Any:
-        run = measures("residual_l1", y, x, prev)
-        if run is None:
-            return general(y, x, prev, per_sample)
-        sums = empty((y.shape[0], 2) if per_sample else 2, dtype=FLOAT, device=CPU)
-        run(sums, y, x, prev)
-        return sums
+        if not traced() and y.is_cpu:
+            sums = torch.empty((y.shape[0], 2) if per_sample else 2, device=CPU, dtype=FLOAT)
+            if relative_change(y, x, prev, sums) is not None:
+                return sums
+        return general(y, x, prev, per_sample)
 
     return call
 
@@ -90,10 +85,10 @@ def base_and_rows(
 ) -> Tensor | None:
     """base + sum weights * rows, in this dtype; None where that takes the general way.
 
-    rows: as many as weights, of one buffer: what the first one is, all of them are.
+    rows: as many as weights, of one buffer: what the first one is, all of them are. Not for traced code.
     """
     if (
-        not (traced() or modes())
+        not modes()
         and type(base) is Tensor
         and base.is_cpu
         and forced() == AUTO

@@ -92,19 +92,14 @@ def at_once(op: str, dtype: torch.dtype) -> Callable | None:
     return made(run, CODES[dtype])
 
 
-def _residual_l1(run: Callable[..., float], code: int) -> Callable[..., None]:
-    def call(sums: Tensor, y: Tensor, x: Tensor, prev: Tensor) -> None:
-        """sums: [2], or [samples, 2]."""
+def _residual_l1(run: Callable[..., float], code: int) -> Callable[..., float]:
+    def call(sums: Tensor | None, y: Tensor, x: Tensor, prev: Tensor) -> float:
+        """The first sum over the second. sums: receives them, [2] or [samples, 2]."""
+        if sums is None:
+            return run(None, y.data_ptr(), x.data_ptr(), prev.data_ptr(), 1, y.numel(), code)
         samples = sums.numel() // 2
         places = sums.data_ptr(), y.data_ptr(), x.data_ptr(), prev.data_ptr()
-        run(*places, samples, y.numel() // samples, code)
-
-    return call
-
-
-def _relative_change(run: Callable[..., float], code: int) -> Callable[..., float]:
-    def call(y: Tensor, x: Tensor, prev: Tensor) -> float:
-        return run(None, y.data_ptr(), x.data_ptr(), prev.data_ptr(), 1, y.numel(), code)
+        return run(*places, samples, y.numel() // samples, code)
 
     return call
 
@@ -125,12 +120,19 @@ def _linear_combine(run: Callable[..., None], code: int) -> Callable[..., None]:
 # number in layout.h.
 ADDRESS, COUNT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_L1 = ("fastcache_residual_l1", [*[ADDRESS] * 4, COUNT, COUNT, ctypes.c_int], DOUBLE)
-_SUM = ("fastcache_linear_combine", [ADDRESS, ADDRESS, ctypes.c_int, COUNT, ctypes.c_int], None)
 BY_ADDRESS: dict[str, tuple[str, list[Any], Any, Callable[..., Callable]]] = {
-    "residual_l1": (*_L1, _residual_l1),
-    "relative_change": (*_L1, _relative_change),
-    "linear_combine": (*_SUM, _linear_combine),
+    "residual_l1": (
+        "fastcache_residual_l1",
+        [*[ADDRESS] * 4, COUNT, COUNT, ctypes.c_int],
+        DOUBLE,
+        _residual_l1,
+    ),
+    "linear_combine": (
+        "fastcache_linear_combine",
+        [ADDRESS, ADDRESS, ctypes.c_int, COUNT, ctypes.c_int],
+        None,
+        _linear_combine,
+    ),
 }
 
 
