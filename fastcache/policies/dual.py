@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
+from math import inf, isfinite
 
 from ..checks import limit, marks_of, whole
 from ..signals import Signal
@@ -78,15 +78,15 @@ class DualBlock(Policy):
         return Run(memory=_Counts())
 
     def must_compute(self, run: Run, step: Step) -> str:
-        at = step.index if self.refresh is None else self._place(step.index)
+        if step.index >= self._free and not step.compute:
+            return ""
+        at = self._place(step.index)
         if not at:
             return "first step"
         if step.compute:
             return "asked for"
         if at < self._warmed and at % self.interval == 0:
             return "warm-up"
-        if not self._limited:
-            return ""
         if self.last and step.total is not None and step.index == step.total - 1:
             return "last step"
         if self.compute is not None and at < len(self.compute) and self.compute[at]:
@@ -100,10 +100,11 @@ class DualBlock(Policy):
         return ""
 
     @cached_property
-    def _limited(self) -> bool:
-        """Whether anything but the change decides after the warm-up."""
-        limits = self.compute is not None or self.max_reused is not None
-        return bool(limits or self.last or self.max_skips or self.budget)
+    def _free(self) -> float:
+        """From which step on nothing but the change decides."""
+        limits = self.compute is not None or self.max_reused is not None or self.refresh is not None
+        limited = limits or self.last or self.max_skips or self.budget
+        return inf if limited else max(self._warmed, 1)
 
     @cached_property
     def _warmed(self) -> int:

@@ -16,6 +16,7 @@ from .context import Context
 from .frames import Owner, request_of
 
 ATTACHED = "_fastcache"
+compiling = torch.compiler.is_compiling  # looked up once: every call asks
 
 
 FIELDS = ("step_index", "num_inference_steps", "timestep", "sigma")  # of a diffusers context
@@ -90,7 +91,7 @@ class ForwardPatch:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if model.__dict__.get(ATTACHED) is not attached:  # disabled, a hook still calls us
                 return original(*args, **kwargs)
-            if torch.compiler.is_compiling():
+            if compiling():
                 return traced(args, kwargs)
             if get_eval_frame_callback() in (None, False):
                 return patch.call(args, kwargs)

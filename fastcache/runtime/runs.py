@@ -72,17 +72,13 @@ class Runs:
 
         frame: what is open around it, a Frame or None. told: the timestep, where it was asked for before.
         """
-        context: Context | None = None
-        generation = None
-        steps, moment = self.steps, NEVER
-        unclear, first = False, True
-        if frame is not None:
-            generation = frame.generation
-            if frame.one_call:
-                context = frame
+        context: Context | None = frame if frame is not None and frame.one_call else None
+        generation = None if frame is None else frame.generation
+        steps, moment, unclear, first = self.steps, NEVER, False, True
         if told is UNASKED:
-            told = None if context is None else context.timestep
-            if self.callback is not None:
+            if self.callback is None:
+                told = None if context is None else context.timestep
+            else:
                 told = steps.told(context, self.callback)
         if context is None or context.step_index is None:
             value, several = steps.argument(args, kwargs), self.trips.several

@@ -47,7 +47,8 @@ class Change(Meter):
             found = relative_change(y, x, slots.reference)
             if found is not None:
                 return found
-        return super().number(state, y, x)
+        measured = self.measure(state, y, x)
+        return None if measured is None else self.read(measured, None)
 
     def keep(self, state: State, y: Tensor, x: Tensor | None) -> None:
         slots = self._slots(state)
