@@ -23,7 +23,7 @@ empty_like, FLOAT, CPU = torch.empty_like, torch.float32, torch.device("cpu")
 def relative_change(y: Tensor, x: Tensor, prev: Tensor, sums: Tensor | None = None) -> float | None:
     """The first sum of `residual_l1` over the second, on the host; None where that takes the general way.
 
-    NaN or infinity where the second one is zero. sums: receives them. Not for traced code.
+    NaN or infinity where the second one is zero. sums: receives them, if there are any. Not for traced code.
     """
     if (
         not modes()
@@ -40,7 +40,6 @@ def relative_change(y: Tensor, x: Tensor, prev: Tensor, sums: Tensor | None = No
         and x.is_contiguous()
         and prev.is_contiguous()
         and (run := at_once("residual_l1", dtype))
-        and y.numel()
     ):
         found: float = run(sums, y, x, prev)
         return found
@@ -49,7 +48,7 @@ def relative_change(y: Tensor, x: Tensor, prev: Tensor, sums: Tensor | None = No
 
 def residual_l1(general: Callable[..., Any]) -> Callable[..., Any]:
     def call(y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False) -> Any:
-        if not traced() and y.is_cpu:
+        if not traced() and y.is_cpu and y.numel():
             sums = torch.empty((y.shape[0], 2) if per_sample else 2, device=CPU, dtype=FLOAT)
             if relative_change(y, x, prev, sums) is not None:
                 return sums

@@ -187,12 +187,10 @@ class RuleDecider:
         """Measure y, or y - x, inside the forward, and decide by it unless compiled code waits for the number."""
         if not self.inside:
             return
-        control, meter = self.control, self.meter
-        assert meter is not None
+        control = self.control
+        meter: Any = self.meter
         state: State = control.state
-        if (
-            control.phase == HEAD
-        ):  # `prepare_head` has seen that there is something to measure against
+        if control.phase == HEAD:  # `prepare_head` has seen what there is to measure against
             meter.measure_head(state, y, x)
             return
         if meter.needs_history:
