@@ -9,8 +9,9 @@ embedders, that block, norms and projection are paid by all sides. Of that own c
 without the operators themselves (`engine_operators.py`), which are timed by calling them bare in that place.
 
 Contenders are interleaved in one process, in runs of 50 steps. A sample is the 20th percentile of a run's steps, and
-costs are differences of the 20th percentiles of the samples: what the rest of the machine does only ever adds. Counted
-too, since neither depends on that, are calls of functions and the instructions that the interpreter runs.
+costs are differences of the 20th percentiles of the samples: what the rest of the machine does only ever adds. Of
+several processes the medians count. Counted too, since neither depends on that, are calls of functions and the
+instructions that the interpreter runs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from . import common
 from . import engine_operators as operators
 from .common import Row
 from .overhead import BLOCKS, flux, flux_inputs
+from .processes import medians, rows_of
 from .systems import missing, quietly
 
 FLOOR = "first block alone"
@@ -73,14 +75,28 @@ class Case(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     p = common.parser("engines", __doc__)
-    p.add_argument("--rounds", type=int, help="timed rounds")
+    p.add_argument("--rounds", type=int, help="timed rounds of a process")
+    p.add_argument("--processes", type=int, help="whose medians are taken; 1: this one")
     args = p.parse_args(argv)
     if reason := missing("cache-dit") or missing("diffusers"):
         print(reason)
         return 0
-    torch.set_num_threads(args.threads)
-    blocks = 6 if args.quick else BLOCKS
-    rounds = args.rounds or (2 if args.quick else 60)
+    rounds = args.rounds or (2 if args.quick else 20)
+    processes = args.processes or (1 if args.quick else 7)
+    if processes > 1:
+        options = ["--processes", "1", "--rounds", str(rounds), "--threads", str(args.threads)]
+        rows = medians(rows_of("engines", processes, options + ["--quick"] * args.quick), MEASURED)
+    else:
+        torch.set_num_threads(args.threads)
+        rows = measured_here(6 if args.quick else BLOCKS, rounds)
+    show(rows)
+    if args.json:
+        common.write_lines(args.json, rows)
+    return 0
+
+
+def measured_here(blocks: int, rounds: int) -> list[Row]:
+    """The rows of this process."""
     with torch.no_grad(), quietly():
         found = cases(blocks)
         samples = measured(found, rounds)
@@ -88,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         backend.uninstall()
     environment = common.environment()
     at = {name: common.quantiles(times) for name, times in samples.items()}
-    rows: list[Row] = [
+    return [
         {"bench": "engines", "case": case, "method": method, "blocks": blocks}
         | at[case, method]
         | costs({name: row["p20"] for name, row in at.items()}, case, method)
@@ -102,10 +118,6 @@ def main(argv: list[str] | None = None) -> int:
         for case, method in samples
         if not case.startswith(BARE)
     ]
-    show(rows)
-    if args.json:
-        common.write_lines(args.json, rows)
-    return 0
 
 
 def costs(at: dict[tuple[str, str], float], case: str, method: str) -> Row:
@@ -256,6 +268,7 @@ def show(rows: list[Row]) -> None:
 
 
 PARTS = ("own", "own_operators", "own_python")  # of a step's time
+MEASURED = ("p20", "p50", "p80", *PARTS)
 # what is held against cache-dit's: a field, what it is called, and whether the floor has a share of it
 UNITS = (
     ("own", "time", False),
