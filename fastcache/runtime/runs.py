@@ -64,6 +64,9 @@ class Runs:
         self.timed = any(rule.when.needs_timestep for rule in recipe.rules)
         totals = (rule.when.num_inference_steps for rule in recipe.rules)
         self.planned = next((n for n in totals if n), None)  # steps, as the recipe has it
+        # whether the number of a step is all that has to be known of it
+        looks = self.timed or asking or self.one_batch or self.callback is not None or pool.streams
+        self.by_number = not looks
 
     def locate(
         self, frame: Any, args: tuple, kwargs: dict, told: Any = UNASKED
@@ -72,6 +75,11 @@ class Runs:
 
         frame: what is open around it, a Frame or None. told: the timestep, where it was asked for before.
         """
+        numbered = frame is not None and frame.one_call and frame.step_index is not None
+        if numbered and self.by_number and told is UNASKED:
+            found = self.following(frame, args, kwargs)
+            if found is not None:
+                return found
         context: Context | None = frame if frame is not None and frame.one_call else None
         generation = None if frame is None else frame.generation
         steps, moment, unclear, first = self.steps, NEVER, False, True
@@ -114,6 +122,33 @@ class Runs:
         step = self.step(state, call, generation, moment, unclear, compute, first)
         if context is not None:
             context.calls += 1
+        return state, step
+
+    def following(self, call: Context, args: tuple, kwargs: dict) -> tuple[State, Step] | None:
+        """The same for a call that says by its number that it is the very next step of its run, as most of such calls
+        are; None for all others. Where `by_number`."""
+        index, total = call.step_index, call.num_inference_steps
+        state = self.pool.states.get((call.request, call.name))
+        if (
+            state is None
+            or index != state.index
+            or not index
+            or call.timestep is not None
+            or call.generation is not None
+            or state.start
+            or state.unclear
+            or state.leapt
+            or (total is not None and total != state.total)
+            or state.key not in state.trip.members
+            or state.signature != call_signature(args, kwargs)
+        ):
+            return None
+        call.calls += 1
+        state.indexed, state.uncached_step = True, False
+        state.armed_step, state.step_timestep = index, None
+        step = tuple.__new__(
+            Step, (index, state.total, None, call.sigma, False, call.compute, False)
+        )
         return state, step
 
     def add(self, key: tuple[Any, str]) -> State:
