@@ -20,37 +20,49 @@ traced, modes = torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch
 empty_like, FLOAT, CPU = torch.empty_like, torch.float32, torch.device("cpu")
 
 
-def relative_change(y: Tensor, x: Tensor, prev: Tensor, sums: Tensor | None = None) -> float | None:
-    """The first sum of `residual_l1` over the second, on the host; None where that takes the general way.
+Change = Callable[..., "float | None"]
 
-    NaN or infinity where the second one is zero. sums: receives them, if there are any. Not for traced code.
+
+def change_against(prev: Tensor) -> Change:
+    """What gives the first sum of `residual_l1` over the second, on the host, for (y, x) against this tensor.
+
+    What the tensor is, is asked for now and not with every change: it has to stay as it is. The function returns None
+    for what takes the general way, NaN or infinity where the second sum is zero; a third argument receives both sums.
+    Not for traced code.
     """
-    if (
-        not modes()
-        and type(y) is Tensor
-        and y.is_cpu
-        and x.is_cpu
-        and prev.is_cpu
-        and forced() == AUTO
-        and (dtype := y.dtype) is x.dtype
-        and dtype is prev.dtype
-        and (shape := y.shape) == x.shape
-        and shape == prev.shape
-        and y.is_contiguous()
-        and x.is_contiguous()
-        and prev.is_contiguous()
-        and (run := at_once("residual_l1", dtype))
-    ):
-        found: float = run(sums, y, x, prev)
-        return found
-    return None
+    run = None
+    if type(prev) is Tensor and prev.is_cpu and prev.is_contiguous() and prev.numel():
+        run = at_once("residual_l1", prev.dtype)
+    if run is None:
+        return lambda y, x, sums=None: None
+    dtype, shape, kernel = prev.dtype, prev.shape, run
+
+    def change(y: Tensor, x: Tensor, sums: Tensor | None = None) -> float | None:
+        if (
+            not modes()
+            and type(y) is Tensor
+            and y.is_cpu
+            and x.is_cpu
+            and forced() == AUTO
+            and y.dtype is dtype
+            and x.dtype is dtype
+            and y.shape == shape
+            and x.shape == shape
+            and y.is_contiguous()
+            and x.is_contiguous()
+        ):
+            found: float = kernel(sums, y, x, prev)
+            return found
+        return None
+
+    return change
 
 
 def residual_l1(general: Callable[..., Any]) -> Callable[..., Any]:
     def call(y: Tensor, x: Tensor, prev: Tensor, per_sample: bool = False) -> Any:
         if not traced() and y.is_cpu and y.numel():
             sums = torch.empty((y.shape[0], 2) if per_sample else 2, device=CPU, dtype=FLOAT)
-            if relative_change(y, x, prev, sums) is not None:
+            if change_against(prev)(y, x, sums) is not None:
                 return sums
         return general(y, x, prev, per_sample)
 

@@ -131,6 +131,10 @@ class Ring(Stream):
                 return base + row  # the kernel's bits and passes, with a sixth of its call overhead
         views = self.views
         rows = [views[r] for r in self.timeline.rows[: len(weights)]]
+        if base is not None:
+            found = base_and_rows(base, rows, weights, self.dtype)
+            if found is not None:
+                return found
         return weighted(rows, weights, base, self.dtype)
 
     def _handed_out(self, row: Tensor) -> Tensor:
@@ -236,8 +240,6 @@ def weighted(
     rows: of one buffer. base: of their shape, or of the end of their batch.
     """
     if base is not None:
-        if (found := base_and_rows(base, rows, weights, dtype)) is not None:
-            return found
         rows = [fitting(row, base) for row in rows]
         out = torch.empty_like(rows[0], dtype=dtype)
         if len(rows) == 1 and weights[0] == 1.0:

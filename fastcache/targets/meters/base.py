@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ... import sync
 from ...models.block_io import BlockIO
+from ...ops.short import change_against
 from ...policies import Policy, Step
 from ...storage.group import SlotGroup
 from ...storage.state import State
@@ -21,7 +23,16 @@ class SignalSlots(SlotGroup):
     step as the reference. kept_reference: a reference is there. slopes: how many outputs in a row were compared with
     the one before."""
 
-    __slots__ = ("form", "kept_reference", "nothing", "output", "reference", "slopes", "sums")
+    __slots__ = (
+        "against",
+        "form",
+        "kept_reference",
+        "nothing",
+        "output",
+        "reference",
+        "slopes",
+        "sums",
+    )
     holds = ("reference", "sums", "nothing", "output")
     facts: ClassVar[dict[str, Any]] = {"kept_reference": False, "slopes": 0}
     forms = ("form",)
@@ -35,6 +46,11 @@ class SignalSlots(SlotGroup):
     def __init__(self) -> None:
         super().__init__()
         self.form: tuple | None = None
+        self.against: Callable[..., float | None] | None = None  # what compares with the reference
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        super().move(to)
+        self.against = None if self.against is None else change_against(self.reference)
 
 
 class Meter:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import sync
 from ...ops import direct
-from ...ops.short import relative_change
+from ...ops.short import change_against
 from ...storage.allocate import allocate, strides_of
 from ...storage.ring import tail
 from ...storage.state import State
@@ -43,8 +43,9 @@ class Change(Meter):
 
     def number(self, state: State, y: Tensor, x: Tensor | None) -> float | None:
         slots: SignalSlots = state.slots[self.rule].signal
-        if x is not None and slots.kept_reference and not self.per_sample:
-            found = relative_change(y, x, slots.reference)
+        against = slots.against
+        if x is not None and against is not None and slots.kept_reference and not self.per_sample:
+            found = against(y, x)
             if found is not None:
                 return found
         measured = self.measure(state, y, x)
@@ -63,7 +64,7 @@ class Change(Meter):
             or (held.dtype, held.device) != (y.dtype, y.device)
         ):
             slots.reference = allocate(y.shape, y.dtype, y.device, strides_of(y))
-            slots.form = (y.shape, y.dtype)
+            slots.form, slots.against = (y.shape, y.dtype), change_against(slots.reference)
             if x is None:
                 slots.nothing = allocate(y.shape, y.dtype, y.device, strides_of(y))
         if x is None:
