@@ -41,6 +41,7 @@ def change_against(prev: Tensor) -> Change:
         if (
             not modes()
             and type(y) is Tensor
+            and type(x) is Tensor
             and y.is_cpu
             and x.is_cpu
             and forced() == AUTO
@@ -75,7 +76,8 @@ def linear_combine_(general: Callable[..., Any]) -> Callable[..., Any]:
             dtype, shape = out.dtype, out.shape
             for t in tensors:
                 if (
-                    t.dtype is not dtype
+                    type(t) is not Tensor
+                    or t.dtype is not dtype
                     or t.shape != shape
                     or not t.is_contiguous()
                     or not t.is_cpu
@@ -91,33 +93,37 @@ def linear_combine_(general: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def base_and_rows(
-    base: Tensor, rows: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype
-) -> Tensor | None:
-    """base + sum weights * rows, in this dtype; None where that takes the general way.
+def sum_over(held: Sequence[Tensor], dtype: torch.dtype) -> Callable[..., Tensor | None]:
+    """What gives base + sum weights * rows, in this dtype, for (base, rows, weights), the rows being some of these.
 
-    rows: as many as weights, of one buffer: what the first one is, all of them are. Not for traced code.
+    All of these are as the first one is, of one buffer. The function returns None for what takes the general way. Not
+    for traced code.
     """
-    if (
-        not modes()
-        and type(base) is Tensor
-        and base.is_cpu
-        and forced() == AUTO
-        and base.dtype is dtype
-        and (row := rows[0]).dtype is dtype
-        and row.is_cpu
-        and base.shape == row.shape
-        and base.is_contiguous()
-        and row.is_contiguous()
-        and len(rows) < TERMS
-        and 0.0 not in weights
-        and (run := at_once("linear_combine", dtype))
-        and base.numel()
-    ):
-        out = empty_like(base)
-        run(out, (base, *rows), (1.0, *weights))
-        return out
-    return None
+    row, run = held[0], None
+    if type(row) is Tensor and row.is_cpu and row.is_contiguous() and row.numel():
+        fits = row.dtype is dtype and len(held) < TERMS
+        run = at_once("linear_combine", dtype) if fits else None
+    if run is None:
+        return lambda base, rows, weights: None
+    shape, kernel = row.shape, run
+
+    def added(base: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
+        if (
+            not modes()
+            and type(base) is Tensor
+            and base.is_cpu
+            and forced() == AUTO
+            and base.dtype is dtype
+            and base.shape == shape
+            and base.is_contiguous()
+            and 0.0 not in weights
+        ):
+            out = empty_like(base)
+            kernel(out, (base, *rows), (1.0, *weights))
+            return out
+        return None
+
+    return added
 
 
 TERMS = 8  # that a kernel takes

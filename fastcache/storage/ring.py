@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import direct
 from ..ops.passes import in_passes
-from ..ops.short import base_and_rows
+from ..ops.short import sum_over
 from .allocate import Unfit, put, stacked
 from .history import Timeline
 from .stream import Stream
@@ -85,13 +85,17 @@ def picked(rows: Sequence[Tensor], place: Tensor) -> Tensor:
 class Ring(Stream):
     """The last `depth` raw values of one tensor, stacked in one buffer."""
 
-    __slots__ = ("timeline", "version")
+    __slots__ = ("added", "timeline", "version")
     kept: ClassVar[tuple[str, ...]] = ("rows",)
 
     def __init__(self, value: Tensor, timeline: Timeline, dtype: torch.dtype | None = None) -> None:
         super().__init__(value.dtype)
         self.timeline, self.version = timeline, 0
         self.hold(stacked(value, timeline.depth, dtype or value.dtype))
+
+    def hold(self, buffer: Tensor) -> None:
+        super().hold(buffer)
+        self.added = sum_over(self.views, self.dtype)
 
     def store(self, y: Tensor, x: Tensor | None, step: int) -> None:
         """Keep y, or y - x, in the oldest row. A conditional half goes to the second half of the row."""
@@ -132,7 +136,7 @@ class Ring(Stream):
         views = self.views
         rows = [views[r] for r in self.timeline.rows[: len(weights)]]
         if base is not None:
-            found = base_and_rows(base, rows, weights, self.dtype)
+            found = self.added(base, rows, weights)
             if found is not None:
                 return found
         return weighted(rows, weights, base, self.dtype)

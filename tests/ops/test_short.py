@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcache
 from fastcache.ops import dispatch
-from fastcache.ops.short import SHORT, change_against
+from fastcache.ops.short import SHORT, change_against, sum_over
 from fastcache.sync import relative_change as of_sums
 
 pytestmark = pytest.mark.skipif(
@@ -113,12 +113,19 @@ def test_a_forced_backend_and_whoever_watches_get_the_general_way(name):
     assert not taken(name, three())
 
 
-@pytest.mark.parametrize("what", ["one shape", "as many elements", "weights"])
+REFUSED = {
+    "another shape": lambda: torch.randn(2, 6, 9),
+    "as many elements": lambda: torch.randn(2, 8, 6),
+    "a subclass": lambda: torch.randn(SHAPE).as_subclass(Kind),
+    "another device": lambda: torch.randn(SHAPE, device="meta"),
+    "weights": lambda: torch.randn(SHAPE),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
 def test_what_the_general_way_refuses_goes_there_before_anything_is_read(what):
     """What is called by address looks at nothing itself."""
-    bad = torch.randn(
-        {"one shape": (2, 6, 9), "as many elements": (2, 8, 6), "weights": SHAPE}[what]
-    )
+    bad = REFUSED[what]()
     for place in range(3):
         tensors = three()
         tensors[place] = bad
@@ -162,6 +169,39 @@ def test_a_change_that_is_unusual_has_no_number_at_once(what):
     assert relative_change(*UNUSUAL[what]()) is None
     with fastcache.backend("reference"):
         assert relative_change(*three()) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_base_and_the_rows_of_a_buffer_add_up_as_the_op_has_it(dtype):
+    base, buffer = torch.randn(SHAPE).to(dtype), torch.randn(3, *SHAPE).to(dtype)
+    rows = list(buffer.unbind())
+    found = sum_over(rows, dtype)(base, rows[:2], (0.5, -2.0))
+    expected = fastcache.ops.linear_combine([base, *rows[:2]], [1.0, 0.5, -2.0])
+    assert torch.equal(found, expected) and found.data_ptr() != base.data_ptr()
+
+
+def test_what_no_kernel_adds_up_at_once_takes_the_general_way():
+    base, rows = torch.randn(SHAPE), list(torch.randn(2, *SHAPE).unbind())
+    weights, add = (0.5, 0.25), sum_over(rows, torch.float32)
+    assert add(base, rows, weights) is not None
+    assert add(base, rows, (0.5, 0.0)) is None  # a row without a share may hold anything
+    for other in (
+        base.double(),
+        base[:1],
+        base.transpose(0, 1).contiguous().transpose(0, 1),
+        base.as_subclass(Kind),
+        base.to("meta"),
+    ):
+        assert add(other, rows, weights) is None
+    with fastcache.backend("reference"):
+        assert add(base, rows, weights) is None
+    with Watching():
+        assert add(base, rows, weights) is None
+    laid = torch.randn(2, 8, 6, 2).permute(0, 3, 2, 1)  # rows in another order of dimensions
+    assert sum_over(list(laid.unbind()), torch.float32)(base, list(laid.unbind()), weights) is None
+    assert sum_over(rows, torch.bfloat16)(base, rows, weights) is None
+    many = list(torch.randn(8, *SHAPE).unbind())
+    assert sum_over(many, torch.float32)(base, many, [0.5] * 8) is None
 
 
 def test_a_backend_without_such_functions_has_none():
