@@ -161,12 +161,22 @@ class Search:
             if planned is not None:  # what comes of it tells of others
                 self.planned[candidate.recipe, steps] = planned
             self.try_all([candidate])
+        if self.converged and main:
+            # what a solver's own error makes of the cache's is in no outlook: every predictor is looked at
+            plans = self.plans[steps]
+            for name in plans.predictors:
+                self.attempt(plans.spread(name, self.affordable(name, steps))[:1], steps)
         self.seek(steps, until)
 
     def seek(self, steps: int, until: float) -> None:
         """Run what should be best at this step count, again and again."""
         pick = self.nearest if self.goal.most is not None else self.cheapest
         while self.lab.spent < until and (planned := pick(steps)) is not None:
+            self.attempt([planned], steps)
+
+    def attempt(self, found: Iterable[Planned], steps: int) -> None:
+        """Run candidates with the first seed, and note what was expected of them."""
+        for planned in found:
             self.planned[planned.candidate.recipe, steps] = planned
             self.try_all([planned.candidate])
 
