@@ -190,7 +190,7 @@ def plans(bench: Bench) -> Iterator[Row]:
     reference = {s: bench.sample(USUAL, s) for s in UNSEEN}
     for (name, what), computed in itertools.product(PLANNERS.items(), PLANNED):
         recipes = {"even": Recipe(Spread(computed / USUAL, 2), what)}
-        recipes |= {c: calibration.plan(computed, what, cost=c) for c in get_args(Cost)}
+        recipes |= {c: calibration.plan(computed, what, cost=c, first=2) for c in get_args(Cost)}
         for way, recipe in recipes.items():
             found = bench.nearness(reference, bench.cached(recipe, USUAL, "euler"))
             yield {"predictor": name, "computed": computed, "way": way, "psnr": found}
