@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-BUDGET = 23.0  # of one step count, after which single steps are moved no more
+BUDGET = 22.0  # of one step count, after which single steps are moved no more
 PER_COUNT = 4.0  # more for each further step count
 # Of the first, in which predictors and schedules are tried; more beside a converged reference, where a solver's own
 # error makes another order of them than is expected.
