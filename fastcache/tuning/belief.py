@@ -17,7 +17,6 @@ from .plans import Planned
 # and of a run by itself.
 ALL, PREDICTOR, SCHEDULE, BOTH, RUN = 20.0, 1.5, 1.5, 1.0, 1.0
 ALIKE = 2.0  # steps of two schedules that differ, after which they have little in common
-USUAL = 2.0  # of what has come of candidates that were tried; where it is more, less is known of others too
 BOLD = 0.5  # standard deviations that what is not known yet is believed better
 
 

@@ -13,9 +13,8 @@ from .lab import Lab, Trial
 
 TRIED = 40  # plans
 
-Likeliest = Callable[
-    [Trial, list[Marks]], list[Marks]
-]  # which of these plans in place of a trial's come first
+# which of these plans in place of a trial's come first
+Likeliest = Callable[[Trial, list[Marks]], list[Marks]]
 
 
 def improve(lab: Lab, goal: Goal, start: Trial, budget: float, likeliest: Likeliest) -> None:
