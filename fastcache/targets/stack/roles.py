@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sized
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -94,18 +93,14 @@ def _head_roles(phase: str, head: int, probed: bool, watched: bool, opening: boo
     return roles
 
 
-class BlockStandIn(partial):
-    """What a list hands out in place of a block: called like it, and with its attributes.
+class BlockStandIn:
+    """What a list hands out in place of a block: called like it, and with its attributes."""
 
-    A partial of what plays its part: its call enters no function of its own.
-    """
+    def __init__(self, run: Callable, block: nn.Module) -> None:
+        self.run, self.block = run, block
 
-    block: nn.Module
-
-    def __new__(cls, run: Callable, block: nn.Module) -> Any:
-        self = super().__new__(cls, run)
-        self.block = block
-        return self
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
