@@ -35,7 +35,7 @@ class SignalSlots(SlotGroup):
     )
     holds = ("reference", "sums", "nothing", "output")
     facts: ClassVar[dict[str, Any]] = {"kept_reference": False, "slopes": 0}
-    forms = ("form",)
+    forms = ("form", "against")
     reference: Any
     sums: Any
     nothing: Any
