@@ -185,13 +185,15 @@ def test_at_a_wished_speed_it_finds_what_trying_everything_finds(known):
     assert statistics.fmean(leads) > 1 and statistics.median(leads) > -0.5, leads
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_where_nothing_can_be_calibrated_it_still_finds_a_good_one(known, number):
+def test_where_nothing_can_be_calibrated_it_still_finds_good_ones(known):
     known(False)
-    world = World(number)
-    search = searched(world, Goal(2.0))
-    assert search.calibrations == {STEPS: None}
-    assert search.best().quality > best_of_all(world, search, 0.5) - 3
+    leads = []
+    for number in range(5):
+        world = World(number)
+        search = searched(world, Goal(2.0))
+        assert search.calibrations == {STEPS: None}
+        leads.append(search.best().quality - best_of_all(world, search, 0.5))
+    assert statistics.fmean(leads) > -2 and min(leads) > -8, leads
 
 
 @pytest.mark.parametrize("error", [30.0, 40.0])
