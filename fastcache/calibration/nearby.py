@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from ..predictors import Predictor
 from .outlook import Outlook
@@ -43,7 +43,13 @@ def with_steps(marks: Marks, out: Sequence[int] = (), more: Sequence[int] = ()) 
 
 
 def computed_of(marks: Marks) -> list[int]:
+    """The steps that are computed, ascending."""
     return [i for i, m in enumerate(marks) if m]
+
+
+def marked(computed: Collection[int], total: int) -> Marks:
+    """The marks of a run of so many steps that computes these."""
+    return tuple(i in computed for i in range(total))
 
 
 def _shifted(marks: Marks) -> Iterator[Marks]:

@@ -23,7 +23,7 @@ from ..recipe import Recipe
 from .errors import CalibrationError
 from .grams import Array, gram_of
 from .missed import Missed
-from .nearby import Marks, climbed
+from .nearby import Marks, climbed, computed_of, marked
 from .outlook import Outlook
 from .weights import fitted_weights
 
@@ -143,20 +143,19 @@ def nearest(
     first = first if what.guide is None else max(first, what.depth)  # a guide needs so many values
 
     def allowed(marks: Marks) -> bool:
-        computed = [i for i, mark in enumerate(marks) if mark]
+        computed = computed_of(marks)
         ends = [*computed, total] if not last else computed
         near = all(b - a <= gap for a, b in pairwise(ends))
         return all(marks[:first]) and marks[-1] >= last and near
 
-    starts = [tuple(i in start for i in range(total))]
+    starts = [marked(start, total)]
     for growth in GROWTHS:
         spread = Spread(share, first, growth, last=last)
-        computed = Recipe(spread, what).plan(total).computed
-        starts.append(tuple(i in computed for i in range(total)))
+        starts.append(marked(Recipe(spread, what).plan(total).computed, total))
     fits = [s for s in starts if allowed(s) and sum(s) == len(start)]
     found = [climbed(outlook, what, marks, allowed) for marks in fits or starts[:1]]
     best = max(found, key=lambda marks: outlook.expected(what, marks))
-    return [i for i, mark in enumerate(best) if mark]
+    return computed_of(best)
 
 
 def _checked(
@@ -254,7 +253,7 @@ class Plans:
         if cost == "run":
             outlook = Outlook(len(gram), *self._of(context), lengths)
             steps = nearest(outlook, steps, what, first, last, max_skips)
-        marks = tuple(i in steps for i in range(len(gram)))
+        marks = marked(steps, len(gram))
         made_for = MadeFor(self.model, self.scheduler, len(marks))
         return Recipe.of(Recipe(Mask(marks, scaled=True), what).rules, "plan", made_for)
 

@@ -77,8 +77,8 @@ class InputWatcher:
         value = together(first_value(output))
         if state is None or entered is None or not isinstance(value, Tensor):
             return
-        self.trajectory.keep(state.key, state.armed_step or 0, entered)
         step, now = state.armed_step or 0, sampled(value).float()
+        self.trajectory.keep(state.key, step, entered)
         at, *before = self.before.get(state.key, (step, entered, now))
         if at == step - 1 and [b.shape for b in before] == [entered.shape, now.shape]:
             both = zip((entered, now), before, strict=True)

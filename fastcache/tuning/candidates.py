@@ -10,7 +10,7 @@ from typing import Any
 
 from ..calibration.calibration import Calibration
 from ..calibration.errors import CalibrationError
-from ..calibration.nearby import Marks
+from ..calibration.nearby import Marks, marked
 from ..configs.given import settings_of
 from ..configs.presets import preset, presets
 from ..policies import (
@@ -202,7 +202,7 @@ def thresholds(
             recipe, computed = make()
         except CalibrationError:
             continue  # nothing was measured that it needs, or no threshold computes so few steps
-        yield Candidate(name, recipe, steps), tuple(i in computed for i in range(calibration.steps))
+        yield Candidate(name, recipe, steps), marked(computed, calibration.steps)
 
 
 def easy_cache(threshold: float, what: Predictor, steps: int) -> Candidate:

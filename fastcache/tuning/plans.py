@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..calibration.nearby import Marks, climbed
+from ..calibration.nearby import Marks, climbed, marked
 from ..calibration.outlook import Outlook
 from ..policies import Interval
 from ..predictors import Predictor
@@ -52,7 +52,8 @@ class Plans:
         if key not in self._spread:
             taken = self.outlook.steps
             made = (shaped(predictor, s, self.steps, taken, computed) for s in SHAPES)
-            planned = [self._planned(c, predictor) for c in made if c is not None]
+            found = (self.planned(c) for c in made if c is not None)
+            planned = (p for p in found if p is not None)
             self._spread[key] = sorted(planned, key=lambda p: -p.expected)
         return self._spread[key]
 
@@ -66,9 +67,8 @@ class Plans:
         found = {p.marks: p for p in self.spread(predictor, computed)}
         for marks in moved:
             name = f"{predictor}, planned"
-            made = masked(marks, what, Stack(), name, self.steps)
-            planned = self._planned(made, predictor)
-            if sum(planned.marks) <= computed:
+            planned = self.planned(masked(marks, what, Stack(), name, self.steps))
+            if planned is not None and sum(planned.marks) <= computed:
                 found.setdefault(planned.marks, planned)
         return list(found.values())
 
@@ -97,10 +97,8 @@ class Plans:
             plan = candidate.recipe.plan(self.outlook.steps) if candidate.recipe else None
         except ValueError:  # it decides while it runs
             return None
-        if plan is None:
-            return None
-        computed = set(plan.computed)
-        return self.expecting(candidate, tuple(i in computed for i in range(self.outlook.steps)))
+        marks = () if plan is None else marked(plan.computed, len(plan))
+        return self.expecting(candidate, marks)
 
     def instead(self, recipe: Recipe, plans: list[Marks]) -> list[Planned]:
         """A recipe on other schedules; none where the outlook says nothing of them."""
@@ -108,11 +106,3 @@ class Plans:
         made = (masked(m, rule.what, rule.where, "moved", self.steps) for m in plans)
         found = (self.expecting(c, m) for c, m in zip(made, plans, strict=True))
         return [p for p in found if p is not None]
-
-    def _planned(self, candidate: Candidate, predictor: str) -> Planned:
-        assert candidate.recipe is not None
-        taken = self.outlook.steps
-        computed = set(candidate.recipe.plan(taken).computed)
-        marks = tuple(i in computed for i in range(taken))
-        expected = self.outlook.expected(PREDICTORS[predictor], marks)
-        return Planned(candidate, predictor, marks, expected)

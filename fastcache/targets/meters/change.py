@@ -48,8 +48,7 @@ class Change(Meter):
             found = against(y, x)
             if found is not None:
                 return found
-        measured = self.measure(state, y, x)
-        return None if measured is None else self.read(measured, None)
+        return super().number(state, y, x)
 
     def keep(self, state: State, y: Tensor, x: Tensor | None) -> None:
         slots = self._slots(state)
