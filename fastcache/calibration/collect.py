@@ -17,11 +17,10 @@ from ..runtime.settings import Calibrated
 from .calibration import Calibration
 from .errors import CalibrationError
 from .fields import MAX_GRAM
+from .grams import Gram, Grams
 
 # (model, context), the ratios of a run, and how many steps it had
 Measured = tuple[tuple[str, str], list[Tensor], int]
-# by (model, context), per run a matrix
-Grams = Mapping[tuple[str, str], list[list[list[float]]]]
 
 
 def measured(calibrated: Calibrated, denoisers: Iterable[Denoiser]) -> Iterator[Measured]:
@@ -95,7 +94,7 @@ def collect(
     )
 
 
-def _mean_gram(grams: list[list[list[float]]]) -> tuple[tuple[float, ...], ...]:
+def _mean_gram(grams: list[Gram]) -> tuple[tuple[float, ...], ...]:
     """The lower triangle, unitless, of the mean over runs; nothing of a run that is too long, or not finite."""
     found = np.array(_whole(grams), dtype=np.float64)
     sizes = np.einsum("rii->r", found) / found.shape[-1]

@@ -12,6 +12,8 @@ from .fields import MAX_GRAM
 
 Array = np.ndarray
 Rows = Sequence[Sequence[float]]  # of a lower triangle
+Gram = list[list[float]]  # the whole matrix
+Grams = dict[tuple[str, str], list[Gram]]  # by (model, context), one per run
 
 
 def gram_of(grams: Mapping[str, Rows], context: str | None) -> Array:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from .. import sync
 from ..cache import Cache
+from ..calibration.grams import Grams
 from ..models.adapter import BlockAdapter
 from ..models.attention import block_lists
 from ..models.block_io import BlockIO
 from ..models.registry import adapter_for
 from ..runtime.denoiser import Denoiser
-from .gram import Grams, Trajectory
+from .gram import Trajectory, gathered
 
 GAP = 32  # first-block changes are kept against this many earlier steps
 
@@ -46,8 +47,8 @@ def watch_first_blocks(
     for watcher in watchers:
         for context, rows in watcher.rows().items():
             changes[watcher.denoiser.name, context] = rows
-        for context, grams in watcher.trajectory.grams().items():
-            guides.setdefault("residual", {})[watcher.denoiser.name, context] = grams
+    if seen := gathered(watchers):
+        guides["residual"] = seen
 
 
 class FirstBlockWatcher:

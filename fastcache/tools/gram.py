@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import sync
+from ..calibration.grams import Gram, Grams
+from ..runtime.denoiser import Denoiser
 
-Gram = list[list[float]]
-Grams = dict[tuple[str, str], list[Gram]]  # by (model, context), one per run
+
+class Keeper(Protocol):
+    """A watcher of one model that keeps a trajectory."""
+
+    denoiser: Denoiser
+    trajectory: Trajectory
 
 
 class Trajectory:
@@ -46,3 +53,12 @@ class Trajectory:
                 rows = [numbers[i * n : (i + 1) * n] for i in range(n)]
                 found.setdefault(context, []).append(rows)
         return found
+
+
+def gathered(watchers: Iterable[Keeper]) -> Grams:
+    """The matrices of all watched models, by (model, context)."""
+    return {
+        (watcher.denoiser.name, context): grams
+        for watcher in watchers
+        for context, grams in watcher.trajectory.grams().items()
+    }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import sync
 from ..cache import Cache
+from ..calibration.grams import Grams
 from ..models.adapter import BlockAdapter
 from ..models.attention import block_lists
 from ..models.block_io import BlockIO
@@ -20,7 +21,7 @@ from ..runtime.denoiser import Denoiser
 from ..targets.meters.model_input import together
 from ..targets.outputs import first_value
 from .first_block import relative, sampled
-from .gram import Grams, Trajectory
+from .gram import Trajectory, gathered
 
 Pairs = list[tuple[float, float]]
 
@@ -43,8 +44,8 @@ def watch_inputs(cache: Cache, guides: dict[str, Grams]) -> Iterator[dict[tuple[
     for watcher in watchers:
         for context, pairs in watcher.pairs().items():
             found[watcher.denoiser.name, context] = pairs
-        for context, grams in watcher.trajectory.grams().items():
-            guides.setdefault("modulated", {})[watcher.denoiser.name, context] = grams
+    if seen := gathered(watchers):
+        guides["modulated"] = seen
 
 
 class InputWatcher:

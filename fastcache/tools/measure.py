@@ -14,13 +14,13 @@ from ..cache import Cache, enable
 from ..calibration.calibration import Calibration
 from ..calibration.collect import collect, measured
 from ..calibration.fields import MAX_STEPS
+from ..calibration.grams import Grams
 from ..checks import whole
 from ..configs import MagCacheConfig
 from ..made_for import class_of_scheduler
 from ..models.adapter import BlockAdapter
 from ..runtime.compiling import eagerly
 from .first_block import watch_first_blocks
-from .gram import Grams
 from .input_change import watch_inputs
 from .trajectory import watch_trajectories
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ..cache import Cache
+from ..calibration.grams import Grams
 from ..runtime.denoiser import Denoiser
 from .first_block import sampled
-from .gram import Grams, Trajectory
+from .gram import Trajectory, gathered
 
 
 @contextmanager
@@ -29,9 +30,7 @@ def watch_trajectories(cache: Cache) -> Iterator[Grams]:
     finally:
         for watcher in watchers:
             watcher.handle.remove()
-    for watcher in watchers:
-        for context, grams in watcher.trajectory.grams().items():
-            found[watcher.denoiser.name, context] = grams
+    found.update(gathered(watchers))
 
 
 class TrajectoryWatcher:
