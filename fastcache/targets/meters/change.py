@@ -48,7 +48,8 @@ class Change(Meter):
             found = against(y, x)
             if found is not None:
                 return found
-        return super().number(state, y, x)
+        measured = self.measure(state, y, x)
+        return None if measured is None else self.read(measured, None)
 
     def keep(self, state: State, y: Tensor, x: Tensor | None) -> None:
         slots = self._slots(state)
