@@ -270,9 +270,7 @@ class Recipe:
             for k, rule in enumerate(self.rules):
                 step = Step(i, n, times[i], None, skipped)
                 action = rule.when.decide(runs[k], step).action
-                # a prediction needs a computed value, and a guide all that its history can hold
-                wanted = 1 if rule.what.guide is None else rule.what.depth
-                if action == REUSE and computed[k] < wanted:
+                if action == REUSE and computed[k] < rule.what.needs:
                     rule.when.computed(runs[k], step)
                     action = COMPUTE
                 computed[k] += action == COMPUTE

@@ -44,8 +44,12 @@ class Missed:
 
     def _guided(self, kept: tuple[int, ...], step: int, prior: Sequence[float]) -> Sequence[float]:
         """Those that would have forecast the guide, as the op solves for them on the device."""
-        if len(kept) < len(prior) + 1:  # the runtime computes until there are as many
+        if len(kept) < self.what.needs:  # the runtime computes until there are as many
             return (1.0,)
+        kept = (
+            *kept,
+            *kept[-1:] * (self.what.depth - len(kept)),
+        )  # as it does in the place of those to come
         now, differences = (step, kept[0]), list(pairwise(kept))
         pairs = [(a, b) for i, a in enumerate(differences) for b in differences[i:]]
         pairs += [(a, now) for a in differences] + [(now, now)]

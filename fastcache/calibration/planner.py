@@ -140,7 +140,7 @@ def nearest(
     """As many steps as in `start`, whose run should come nearest: looked for from it and from evenly spread ones."""
     total, gap = outlook.steps, outlook.steps if max_skips is None else max_skips + 1
     share = len(start) / total
-    first = first if what.guide is None else max(first, what.depth)  # a guide needs so many values
+    first = max(first, what.needs)
 
     def allowed(marks: Marks) -> bool:
         computed = computed_of(marks)

@@ -15,7 +15,8 @@ GuideName = Literal["residual", "modulated", "input", "auto"]
 class Predictor:
     """How a skipped value follows from its history, as a weighted sum. A subclass writes `weights`.
 
-    Class attributes (or properties): `depth` is how many values are kept, a count; `forecasts` whether
+    Class attributes (or properties): `depth` is how many values are kept, a count; `needs` how many of them there
+    must be before the first forecast, steps until then being computed; `forecasts` whether
     they are extrapolated, so that the recipe's guards are those of a forecast; `table` whether the
     history is a table of differences that a computed step updates in place, kept in `dtype`;
     `feeds_back` whether predicted values enter the history too; `per_run` whether the weights differ by the
@@ -27,6 +28,7 @@ class Predictor:
     """
 
     depth = 1
+    needs = 1
     forecasts = False
     table = False
     feeds_back = False

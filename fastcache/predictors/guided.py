@@ -6,8 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from ..checks import real, whole
+from ..checks import flag, real, whole
 from .base import GuideName, Predictor
+from .taylor import Taylor
+
+PRIORS = {1: Taylor(1, "exact"), 2: Taylor(2, "exact", skip_first=True)}
 
 
 @dataclass(frozen=True)
@@ -18,16 +21,20 @@ class Guided(Predictor):
     read by the host, are applied to the skipped value.
 
     Args:
-        order: differences used, 1 or 2; order + 1 values are kept and needed.
+        order: differences used, 1 or 2; order + 1 values are kept.
         guide: "residual" of the first block, which then runs on every step; "modulated", the
             normalised and timestep-modulated input of the first block; "input", what enters it.
             Each is [B, tokens, width]. "auto": "modulated" where the model's first block is known to have
             that, else "residual".
-        ridge: pull toward the weights of Taylor order 1, unitless, relative to the mean square
+        ridge: pull toward the weights of a Taylor forecast, unitless, relative to the mean square
             of the guide's differences.
         tokens: every how many-th token the guide keeps, a count >= 1.
         max_misfit: relative norm of the unexplained part of the guide, unitless, above which the
             step after a reused one is computed; reads one number of the step before. None: no limit.
+        early: whether two kept values are enough for a forecast, by their one difference; else steps are computed
+            until there are order + 1. With a ridge of 0 it is then the prior's.
+        prior: order of that Taylor forecast, 1 or 2, as far as `order` + 1 values allow, spacing "exact"; that of
+            order 2 leaves out step 0, as `Taylor(2, "exact", skip_first=True)` does.
     Raises:
         TypeError: a field is of another type; the message names it.
         ValueError: a field is out of its range or no known guide; the message names it.
@@ -40,6 +47,8 @@ class Guided(Predictor):
     ridge: float = 0.003
     tokens: int = 4
     max_misfit: float | None = None
+    early: bool = False
+    prior: int = 1
     forecasts = True
 
     def __post_init__(self) -> None:
@@ -50,6 +59,8 @@ class Guided(Predictor):
             )
         object.__setattr__(self, "ridge", real("Guided", "ridge", self.ridge, 0.0))
         object.__setattr__(self, "tokens", whole("Guided", "tokens", self.tokens, 1))
+        flag("Guided", "early", self.early)
+        object.__setattr__(self, "prior", whole("Guided", "prior", self.prior, 1, 2))
         if self.max_misfit is not None:
             object.__setattr__(
                 self, "max_misfit", real("Guided", "max_misfit", self.max_misfit, 0.0)
@@ -57,8 +68,13 @@ class Guided(Predictor):
 
     @property
     def depth(self) -> int:  # type: ignore[override]
-        """Values kept and needed."""
+        """Values kept."""
         return self.order + 1
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        """Values without which nothing is forecast."""
+        return 2 if self.early else self.depth
 
     def on_block(self, modulated: bool) -> Predictor:
         if self.guide != "auto":
@@ -66,13 +82,16 @@ class Guided(Predictor):
         return replace(self, guide="modulated" if modulated else "residual")
 
     def weights(self, steps: tuple[int, ...], step: int) -> tuple[float, ...]:
-        """The prior that the ridge pulls toward: Taylor's weights of the differences, order 1.
+        """What the ridge pulls toward: the weights that a Taylor forecast has on differences of the kept values.
 
         Args:
             steps: step indices of the kept values, newest first.
             step: index of the step to predict.
         Returns:
-            `order` unitless weights, of the first difference and further ones.
+            `order` unitless weights, of the newest difference first.
         """
-        gap = steps[0] - steps[1] if len(steps) > 1 else 1
-        return ((step - steps[0]) / gap, *(0.0,) * (self.order - 1))
+        like = PRIORS[self.prior]
+        values = like.weights(steps[: min(like.depth, self.depth)], step)
+        # the weights of the values are 1 in all: what the older ones have, a difference takes from the newer
+        found = tuple(-sum(values[i:]) for i in range(1, len(values)))
+        return (*found, *(0.0,) * (self.order - len(found)))

@@ -42,6 +42,12 @@ class Timeline:
         self.pushes += 1
 
     @property
+    def places(self) -> tuple[int, ...]:
+        """As many rows as are kept, newest first; the oldest value stands for those that are still to come."""
+        missing = self.depth - len(self.rows)
+        return self.rows if not missing else (*self.rows, *(self.rows[-1:] or (0,)) * missing)
+
+    @property
     def next_row(self) -> int:
         return self.pushes % self.depth if self.depth else 0
 
@@ -116,7 +122,7 @@ def facts_of(timeline: Timeline, weights: Sequence[float], step: int) -> tuple:
     """What compiled code needs for a step: the order, row, weights and scale of a `Staged`."""
     depth, held, scale = max(timeline.depth, 1), len(timeline.steps), 1.0 / timeline.gap(step)
     return (
-        (*timeline.rows, *(r for r in range(depth) if r not in timeline.rows)),
+        timeline.places or (0,),
         (timeline.next_row,),
         (*weights, *[0.0] * (depth - len(weights))),
         tuple(scale if j < held else 0.0 for j in range(depth)),

@@ -182,10 +182,10 @@ class Ring(Stream):
         return [picked(rows, place) for place in self.timeline.staged.order.unbind(0)]
 
     def newest_first(self, like: Tensor | None) -> list[Tensor]:
-        """All rows of a full history, newest first, for the batch of `like`."""
+        """As many rows as are kept, newest first, for the batch of `like`."""
         if torch.compiler.is_compiling():
             return self._read(part(self.buffer, like))
-        return [fitting(self.views[r], like) for r in self.timeline.rows]
+        return [fitting(self.views[r], like) for r in self.timeline.places]
 
     def predict_weighted(self, base: Tensor | None, weights: Tensor) -> Tensor:
         """weights[0] * base + weights[1:] * as many rows, newest first, weights on the device."""

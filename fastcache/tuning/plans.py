@@ -74,7 +74,7 @@ class Plans:
 
     def _climbed(self, what: Predictor, marks: Marks) -> Marks:
         """Where moving single steps leads to, but for those that a run begins with."""
-        first = 2 if what.guide is None else what.depth  # a guide needs so many values
+        first = max(what.needs, 2)
 
         def alike(plan: Marks) -> bool:
             return plan[:first] == marks[:first]

@@ -138,7 +138,7 @@ PREDICTORS = {
     },
     Guided: {
         "order": st.integers(1, 2), "guide": guides, "ridge": st.floats(0, 1), "tokens": counts,
-        "max_misfit": optional(shares),
+        "max_misfit": optional(shares), "early": st.booleans(), "prior": st.integers(1, 2),
     },
     Hermite: {"order": st.integers(0, 4), "scale": st.floats(0.01, 0.99)},
     Chebyshev: {"degree": st.integers(0, 6), "ridge": shares, "keep": st.integers(1, 7)},

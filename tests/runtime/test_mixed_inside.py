@@ -23,7 +23,9 @@ BY_INPUT: dict[str, Any] = {
     "forecast": Recipe(InputChange(0.3, (1.0, 0.0)), Taylor(1)),
     "guided": Recipe(InputChange(0.3, (1.0, 0.0)), Guided(guide="modulated")),
     "balanced": "balanced",
-    "quality": Recipe(Interval(3, phase=1, warmup=3, last=True), Guided(guide="modulated")),
+    "quality": Recipe(
+        Interval(3, phase=0, warmup=2, last=True), Guided(2, "modulated", 0.04, early=True, prior=2)
+    ),
 }
 DUAL = Recipe(DualBlock(0.15, max_reused=4, warmup=1))
 

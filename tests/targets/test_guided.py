@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -14,115 +13,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcache
-from fastcache import FirstBlock, Guided, Interval, Misfit, Recipe, Reuse, Taylor, ops
+from fastcache import FirstBlock, Guided, Interval, Mask, Misfit, Recipe, Reuse, Taylor
 from fastcache.models.block_io import BlockIO
 
 demo = pytest.importorskip("fastcache.demo.sample")
-
-
-BACKENDS = [n for n, v in fastcache.backends().items() if v is True and n in ("reference", "cpp")]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    with fastcache.backend(request.param):
-        yield
-
-
-each_backend = pytest.mark.usefixtures("backend")
-
-
-def truth(
-    guide: Tensor, guides: list[Tensor], prior: Tensor, ridge: float
-) -> tuple[Tensor, Tensor]:
-    """Weights of the cached values and misfit by a float64 solve of the ridge system."""
-    g = [t.double().flatten() for t in (guide, *guides)]
-    q, d = g[0] - g[1], torch.stack([a - b for a, b in pairwise(g[1:])])
-    gram = d @ d.T
-    pull = ridge * gram.diagonal().mean()
-    w = torch.linalg.solve(gram + pull * torch.eye(len(d)), d @ q + pull * prior.double())
-    weights = torch.nn.functional.pad(w, (0, 1)) - torch.nn.functional.pad(w, (1, 0))
-    weights[0] += 1
-    return weights, (q - w @ d).norm() / q.norm()
-
-
-@each_backend
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("seed", range(4))
-def test_weights_and_misfit_equal_a_float64_solve(
-    order: int, dtype: torch.dtype, seed: int
-) -> None:
-    g = torch.Generator().manual_seed(seed)
-    tensors = [torch.randn(2, 37, 24, generator=g).to(dtype) for _ in range(order + 2)]
-    prior = torch.tensor([1.5, 0.0][:order])
-    weights, misfit = ops.guided_weights(tensors[0], tensors[1:], prior, 0.003)
-    want, want_misfit = truth(tensors[0], tensors[1:], prior, 0.003)
-    assert weights[0, 0] == 1
-    assert torch.allclose(weights[0, 1:].double(), want, atol=1e-5)
-    assert torch.allclose(misfit.double(), want_misfit, atol=1e-5)
-
-
-@each_backend
-def test_a_guide_that_moves_on_a_line_is_explained_exactly() -> None:
-    start, slope = torch.randn(3, 8, 4), torch.randn(3, 8, 4)
-    guide, *guides = (start + t * slope for t in (5.0, 3.0, 2.0))
-    weights, misfit = ops.guided_weights(guide, guides, torch.zeros(1), 0.0)
-    assert torch.allclose(weights, torch.tensor([[1.0, 3.0, -2.0]]), atol=1e-4)
-    assert misfit.item() < 1e-3
-
-
-@each_backend
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_a_degenerate_history_falls_back_to_the_prior(value: float) -> None:
-    guides = [torch.full((1, 4, 4), value) for _ in range(3)]
-    weights, _ = ops.guided_weights(torch.randn(1, 4, 4), guides, torch.tensor([2.0, 0.0]))
-    assert torch.equal(weights, torch.tensor([[1.0, 3.0, -2.0, 0.0]]))
-
-
-@each_backend
-def test_per_sample_weights_equal_those_of_each_sample_alone() -> None:
-    tensors = [torch.randn(3, 9, 8) for _ in range(4)]
-    prior = torch.tensor([1.0, 0.0])
-    together, misfit = ops.guided_weights(tensors[0], tensors[1:], prior, per_sample=True)
-    for i in range(3):
-        one, its = ops.guided_weights(
-            tensors[0][i : i + 1], [t[i : i + 1] for t in tensors[1:]], prior
-        )
-        assert torch.equal(one[0], together[i])
-        assert torch.equal(its[0], misfit[i])
-
-
-@each_backend
-def test_every_kth_token_of_any_shape_gives_the_weights_of_a_copy() -> None:
-    # a kernel that takes the distance of rows for their width reads other tokens
-    for shape in ((2, 10, 24), (2, 3, 10, 24), (4, 2, 3, 10, 8)):
-        tensors = [torch.randn(shape)[..., ::4, :] for _ in range(4)]
-        copies = [t.contiguous() for t in tensors]
-        prior = torch.tensor([1.5, 0.0])
-        for per_sample in (False, True):
-            found = ops.guided_weights(tensors[0], tensors[1:], prior, per_sample=per_sample)
-            whole = ops.guided_weights(copies[0], copies[1:], prior, per_sample=per_sample)
-            torch.testing.assert_close(found, whole)
-
-
-@each_backend
-@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0)])
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_guides_without_elements_give_the_prior(shape: tuple, per_sample: bool) -> None:
-    none = torch.empty(shape)
-    weights, misfit = ops.guided_weights(none, [none] * 2, torch.ones(1), per_sample=per_sample)
-    samples = shape[0] if per_sample else 1
-    assert torch.equal(weights, torch.tensor([1.0, 2.0, -1.0]).expand(samples, 3))
-    assert misfit.shape == (samples,) and misfit.isnan().all()
-
-
-@pytest.mark.parametrize(
-    ("guides", "match"), [([torch.ones(2, 2)] * 1, "guides"), ([torch.ones(2, 2)] * 4, "guides")]
-)
-def test_the_op_names_what_is_wrong(guides: list[Tensor], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        ops.guided_weights(torch.ones(2, 2), guides, torch.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -133,11 +27,71 @@ def test_the_op_names_what_is_wrong(guides: list[Tensor], match: str) -> None:
         ("ridge", -1.0),
         ("tokens", 0),
         ("max_misfit", float("nan")),
+        ("prior", 3),
+        ("early", 1),
     ],
 )
 def test_bad_fields_are_named(field: str, value: object) -> None:
     with pytest.raises((TypeError, ValueError), match=field):
         Guided(**{field: value})
+
+
+@pytest.mark.parametrize("steps", [(3, 2, 1), (9, 5, 3), (20, 12, 11), (3, 1, 0)])
+@pytest.mark.parametrize(("order", "prior"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_the_prior_is_a_taylor_forecast_by_differences(steps, order, prior) -> None:
+    like = Taylor(min(order, prior), "exact", skip_first=prior == 2)
+    values = [7.0, 2.0, -1.5]
+    differences = [a - b for a, b in pairwise(values)]
+    for step in (steps[0] + 1, steps[0] + 4):
+        want = sum(
+            w * v for w, v in zip(like.weights(steps[: like.depth], step), values, strict=False)
+        )
+        found = Guided(order, prior=prior).weights(steps[: order + 1], step)
+        assert len(found) == order
+        move = sum(w * d for w, d in zip(found, differences, strict=False))
+        assert values[0] + move == pytest.approx(want, rel=1e-12)
+
+
+def outputs(shipped: tuple, recipe: Recipe, steps: int) -> tuple[Tensor, list[str]]:
+    model, labels = shipped
+    with fastcache.enable(model, recipe) as cache:
+        images = demo.generate(model, labels, steps=steps, seed=3, cache=cache)
+        return images, [record.action for record in cache.stats]
+
+
+def test_a_strong_ridge_leaves_the_forecast_of_the_prior(shipped: tuple) -> None:
+    rule = Interval(3, phase=0, warmup=2)  # gaps differ: Taylor's spacing counts
+    guided, actions = outputs(
+        shipped, Recipe(rule, Guided(2, "modulated", 1e6, early=True, prior=2)), 14
+    )
+    taylor, same = outputs(shipped, Recipe(rule, Taylor(2, "exact", True)), 14)
+    assert actions == same and actions[:4] == ["compute", "compute", "reuse", "compute"]
+    assert torch.allclose(guided, taylor, atol=1e-3)
+
+
+@pytest.mark.parametrize("guide", ["residual", "modulated"])
+def test_an_early_forecast_is_that_of_one_difference(shipped: tuple, guide) -> None:
+    rule = Mask([1, 1, 0, 0])
+    early, actions = outputs(shipped, Recipe(rule, Guided(2, guide, 0.1, early=True)), 4)
+    # the ridge goes by the mean square of the differences, of which one is 0
+    first, same = outputs(shipped, Recipe(rule, Guided(1, guide, 0.05)), 4)
+    assert actions == same == ["compute", "compute", "reuse", "reuse"]
+    assert torch.allclose(early, first, atol=1e-5)
+    late, waiting = outputs(shipped, Recipe(rule, Guided(2, guide, 0.1)), 4)
+    assert waiting == ["compute", "compute", "compute", "reuse"]
+    assert not torch.allclose(late, first, atol=1e-3)
+
+
+def test_an_early_forecast_is_the_same_compiled(shipped: tuple) -> None:
+    model, labels = shipped
+    recipe, images = Recipe(Interval(3, phase=0, warmup=2), Guided(2, "auto", early=True)), []
+    for compiled in (False, True):
+        with fastcache.enable(model, recipe) as cache:
+            call = fastcache.compile(model, backend="eager") if compiled else model
+            for _ in range(2):  # the first run fills what a compiled one needs
+                images.append(demo.generate(call, labels, steps=9, seed=3, cache=cache))
+            assert cache.stats.computed == 2 * len(recipe.plan(9).computed) == 10
+    assert all(torch.allclose(images[0], other, atol=1e-5) for other in images[1:])
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from fastcache.calibration.planner import planned
 STEPS, WIDTH = 14, 9
 WHATS = (
     Reuse(), Taylor(1), Taylor(2, "exact", skip_first=True), Hermite(1), Guided(1), Guided(2, "modulated"),
-    Guided(1, "auto"),
+    Guided(1, "auto"), Guided(2, "modulated", 0.04, early=True, prior=2),
 )  # fmt: skip
 
 

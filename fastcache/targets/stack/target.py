@@ -191,7 +191,7 @@ class StackTarget(BoundTarget):
         units, timeline = state.units[self.rule], state.timelines[self.rule]
         if state.steps_until_full_batch and self.control.batch == "full":
             return False  # steps of the conditional half alone have left the other half behind
-        short = self.guide is not None and len(timeline.steps) < timeline.depth
+        short = self.guide is not None and len(timeline.steps) < self.guide.predictor.needs
         if short or self.number not in units:
             return False
         for unit in units.values():

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op that finds a guided prediction's weights, against a float64 solve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcache
+from fastcache import ops
+
+BACKENDS = [n for n, v in fastcache.backends().items() if v is True and n in ("reference", "cpp")]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with fastcache.backend(request.param):
+        yield
+
+
+each_backend = pytest.mark.usefixtures("backend")
+
+
+def truth(
+    guide: Tensor, guides: list[Tensor], prior: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Weights of the cached values and misfit by a float64 solve of the ridge system."""
+    g = [t.double().flatten() for t in (guide, *guides)]
+    q, d = g[0] - g[1], torch.stack([a - b for a, b in pairwise(g[1:])])
+    gram = d @ d.T
+    pull = ridge * gram.diagonal().mean()
+    w = torch.linalg.solve(gram + pull * torch.eye(len(d)), d @ q + pull * prior.double())
+    weights = torch.nn.functional.pad(w, (0, 1)) - torch.nn.functional.pad(w, (1, 0))
+    weights[0] += 1
+    return weights, (q - w @ d).norm() / q.norm()
+
+
+@each_backend
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_and_misfit_equal_a_float64_solve(
+    order: int, dtype: torch.dtype, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(2, 37, 24, generator=g).to(dtype) for _ in range(order + 2)]
+    prior = torch.tensor([1.5, 0.0][:order])
+    weights, misfit = ops.guided_weights(tensors[0], tensors[1:], prior, 0.003)
+    want, want_misfit = truth(tensors[0], tensors[1:], prior, 0.003)
+    assert weights[0, 0] == 1
+    assert torch.allclose(weights[0, 1:].double(), want, atol=1e-5)
+    assert torch.allclose(misfit.double(), want_misfit, atol=1e-5)
+
+
+@each_backend
+def test_a_guide_that_moves_on_a_line_is_explained_exactly() -> None:
+    start, slope = torch.randn(3, 8, 4), torch.randn(3, 8, 4)
+    guide, *guides = (start + t * slope for t in (5.0, 3.0, 2.0))
+    weights, misfit = ops.guided_weights(guide, guides, torch.zeros(1), 0.0)
+    assert torch.allclose(weights, torch.tensor([[1.0, 3.0, -2.0]]), atol=1e-4)
+    assert misfit.item() < 1e-3
+
+
+@each_backend
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_degenerate_history_falls_back_to_the_prior(value: float) -> None:
+    guides = [torch.full((1, 4, 4), value) for _ in range(3)]
+    weights, _ = ops.guided_weights(torch.randn(1, 4, 4), guides, torch.tensor([2.0, 0.0]))
+    assert torch.equal(weights, torch.tensor([[1.0, 3.0, -2.0, 0.0]]))
+
+
+@each_backend
+def test_per_sample_weights_equal_those_of_each_sample_alone() -> None:
+    tensors = [torch.randn(3, 9, 8) for _ in range(4)]
+    prior = torch.tensor([1.0, 0.0])
+    together, misfit = ops.guided_weights(tensors[0], tensors[1:], prior, per_sample=True)
+    for i in range(3):
+        one, its = ops.guided_weights(
+            tensors[0][i : i + 1], [t[i : i + 1] for t in tensors[1:]], prior
+        )
+        assert torch.equal(one[0], together[i])
+        assert torch.equal(its[0], misfit[i])
+
+
+@each_backend
+def test_every_kth_token_of_any_shape_gives_the_weights_of_a_copy() -> None:
+    # a kernel that takes the distance of rows for their width reads other tokens
+    for shape in ((2, 10, 24), (2, 3, 10, 24), (4, 2, 3, 10, 8)):
+        tensors = [torch.randn(shape)[..., ::4, :] for _ in range(4)]
+        copies = [t.contiguous() for t in tensors]
+        prior = torch.tensor([1.5, 0.0])
+        for per_sample in (False, True):
+            found = ops.guided_weights(tensors[0], tensors[1:], prior, per_sample=per_sample)
+            whole = ops.guided_weights(copies[0], copies[1:], prior, per_sample=per_sample)
+            torch.testing.assert_close(found, whole)
+
+
+@each_backend
+@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0)])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_guides_without_elements_give_the_prior(shape: tuple, per_sample: bool) -> None:
+    none = torch.empty(shape)
+    weights, misfit = ops.guided_weights(none, [none] * 2, torch.ones(1), per_sample=per_sample)
+    samples = shape[0] if per_sample else 1
+    assert torch.equal(weights, torch.tensor([1.0, 2.0, -1.0]).expand(samples, 3))
+    assert misfit.shape == (samples,) and misfit.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("guides", "match"), [([torch.ones(2, 2)] * 1, "guides"), ([torch.ones(2, 2)] * 4, "guides")]
+)
+def test_the_op_names_what_is_wrong(guides: list[Tensor], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        ops.guided_weights(torch.ones(2, 2), guides, torch.zeros(1))
