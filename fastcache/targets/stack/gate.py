@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ from .routing import HOOK, RoutedModuleList
 
 class BlockListHook(Player):
     """One block list while a cache is attached: what it hands out, by the roles that its blocks play."""
+
+    made: dict[
+        str, list
+    ]  # what is handed out on reused steps, and before a decision that ends a program, by the phase
+    ready_made: bool  # also for traced code, which is given the blocks themselves
+    waiting: list | None  # until a step is decided
+    behind: list | None  # and after that, where it is reused
 
     def __init__(self, stack: Stack, blocks: BlockList) -> None:
         super().__init__(stack, blocks)
@@ -72,12 +80,11 @@ class BlockListHook(Player):
             self.made[phase] = self._items(roles)
             if self.tail or BLOCK in roles:
                 self.ready_made = False
+        self.behind = self.made[WHOLE][self.decided_by :]
 
     def _forget_handed_out(self) -> None:
-        # what is handed out on reused steps, and before a decision that ends a program, by the phase
-        self.made: dict[str, list] = {}
-        self.ready_made = True  # also for traced code, which is given the blocks themselves
-        self.waiting: list | None = None  # until a step is decided
+        self.made, self.ready_made = {}, True
+        self.waiting = self.behind = None
 
     # --- what the list hands out ------------------------------------------------------------------------
 
@@ -91,7 +98,8 @@ class BlockListHook(Player):
             if phase in self.made and (self.ready_made or not control.may_be_compiled):
                 return iter(self.made[phase])
         elif self.skips and action != COMPUTE and phase == WHOLE:
-            return self._route_undecided()
+            waiting = self.waiting
+            return self._route_undecided() if waiting is None else chain(waiting, self)
         return iter(self._items(self._roles()))
 
     def pick(self, index: Any) -> Any:
@@ -145,33 +153,33 @@ class BlockListHook(Player):
     def _route_undecided(self) -> Iterator:
         """Where the decision falls in this list: before its first block, or after the head (eager only)."""
         if not (self.probed or self.asks):  # taking turns with the first list: not yet decided
-            yield from self._late(0)
-            return
-        before = self.decided_by
+            return self._late(0)
         if self.waiting is None:
-            self.waiting = self._items(self._roles())[:before]
-        yield from self.waiting
+            self.waiting = self._items(self._roles())[: self.decided_by]
+        return chain(self.waiting, self)
+
+    def __iter__(self) -> Iterator:
+        """What comes behind the blocks that decide, to a loop that has got so far."""
         action = self.control.actions[self.stack.rule]
-        if action == REUSE:
-            yield from (self.made[WHOLE] if self.made else self._items(self._roles()))[before:]
-        elif action == COMPUTE:
-            yield from self._items(self._roles())[before:]
-        else:  # all blocks are asked for before the first one runs
-            yield from self._late(before)
+        if action == REUSE and self.behind is not None:
+            return iter(self.behind)
+        if action in (COMPUTE, REUSE):
+            return iter(self._items(self._roles())[self.decided_by :])
+        return self._late(self.decided_by)  # all blocks are asked for before the first one runs
 
     def _late(self, start: int) -> Iterator:
         """Stand-ins that take their role when they are called, from this place on."""
         for i, block in enumerate(self.blocks.blocks()[start:], start):
             yield BlockStandIn(partial(self._run_late, i), block)
 
-    def _run_late(self, index: int, *args: Any, **kwargs: Any) -> Any:
+    def _run_late(self, index: int, args: tuple, kwargs: dict) -> Any:
         return self._items(self._roles_of_all())[index](*args, **kwargs)
 
     # --- deciding ---
 
-    def decide_first(self, *args: Any, **kwargs: Any) -> Any:
+    def decide_first(self, args: tuple, kwargs: dict) -> Any:
         """The first block of the stack, where what enters it decides whether it runs."""
         decide_by_input(self.stack, self.blocks, args, kwargs)
         if self.control.actions[self.stack.rule] != REUSE and not torch.compiler.is_compiling():
             self.stack.start_way()
-        return getattr(self, self._roles_of_all()[0])(*args, **kwargs)
+        return getattr(self, self._roles_of_all()[0])(args, kwargs)

@@ -20,7 +20,7 @@ NOTHING = Entered(None, None)
 
 
 class Player:
-    """The roles in place of the blocks of one list, as methods that are called as the blocks are.
+    """The roles in place of the blocks of one list, as methods that get what the blocks are called with.
 
     torch.compile traces them: they read the control, the layout and the state, and nothing that counts.
     """
@@ -53,7 +53,7 @@ class Player:
 
     # --- roles on computed steps ------------------------------------------------------------------------
 
-    def first(self, *args: Any, **kwargs: Any) -> Any:
+    def first(self, args: tuple, kwargs: dict) -> Any:
         """The first block of a segment."""
         if self.asks and not torch.compiler.is_compiling() and self.stack.way is None:
             self.stack.start_way()  # which had to wait for the decision
@@ -61,13 +61,13 @@ class Player:
         self._enter(*self.replaced_io.read(args, kwargs))
         return self._run(self.head, args, kwargs)
 
-    def last(self, *args: Any, **kwargs: Any) -> Any:
+    def last(self, args: tuple, kwargs: dict) -> Any:
         """The last block of a segment."""
         return self._leave(args, kwargs, self._run(len(self.modules) - 1 - self.tail, args, kwargs))
 
-    def only(self, *args: Any, **kwargs: Any) -> Any:
+    def only(self, args: tuple, kwargs: dict) -> Any:
         """The single block of a segment."""
-        return self._leave(args, kwargs, self.first(*args, **kwargs))
+        return self._leave(args, kwargs, self.first(args, kwargs))
 
     def _look(self, args: tuple, kwargs: dict) -> None:
         """Look at what enters a segment, where that is what enters the stack."""
@@ -77,9 +77,9 @@ class Player:
     def _run(self, index: int, args: tuple, kwargs: dict) -> Any:
         if torch.compiler.is_compiling():
             return self.blocks.blocks()[index](*args, **kwargs)
-        return self.run_as_it_is(index, *args, **kwargs)
+        return self.run_as_it_is(index, args, kwargs)
 
-    def run_as_it_is(self, index: int, *args: Any, **kwargs: Any) -> Any:
+    def run_as_it_is(self, index: int, args: tuple, kwargs: dict) -> Any:
         """A block that nothing stands in for, watched where the step computes (eager only)."""
         blocks, way = self.blocks, self.stack.way
         if way is None:
@@ -143,7 +143,7 @@ class Player:
 
     # --- roles of the blocks that always run --------------------------------------------------------------
 
-    def run_head(self, *args: Any, **kwargs: Any) -> Any:
+    def run_head(self, args: tuple, kwargs: dict) -> Any:
         """The first block of the stack, where it always runs and others after it."""
         stack = self.stack
         look_at_input(stack, self.blocks, args, kwargs)
@@ -151,10 +151,10 @@ class Player:
             x = self.first_io.read(args, kwargs)[0]
             stack.opening = x.clone() if self.writes_inputs else x
             if self.control.phase == REST:  # it has run already
-                return self.pass_through(*args, **kwargs)
+                return self.pass_through(args, kwargs)
         return self._run(0, args, kwargs)
 
-    def run_first(self, *args: Any, **kwargs: Any) -> Any:
+    def run_first(self, args: tuple, kwargs: dict) -> Any:
         """The last block of the head, where the policy or the predictor wants to see its change."""
         stack, control = self.stack, self.control
         given, text = self.probed_io.read(args, kwargs)
@@ -182,7 +182,7 @@ class Player:
             self._enter(hidden, encoder)
         return output
 
-    def restore_first(self, *args: Any, **kwargs: Any) -> Any:
+    def restore_first(self, args: tuple, kwargs: dict) -> Any:
         """The last block of the head, where it has run already in the head region of this step."""
         given, encoder = self.probed_io.read(args, kwargs)
         x = given if self.alone else self._opened()
@@ -215,7 +215,7 @@ class Player:
 
     # --- roles on reused steps ----------------------------------------------------------------------------
 
-    def predict_segment(self, *args: Any, **kwargs: Any) -> Any:
+    def predict_segment(self, args: tuple, kwargs: dict) -> Any:
         """All blocks of a segment: its input plus the predicted residual."""
         stack, control = self.stack, self.control
         guided, rule = stack.guide is not None, stack.rule
@@ -230,7 +230,7 @@ class Player:
         unit = control.state.units[rule][self.segment]
         return predict(unit, hidden, encoder, weights, self.returns)
 
-    def pass_through(self, *args: Any, **kwargs: Any) -> Any:
+    def pass_through(self, args: tuple, kwargs: dict) -> Any:
         """A block that the model's loop still calls on a reused step: gives back its input."""
         hidden, encoder = self.first_io.read(args, kwargs)
         extra = {}
@@ -238,13 +238,13 @@ class Player:
             extra[at] = kwargs.get(key) if isinstance(key, str) else args[key]
         return self.returns.build(hidden, encoder, extra)
 
-    def enter_segment(self, *args: Any, **kwargs: Any) -> Any:
+    def enter_segment(self, args: tuple, kwargs: dict) -> Any:
         """The first block of a segment whose loop does more: notes its input and gives it back."""
         self._look(args, kwargs)
         self._enter(*self.replaced_io.read(args, kwargs))
-        return self.pass_through(*args, **kwargs)
+        return self.pass_through(args, kwargs)
 
-    def leave_segment(self, *args: Any, **kwargs: Any) -> Any:
+    def leave_segment(self, args: tuple, kwargs: dict) -> Any:
         """The last block of a segment whose loop does more: what the loop did on the way is cached too."""
         hidden, encoder, _ = self.opener._take_entered()
         if hidden is None:

@@ -59,7 +59,7 @@ class Recorder:
 
     # --- the call, block by block -----------------------------------------------------------------------
 
-    def _run(self, at: int, index: int, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, at: int, index: int, args: tuple, kwargs: dict) -> Any:
         """Run one block of a list and look at what it is given and what it gives back."""
         blocks, last = self.lists[at], len(self.lists[at]) - 1
         block, io, stop = blocks.known[index], blocks.io(index), last - blocks.tail

@@ -94,13 +94,16 @@ def _head_roles(phase: str, head: int, probed: bool, watched: bool, opening: boo
 
 
 class BlockStandIn:
-    """What a list hands out in place of a block: called like it, and with its attributes."""
+    """What a list hands out in place of a block: called like it, and with its attributes.
 
-    def __init__(self, run: Callable, block: nn.Module) -> None:
+    run: gets what it is called with, a tuple and a dict.
+    """
+
+    def __init__(self, run: Callable[[tuple, dict], Any], block: nn.Module) -> None:
         self.run, self.block = run, block
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
+        return self.run(args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
