@@ -61,7 +61,7 @@ class Decision(NamedTuple):
     reason: str = ""
 
 
-@dataclass
+@dataclass(slots=True)
 class Run:
     """What a policy remembers during one run.
 

@@ -12,8 +12,10 @@ from ..checks import limit, marks_of, whole
 from ..signals import Signal
 from .base import COMPUTE, REUSE, Decision, Policy, Run, Step
 
+WITHIN = "change within threshold"
 
-@dataclass
+
+@dataclass(slots=True)
 class _Counts:
     """What a run, or what follows a refresh, has seen: reused steps, and changes added up."""
 
@@ -52,6 +54,8 @@ class DualBlock(Policy):
     compute: Sequence[bool | int] | None = None
     refresh: int | None = None
     repeat: bool = False
+    _free = inf  # the step from which on nothing but the change decides,
+    _below = 0.0  # and what that has to be below
     signal = Signal("first_block", "last_computed", "change")
     weighs = "change"
 
@@ -69,6 +73,10 @@ class DualBlock(Policy):
             object.__setattr__(self, "compute", marks_of(name, "compute", self.compute))
         if not isinstance(self.repeat, bool):
             raise TypeError(f"{name}: repeat is {self.repeat!r}, must be True or False")
+        limits = self.compute is not None or self.max_reused is not None or self.refresh is not None
+        limited = limits or self.last or self.max_skips or self.budget
+        object.__setattr__(self, "_free", inf if limited else max(self._warmed, 1))
+        object.__setattr__(self, "_below", inf if self.threshold >= 1 else self.threshold)
 
     @property
     def never_reuses(self) -> bool:
@@ -77,9 +85,16 @@ class DualBlock(Policy):
     def begin(self, total: int | None = None) -> Run:
         return Run(memory=_Counts())
 
+    def decide(self, run: Run, step: Step, signal: float | None = None) -> Decision:
+        at = step.index
+        if at < self._free or step.compute or signal is None or not signal < self._below:
+            return super().decide(run, step, signal)
+        run.in_a_row += 1  # and nothing else counts
+        # as Decision(...) does it, without a call into Python
+        decision = run.decision = tuple.__new__(Decision, (REUSE, signal, self.threshold, WITHIN))
+        return decision
+
     def must_compute(self, run: Run, step: Step) -> str:
-        if step.index >= self._free and not step.compute:
-            return ""
         at = self._place(step.index)
         if not at:
             return "first step"
@@ -98,13 +113,6 @@ class DualBlock(Policy):
         if self.budget and run.memory.change >= self.budget:
             return "budget"
         return ""
-
-    @cached_property
-    def _free(self) -> float:
-        """From which step on nothing but the change decides."""
-        limits = self.compute is not None or self.max_reused is not None or self.refresh is not None
-        limited = limits or self.last or self.max_skips or self.budget
-        return inf if limited else max(self._warmed, 1)
 
     @cached_property
     def _warmed(self) -> int:
@@ -145,10 +153,7 @@ class DualBlock(Policy):
                 counts.change += signal
             if signal < threshold or threshold >= 1:
                 counts.reused += 1
-                # as Decision(...) does it, without a call into Python
-                return tuple.__new__(
-                    Decision, (REUSE, signal, threshold, "change within threshold")
-                )
+                return Decision(REUSE, signal, threshold, WITHIN)
         return Decision(COMPUTE, signal, threshold, "change above threshold")
 
     def computed(self, run: Run, step: Step) -> None:

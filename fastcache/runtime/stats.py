@@ -74,7 +74,7 @@ class Stats:
             record: the call. Its signal may be a tensor of [signal] or [signal, whether it reused], which stays
                 on its device until somebody looks.
         """
-        if isinstance(record.signal, Tensor):
+        if type(record.signal) is not float and record.signal is not None:
             self._pending = True
         self._all.append(record)
         if self.watch is not None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import fastcache
 from fastcache import BlockAdapter, DBCacheConfig, DualBlock, Mask, Recipe, Stack, Taylor
+from fastcache.policies import REUSE, Policy, Step
 
 STEPS = 16
 MASK = [1, 1, 1, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0, 1, 1]
@@ -135,3 +137,19 @@ def test_its_recipe_says_what_it_means():
 def test_what_is_out_of_range_is_named(fields, said):
     with pytest.raises((ValueError, TypeError), match=said):
         DBCacheConfig(**fields)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
+def test_where_nothing_limits_it_the_change_alone_is_looked_at_with_the_same_outcome(threshold):
+    policy = DualBlock(threshold=threshold, warmup=2, max_skips=0)
+    short, long = policy.begin(40), policy.begin(40)
+    changes = [None, 0.1, 0.2, 0.3, 0.29, math.nan, 0.0, math.inf, 0.1, 0.5, 1.5, 0.1, 0.1]
+    for index, change in enumerate(changes * 3):
+        step = Step(index, 40, compute=index == 20)
+        decision = policy.decide(short, step, change)
+        assert decision == Policy.decide(policy, long, step, change)
+        if decision.action == REUSE and index % 5 == 0:  # nothing valid was there
+            policy.computed(short, step)
+            policy.computed(long, step)
+        assert (short.in_a_row, short.computed_at) == (long.in_a_row, long.computed_at)
+        assert short.decision is decision
