@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcache.ops.dispatch import at_once
+from fastcache.ops.short import factors, held_change, held_sum
 
 from .overhead import flux
 
@@ -49,12 +50,13 @@ def theirs(order: int) -> Operators:
 def accelerated(order: int) -> Operators:
     """Those under `accelerate()`."""
     before, image_terms, text_terms = held(order)
-    kernel, add = known("residual_l1"), sum_of(order)
+    (change, code), add = known("residual_l1"), sum_of(order)
 
     def run(x: Tensor, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         image - x.to(image.device)
         sums = torch.empty(2, dtype=torch.float32, device=CPU)
-        kernel(sums, image, x, before)
+        places = held_change(code, image.numel(), 1, sums.data_ptr(), before.data_ptr())
+        change(places, image.data_ptr(), x.data_ptr())
         sums.tolist()
         return add(text, text_terms), add(image, image_terms)
 
@@ -62,13 +64,21 @@ def accelerated(order: int) -> Operators:
 
 
 def installed(order: int) -> Operators:
-    """Those under `install()`, which keeps no text that the model does not read."""
-    before, image_terms, _ = held(order)
-    change, add = known("residual_l1"), sum_of(order)
+    """Those under `install()`, which keeps no text that the model does not read, and packs addresses once."""
+    before, terms, _ = held(order)
+    (change, code), (combine, _) = known("residual_l1"), known("linear_combine")
+    places = held_change(code, before.numel(), 1, 0, before.data_ptr())
+    count, addresses = 1 + len(terms), [t.data_ptr() for t in terms]
+    added = held_sum[count](code, before.numel(), count, *addresses)
+    weights = [1.0, *[0.5] * len(terms)]
 
     def run(x: Tensor, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        change(None, image, x, before)
-        return text, add(image, image_terms)
+        change(places, image.data_ptr(), x.data_ptr())
+        if not order:
+            return text, image + terms[0]
+        out = torch.empty_like(image)
+        combine(added, factors[count](*weights), out.data_ptr(), image.data_ptr())
+        return text, out
 
     return run
 
@@ -80,8 +90,8 @@ def held(order: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return torch.randn(image), terms[0], terms[1]
 
 
-def known(op: str) -> Callable[..., Any]:
-    """What the runtime calls for an op, once it has looked at the tensors."""
+def known(op: str) -> tuple[Callable[..., Any], int]:
+    """What the runtime calls for an op, once it has looked at the tensors, and the number of their dtype there."""
     kernel = at_once(op, torch.float32)
     if kernel is None:
         raise RuntimeError("the C++ kernels do not work here, and they are what is measured")
@@ -89,11 +99,13 @@ def known(op: str) -> Callable[..., Any]:
 
 
 def sum_of(order: int) -> Callable[[Tensor, list[Tensor]], Tensor]:
-    kernel = known("linear_combine")
+    kernel, code = known("linear_combine")
 
     def combined(base: Tensor, terms: list[Tensor]) -> Tensor:
-        out = torch.empty_like(base)
-        kernel(out, [base, *terms], [1.0, *[0.5] * len(terms)])
+        out, count = torch.empty_like(base), 1 + len(terms)
+        places = held_sum[count](code, base.numel(), count, *[t.data_ptr() for t in terms])
+        weights = factors[count](1.0, *[0.5] * len(terms))
+        kernel(places, weights, out.data_ptr(), base.data_ptr())
         return out
 
     return combined if order else lambda base, terms: base + terms[0]

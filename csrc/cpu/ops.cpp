@@ -235,41 +235,49 @@ std::string op_capability() { return checked_capability(); }
 }  // namespace fastcache
 
 // What a reused step runs, also without torch's dispatcher, which takes several times as long as the kernel of a small
-// tensor. Called from Python by address, with contiguous CPU tensors of one shape and dtype: nothing is checked here.
+// tensor. Called from Python by address, with contiguous CPU tensors of one shape and dtype: nothing is checked here. What
+// does not change from step to step comes in one piece of memory, since each argument of a foreign call is converted.
 #define FASTCACHE_BY_ADDRESS extern "C" __attribute__((visibility("default")))
 
-// sums: [samples, 2], or null. Returns the first sum over the second, of the first sample.
-FASTCACHE_BY_ADDRESS double fastcache_residual_l1(float* sums, void* y, void* x, void* prev,
-                                                  int64_t samples, int64_t length,
-                                                  int type) noexcept {
+namespace fastcache {
+namespace {
+Operand dense(const void* data, int64_t type, int64_t length) {
+  return {static_cast<char*>(const_cast<void*>(data)), Type(type), length};
+}
+}  // namespace
+}  // namespace fastcache
+
+// held: dtype, elements of a sample, samples, addresses of the sums, [samples, 2] or null, and of prev.
+// Returns the first sum over the second, of the first sample.
+FASTCACHE_BY_ADDRESS double fastcache_residual_l1(const int64_t* held, const void* y,
+                                                  const void* x) noexcept {
   using namespace fastcache;
-  const auto dense = [&](void* data) {
-    return Operand{static_cast<char*>(data), Type(type), length};
-  };
+  const int64_t type = held[0], length = held[1], samples = held[2];
+  const auto sums = reinterpret_cast<float*>(held[3]);
+  const auto prev = reinterpret_cast<const void*>(held[4]);
   double one[2];
   std::vector<double> more(samples > 1 ? 2 * samples : 0);
   double* totals = samples > 1 ? more.data() : one;
-  residual_l1(kernels(), parallel, {samples, length, 1}, dense(y), dense(x), dense(prev),
-              dense(nullptr), totals);
+  residual_l1(kernels(), parallel, {samples, length, 1}, dense(y, type, length),
+              dense(x, type, length), dense(prev, type, length), dense(nullptr, type, length),
+              totals);
   for (int64_t i = 0; sums && i < 2 * samples; ++i) sums[i] = static_cast<float>(totals[i]);
   return double(static_cast<float>(totals[0])) / double(static_cast<float>(totals[1]));
 }
 
-// terms: so many addresses, and then as many weights.
-FASTCACHE_BY_ADDRESS void fastcache_linear_combine(void* out, void* const* terms, int count,
-                                                   int64_t length, int type) noexcept {
+// held: dtype, elements, number of terms, and the addresses of all but the first one. weights: of all.
+FASTCACHE_BY_ADDRESS void fastcache_linear_combine(const int64_t* held, const double* weights,
+                                                   void* out, const void* first) noexcept {
   using namespace fastcache;
-  const auto dense = [&](void* data) {
-    return Operand{static_cast<char*>(data), Type(type), length};
-  };
-  const auto weights = reinterpret_cast<const double*>(terms + count);
+  const int64_t type = held[0], length = held[1], count = held[2];
   Operand at[MAX_TERMS];
   float scale[MAX_TERMS];
-  for (int t = 0; t < count; ++t) {
-    at[t] = dense(terms[t]);
+  for (int64_t t = 0; t < count; ++t) {
+    at[t] = dense(t ? reinterpret_cast<const void*>(held[2 + t]) : first, type, length);
     scale[t] = static_cast<float>(weights[t]);
   }
-  combine(kernels(), parallel, {1, length, 1}, dense(out), at, scale, count);
+  combine(kernels(), parallel, {1, length, 1}, dense(out, type, length), at, scale,
+          static_cast<int>(count));
 }
 
 STABLE_TORCH_LIBRARY(fastcache_C, m) {

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cache, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -223,9 +223,9 @@ def _kernel(name: str, op: str) -> Callable | None:
 
 
 @cache
-def at_once(op: str, dtype: torch.dtype) -> Callable | None:
-    """What may be called at once with contiguous tensors of one shape and dtype on CPUs, which are not empty: it checks
-    nothing. None where the backend there has no such thing.
+def at_once(op: str, dtype: torch.dtype) -> tuple[Callable[..., Any], int] | None:
+    """What may be called at once with contiguous tensors of one shape and dtype on CPUs, which are not empty, and the
+    number of the dtype there: it takes addresses and checks nothing. None where the backend there has none.
     """
     return BACKENDS[_preferred("cpu")].at_once(op, dtype)
 

@@ -122,6 +122,7 @@ class Ring(Stream):
         alike = type(y) is Tensor and (y.dtype, y.shape) == (row.dtype, row.shape)
         if self.hand_out_copies or y.requires_grad or not alike or y.stride() != row.stride():
             return y
+        self.lent = True
         return row.detach()
 
     def predict(self, base: Tensor | None, weights: Sequence[float] | Tensor) -> Tensor:
@@ -139,18 +140,18 @@ class Ring(Stream):
                 return self._handed_out(row)
             if base.dtype is self.plain and base.shape == self.shape:
                 return base + row  # the kernel's bits and passes, with a sixth of its call overhead
-        views = self.views
-        rows = [views[r] for r in self.timeline.rows[: len(weights)]]
+        rows = self.timeline.rows[: len(weights)]
         if base is not None:
             found = self.added(base, rows, weights)
             if found is not None:
                 return found
-        return weighted(rows, weights, base, self.dtype)
+        return weighted([self.views[r] for r in rows], weights, base, self.dtype)
 
     def _handed_out(self, row: Tensor) -> Tensor:
         """A row in the place of a value: itself, where what is written into it is noticed."""
         if self.timeline.depth > 1 or self.hand_out_copies or row.dtype != self.dtype:
             return row.to(self.dtype, copy=True)
+        self.lent = True
         return row.detach()
 
     def advance(self, weights: Sequence[float]) -> Tensor:
@@ -162,7 +163,10 @@ class Ring(Stream):
             return predicted
         weighted([self.views[r] for r in rows], weights, None, self.dtype, row)
         self.mark()
-        return row.clone() if self.hand_out_copies else row.detach()
+        if self.hand_out_copies:
+            return row.clone()
+        self.lent = True
+        return row.detach()
 
     def _write(self, held: Tensor, value: Tensor) -> None:
         """Put a value into the row that is next, in compiled code."""

@@ -17,14 +17,14 @@ class Stream:
 
     kept: names of the attributes that hold tensors. dtype: of the values that it predicts. views: rows of the
     buffer, at addresses that compiled code knows. slots: the same as [1, ...], for it to write into.
-    hand_out_copies: a consumer has written into what it was handed.
+    lent: some row itself was handed out. hand_out_copies: a consumer has written into what it was handed.
     """
 
-    __slots__ = ("buffer", "dtype", "hand_out_copies", "slots", "views")
+    __slots__ = ("buffer", "dtype", "hand_out_copies", "lent", "slots", "views")
     kept: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.hand_out_copies = dtype, False
+        self.dtype, self.hand_out_copies, self.lent = dtype, False, False
         self.buffer: Any = None
         self.views: list[Tensor] = []
         self.slots: list[Tensor] = []

@@ -106,13 +106,15 @@ class Unit:
 
     def ready(self, timeline: Timeline) -> bool:
         """Whether every step that the timeline still holds is held here too."""
+        held = len(timeline.steps)
         if (
             self.shared
             or self.last != timeline.pushes - 1
-            or self.first > timeline.pushes - len(timeline.steps)
+            or self.first > timeline.pushes - held
+            or (not held and timeline.depth)
         ):
             return False
         for stream in self.streams:  # once per step: a generator takes three times as long
-            if not stream.unmodified():
+            if stream.lent and not stream.unmodified():
                 return False
         return True

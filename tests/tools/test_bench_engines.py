@@ -57,13 +57,13 @@ def noting(known):
     """`known` of the benchmark, whose kernels count their calls."""
 
     def found(op):
-        kernel = known(op)
+        kernel, code = known(op)
 
         def run(*args):
             BY_ADDRESS[op] += 1
             return kernel(*args)
 
-        return run
+        return run, code
 
     return found
 

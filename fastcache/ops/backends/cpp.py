@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,7 +30,6 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 CPU = torch.device("cpu")
-MAX_TERMS = 8  # of a sum, as kernels.h has it
 
 
 SWITCHED_OFF = "switched off by FASTCACHE_DISABLE_EXT=1"
@@ -77,8 +75,9 @@ def _op(name: str) -> Callable[..., None]:
     return overload._op  # what the overload itself calls, from Python
 
 
-def at_once(op: str, dtype: torch.dtype) -> Callable | None:
-    """A function of the shared object past torch's dispatcher; None where it has none for this op or dtype.
+def at_once(op: str, dtype: torch.dtype) -> tuple[Callable[..., Any], int] | None:
+    """A function of the shared object past torch's dispatcher, and the number of a dtype there; None where it has none
+    for this op or dtype.
 
     It takes addresses and checks nothing: its tensors have to be contiguous, on the CPU, of one shape and this dtype,
     and not empty.
@@ -86,53 +85,17 @@ def at_once(op: str, dtype: torch.dtype) -> Callable | None:
     if op not in BY_ADDRESS or dtype not in CODES:
         return None
     _op("capability")
-    name, arguments, result, made = BY_ADDRESS[op]
+    name, addresses, result = BY_ADDRESS[op]
     run = getattr(ctypes.CDLL(str(LIBRARY)), name)
-    run.argtypes, run.restype = arguments, result
-    return made(run, CODES[dtype])
+    run.argtypes, run.restype = [ctypes.c_void_p] * addresses, result
+    return run, CODES[dtype]
 
 
-def _residual_l1(run: Callable[..., float], code: int) -> Callable[..., float]:
-    def call(sums: Tensor | None, y: Tensor, x: Tensor, prev: Tensor) -> float:
-        """The first sum over the second. sums: receives them, [2] or [samples, 2]."""
-        if sums is None:
-            return run(None, y.data_ptr(), x.data_ptr(), prev.data_ptr(), 1, y.numel(), code)
-        samples = sums.numel() // 2
-        places = sums.data_ptr(), y.data_ptr(), x.data_ptr(), prev.data_ptr()
-        return run(*places, samples, y.numel() // samples, code)
-
-    return call
-
-
-def _linear_combine(run: Callable[..., None], code: int) -> Callable[..., None]:
-    # by the number of terms
-    packs = [struct.Struct(f"{count}P{count}d").pack for count in range(MAX_TERMS + 1)]
-
-    def call(out: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]) -> None:
-        count = len(tensors)
-        terms = packs[count](*[t.data_ptr() for t in tensors], *weights)
-        run(out.data_ptr(), terms, count, out.numel(), code)
-
-    return call
-
-
-# By the op: the C function, its arguments and result, and what makes a function of tensors of it. Dtypes by their
-# number in layout.h.
-ADDRESS, COUNT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+# By the op: the C function, how many addresses it takes, and its result. Dtypes by their number in layout.h.
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-BY_ADDRESS: dict[str, tuple[str, list[Any], Any, Callable[..., Callable]]] = {
-    "residual_l1": (
-        "fastcache_residual_l1",
-        [*[ADDRESS] * 4, COUNT, COUNT, ctypes.c_int],
-        DOUBLE,
-        _residual_l1,
-    ),
-    "linear_combine": (
-        "fastcache_linear_combine",
-        [ADDRESS, ADDRESS, ctypes.c_int, COUNT, ctypes.c_int],
-        None,
-        _linear_combine,
-    ),
+BY_ADDRESS: dict[str, tuple[str, int, Any]] = {
+    "residual_l1": ("fastcache_residual_l1", 3, ctypes.c_double),
+    "linear_combine": ("fastcache_linear_combine", 4, None),
 }
 
 

@@ -60,8 +60,9 @@ class Backend:
         """Its function for an op; None where it has none."""
         return getattr(self._imported, op, None)
 
-    def at_once(self, op: str, dtype: torch.dtype) -> Callable | None:
-        """Its function for contiguous tensors of one shape and dtype that checks nothing; None where it has none."""
+    def at_once(self, op: str, dtype: torch.dtype) -> tuple[Callable[..., Any], int] | None:
+        """Its function for contiguous tensors of one shape and dtype that checks nothing, and the number of the dtype
+        there; None where it has none."""
         found = getattr(self._imported, "at_once", None)
         return None if found is None else found(op, dtype)
 
