@@ -200,7 +200,7 @@ def recorded_state(denoiser: Denoiser, args: tuple, kwargs: dict) -> State:
     """A state of its own, whose storage one computed step has allocated."""
     control = denoiser.control
     state = denoiser.pool.new((object(), "export"))
-    state.signature = call_signature(args, kwargs)
+    state.fit(call_signature(args, kwargs))
     call = Context(None)
     state.trip = Trip(call.request)
     denoiser.decider.decide(state, denoiser.runs.step(state, call, None, NEVER), args, kwargs)

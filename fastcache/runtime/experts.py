@@ -40,7 +40,7 @@ class Experts:
                 pool.end_run(state)
                 if not pool.fixed:
                     pool.drop(state)
-                    state.signature = None
+                    state.fit(None)
                 state.begin_run()
         for pool in self.pools if found else ():
             if pool is not self.pool and not pool.fixed:

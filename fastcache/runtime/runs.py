@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..models.adapter import BlockAdapter
+from ..ops.alike import never
 from ..policies import Step
 from ..recipe import Recipe
 from ..storage.pool import Slots, follow
@@ -19,7 +20,7 @@ from .context import Context
 from .experts import Experts
 from .notices import LOG
 from .settings import Settings
-from .signature import call_signature
+from .signature import call_signature, known_by
 from .steps import (
     BEGINS,
     DOUBTFUL,
@@ -140,7 +141,7 @@ class Runs:
             or state.leapt
             or (total is not None and total != state.total)
             or state.key not in state.trip.members
-            or state.signature != call_signature(args, kwargs)
+            or not (state.known(args, kwargs) or self._fits(state, args, kwargs))
         ):
             return None
         call.calls += 1
@@ -150,6 +151,14 @@ class Runs:
             Step, (index, state.total, None, call.sigma, False, call.compute, False)
         )
         return state, step
+
+    @staticmethod
+    def _fits(state: State, args: tuple, kwargs: dict) -> bool:
+        """Whether the storage of a state is for such a call; if so, the next ones may be known by this one."""
+        same = state.signature == call_signature(args, kwargs)
+        if same and state.known is never:
+            state.known = known_by(args, kwargs)
+        return same
 
     def add(self, key: tuple[Any, str]) -> State:
         """A state for a context of a request, which has none."""

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ops.alike import Alike, alike, never
+
 PLAIN = (type(None), bool, int, float, complex, str)
 
 
@@ -44,3 +46,21 @@ def _note(found: list[Any], values: Iterable[Any], listed: bool) -> None:
             found.append(frozenset(value))
         else:
             found.append(type(value))
+
+
+def known_by(args: tuple, kwargs: dict) -> Alike:
+    """What tells at once of the arguments of another call that they surely have the signature of these; False says
+    nothing. It keeps none of them."""
+    tensors = [value for value in (*args, *kwargs.values()) if type(value) is Tensor]
+    count, check = len(tensors), alike(*tensors)
+
+    def known(args: tuple, kwargs: dict) -> bool:
+        found = []
+        for value in (*args, *kwargs.values()) if args else kwargs.values():
+            if type(value) is Tensor:
+                found.append(value)
+            elif value is not None and type(value) not in PLAIN:
+                return False  # something else that is part of it
+        return len(found) == count and check(*found)
+
+    return known if known(args, kwargs) else never

@@ -62,7 +62,7 @@ class Slots:
                 self._give_up(done)
                 spare = self._spare(signature)
         self._take(state, spare or self.new(state.key))
-        state.signature = signature
+        state.fit(signature)
         state.begin_run()  # a spare is empty
 
     def end_run(self, state: State) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.alike import Alike, never
 from ..policies import Run
 from .allocate import device_of, static
 from .group import Keeps
@@ -50,6 +51,7 @@ class State:
         "index",
         "indexed",
         "key",
+        "known",
         "leapt",
         "mark",
         "measured",
@@ -80,7 +82,7 @@ class State:
 
     def __init__(self, key: tuple[Any, str], rules: int) -> None:
         self.key = key
-        self.signature: Any = None
+        self.fit(None)
         self.units: list[dict[Any, Unit]] = [{} for _ in range(rules)]
         self.timelines: list[Timeline] = []
         self.slots: list[Any] = []  # per rule a SlotGroup: what else it keeps
@@ -94,6 +96,11 @@ class State:
         self.trip: Any = None  # what its branches have in common, kept alive by them
         self.leapt = False  # time went the other way than it does, where no run of that way begins
         self.begin_run()
+
+    def fit(self, signature: tuple | None) -> None:
+        """Its storage is for calls of this signature from now on; None: for none yet."""
+        self.signature: Any = signature
+        self.known: Alike = never  # tells at once that a call has it, once one was seen
 
     def restart(self) -> None:
         """Begin a run: nothing of an earlier one can be read any more, buffers included."""
