@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from .adapter import BlockAdapter
 from .table import KEEPING, MODELS, RISING
 
-MAY_KEEP = frozenset(KEEPING)  # names of arguments without which no call does; asked on every step
 _registered: dict[str, BlockAdapter] = {}
 
 
@@ -18,6 +19,18 @@ def keeps(kwargs: dict[str, Any]) -> bool:
         if kwargs.get(name) in values:
             return True
     return False
+
+
+def may_keep(forward: Callable[..., Any]) -> bool:
+    """Whether a call of a model may do so at all, by what its forward takes."""
+    try:
+        parameters = inspect.signature(forward).parameters
+    except (TypeError, ValueError):
+        return True
+    taken = {p.name for p in parameters.values()}
+    return not taken.isdisjoint(KEEPING) or any(
+        p.kind is p.VAR_KEYWORD for p in parameters.values()
+    )
 
 
 def register_adapter(model: type | str, adapter: BlockAdapter) -> None:

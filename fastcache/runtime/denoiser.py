@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models.adapter import BlockAdapter
-from ..models.registry import MAY_KEEP, keeps
+from ..models.registry import keeps, may_keep
 from ..ops import dispatch
 from ..recipe import Recipe
 from ..storage.pool import Slots
@@ -84,6 +84,7 @@ class Denoiser:
             [target.decider.new_slots for target in bound.targets],
         )
         _, self.original = place_of(model)
+        self.may_keep = may_keep(self.original)
         control, targets, pool = self.control, self.targets, self.pool
         self.executor = Executor(settings, model, self.original, bound, pool)
         self.runs = Runs(settings, name, model, self.recipe, adapter, pool, targets)
@@ -106,7 +107,7 @@ class Denoiser:
         """The model's forward with the cache in charge. `run` stands in for it in compiled calls."""
         with self.lock:
             control = self.control
-            if control.inside or (not MAY_KEEP.isdisjoint(kwargs) and keeps(kwargs)):
+            if control.inside or (self.may_keep and keeps(kwargs)):
                 return self._past(args, kwargs)
             frame: Any = latest()
             if frame is not None and frame.cache is not self.owner:

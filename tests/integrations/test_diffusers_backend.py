@@ -563,10 +563,18 @@ class Extracting(nn.Module):
         return hidden_states
 
 
+class TakingMore(Extracting):
+    """The same behind a forward that does not name all that it takes."""
+
+    def forward(self, hidden_states, timestep, kv_cache, **rest):
+        return super().forward(hidden_states, timestep, kv_cache, **rest)
+
+
+@pytest.mark.parametrize("kind", [Extracting, TakingMore])
 @pytest.mark.parametrize("name", ["FirstBlockCacheConfig", "MagCacheConfig"])
-def test_calls_that_fill_a_cache_of_the_models_own_are_never_skipped(name):
+def test_calls_that_fill_a_cache_of_the_models_own_are_never_skipped(name, kind):
     """They were counted as steps: one was skipped, and a step after one met storage of another shape."""
-    model, kept = Extracting().eval(), []
+    model, kept = kind().eval(), []
     with torch.no_grad(), fastcache.enable(model, CONFIGS[name](fastcache)) as cache:
         for segment in range(2):
             model(torch.ones(1, 5, 4), torch.tensor(900.0), kept, kv_cache_mode="extract")

@@ -64,11 +64,11 @@ FIRST = fastcache.FirstBlockCacheConfig(threshold=1e9)
 @pytest.mark.parametrize(
     ("config", "named", "timed", "most"),
     [
-        (MAG, True, False, 40),
-        (MAG, False, False, 44),
-        (MAG, True, True, 47),
-        (FIRST, True, False, 56),
-        (FIRST, True, True, 63),
+        (MAG, True, False, 39),
+        (MAG, False, False, 43),
+        (MAG, True, True, 46),
+        (FIRST, True, False, 51),
+        (FIRST, True, True, 58),
     ],
 )
 def test_a_skipped_step_enters_no_more_functions(config, named, timed, most):
