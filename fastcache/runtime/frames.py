@@ -112,10 +112,7 @@ def request_of(cache: Owner) -> Any:
 
 
 class _Thread:
-    """A thread's own request. It goes when the thread does."""
-
-    def __init__(self, request: Any) -> None:
-        self.request = request
+    """What goes when a thread does."""
 
 
 _threads, _numbers = threading.local(), itertools.count(1)
@@ -124,11 +121,12 @@ _threads, _numbers = threading.local(), itertools.count(1)
 def thread_request() -> Any:
     """The request of calls that nobody names: 0 in the main thread, one of its own in every other."""
     try:
-        return _threads.own.request
+        return _threads.request
     except AttributeError:
         main = threading.current_thread() is threading.main_thread()
-        _threads.own = _Thread(0 if main else ("thread", next(_numbers)))
-        return _threads.own.request
+        request = _threads.request = 0 if main else ("thread", next(_numbers))
+        _threads.own = _Thread()
+        return request
 
 
 def when_thread_ends(tell: Callable[[Any], object]) -> None:
