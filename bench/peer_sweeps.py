@@ -23,6 +23,8 @@ MAGNITUDE = (0.06, 0.12, 0.18, 0.24, 0.36, 0.50)
 
 
 LASTS = (1, 2, 5)  # how many last steps peers compute where we choose for them
+# first steps and last ones of upstream; None is its default
+ENDS = (*((None, last) for last in LASTS), (2, 0), (2, 2), (4, 0), (4, 1))
 
 
 SEER_INTERVALS = (3, 4, 5, 6)
@@ -76,18 +78,22 @@ def seer_points(cell: Cell) -> Iterator[Point]:
 
 
 def _late_seers(cell: Cell) -> Iterator[Point]:
-    """The best of upstream, on the steps that serve ours best."""
+    """The best of upstream, on the steps that serve ours best, and from other first steps than its default of three."""
     lite = LITE.get(cell.model, LITE_USUAL)
     for n in SEER_INTERVALS:
-        for last in LASTS:
+        for first, last in ENDS:
+            ends = {"disable_cache_after_step": cell.steps - last} if last else {}
+            if first is not None:
+                ends["disable_cache_before_step"] = first
+            name = f"lite, every {n}" + (f", first {first}" if first is not None else "")
             yield theirs(
                 "TaylorSeer",
                 "order 1",
-                f"lite, every {n}, last {last}",
+                name + (f", last {last}" if last else ""),
                 "TaylorSeerCacheConfig",
                 cache_interval=n,
                 taylor_factors_dtype=torch.float32,
-                disable_cache_after_step=cell.steps - last,
+                **ends,
                 **lite,
             )
 

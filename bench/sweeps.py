@@ -11,6 +11,7 @@ import fastcache
 from fastcache import (
     Extrapolate,
     FirstBlock,
+    Growing,
     Guidance,
     Guided,
     Interval,
@@ -184,6 +185,16 @@ def preset_points(*names: str) -> Iterator[Point]:
         yield ours("Guided", predictor, setting, fastcache.preset(name, guide="modulated"))
 
 
+# what may be the next presets
+NEXT = {
+    "gaps up to 3 after six, last": Growing(3, first=6, last=True),
+    "0 1 3 5 8 11 14 17 21 24 27": Mask(
+        [int(i in (0, 1, 3, 5, 8, 11, 14, 17, 21, 24, 27)) for i in range(28)], scaled=True
+    ),
+    "gaps up to 4 after two": Growing(4, first=2),
+}
+
+
 def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
     """Rules on the whole stack; both predictors of a rule compute the same steps."""
     predictors = {"reuse": Reuse(), "order 1": Taylor(1)}
@@ -213,6 +224,9 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
         recipe = Recipe(early, Taylor(2, skip_first=True))
         yield ours("Interval", "order 2", f"every {n}, phase 1", recipe)
     yield from preset_points("balanced", "fast")  # "quality" is one of the guides
+    nearer = Guided(2, "modulated", 0.04, early=True, prior=2)
+    for setting, when in NEXT.items():
+        yield ours("Guided", "modulated guide, prior 2", setting, Recipe(when, nearer))
     seers = {
         "order 1": Taylor(1),
         "residual guide": Guided(),
