@@ -11,7 +11,6 @@ import fastcache
 from fastcache import (
     Extrapolate,
     FirstBlock,
-    Growing,
     Guidance,
     Guided,
     Interval,
@@ -185,14 +184,12 @@ def preset_points(*names: str) -> Iterator[Point]:
         yield ours("Guided", predictor, setting, fastcache.preset(name, guide="modulated"))
 
 
-# what may be the next presets
-NEXT = {
-    "gaps up to 3 after six, last": Growing(3, first=6, last=True),
-    "0 1 3 5 8 11 14 17 21 24 27": Mask(
-        [int(i in (0, 1, 3, 5, 8, 11, 14, 17, 21, 24, 27)) for i in range(28)], scaled=True
-    ),
-    "gaps up to 4 after two": Growing(4, first=2),
-}
+# what may be the next presets: computed steps of 28, stretched over runs of another length
+NEXT = (
+    (0, 1, 2, 3, 4, 5, 7, 10, 13, 16, 19, 22, 25, 27),
+    (0, 1, 3, 5, 8, 11, 14, 17, 21, 24, 27),
+    (0, 1, 3, 6, 10, 14, 19, 23, 27),
+)
 
 
 def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
@@ -225,7 +222,9 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
         yield ours("Interval", "order 2", f"every {n}, phase 1", recipe)
     yield from preset_points("balanced", "fast")  # "quality" is one of the guides
     nearer = Guided(2, "modulated", 0.04, early=True, prior=2)
-    for setting, when in NEXT.items():
+    for computed in NEXT:
+        when = Mask([int(i in computed) for i in range(28)], scaled=True)
+        setting = " ".join(map(str, computed))
         yield ours("Guided", "modulated guide, prior 2", setting, Recipe(when, nearer))
     seers = {
         "order 1": Taylor(1),
