@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fastcache
 from fastcache import (
     Extrapolate,
     FirstBlock,
@@ -37,6 +36,7 @@ from .peer_sweeps import (
     seer_schedule,
 )
 from .points import Point, ours, theirs
+from .preset_sweeps import former_points, preset_points
 from .subjects import Cell
 
 MISFIT = (0.15, 0.2, 0.3)
@@ -140,9 +140,6 @@ ABLATIONS = tuple(
 HALVES = (3, 5)
 
 
-BUDGETS = ("quality", "balanced", "fast")  # presets
-
-
 def fewer(steps: int) -> Iterator[Point]:
     """The uncached model at fewer steps: what one would do without a cache."""
     counts = sorted(
@@ -158,7 +155,7 @@ def points(cell: Cell, ratios: Sequence[float], output: Mapping[str, Any]) -> It
     yield from fewer(steps)
     if guidance == "batched":
         yield from half_points(output)
-        yield from preset_points(*BUDGETS)
+        yield from preset_points()
         if not systems.missing("diffusers"):
             yield from seer_points(cell)
         return
@@ -175,21 +172,6 @@ def peer_points(cell: Cell, ratios: Sequence[float]) -> Iterator[Point]:
         yield from diffusers_points(cell, ratios)
     if not systems.missing("cache-dit"):
         yield from cache_dit_points(cell.steps, cell.guidance == "sequential")
-
-
-def preset_points(*names: str) -> Iterator[Point]:
-    """Presets, on the guide that they have on every trained model."""
-    for name in names:
-        predictor, setting = fastcache.presets()[name]["point"]
-        yield ours("Guided", predictor, setting, fastcache.preset(name, guide="modulated"))
-
-
-# what may be the next presets: computed steps of 28, stretched over runs of another length
-NEXT = (
-    (0, 1, 2, 3, 4, 5, 7, 10, 13, 16, 19, 22, 25, 27),
-    (0, 1, 3, 5, 8, 11, 14, 17, 21, 24, 27),
-    (0, 1, 3, 6, 10, 14, 19, 23, 27),
-)
 
 
 def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
@@ -220,12 +202,8 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
         early = Interval(n, phase=1, warmup=2, last=True)
         recipe = Recipe(early, Taylor(2, skip_first=True))
         yield ours("Interval", "order 2", f"every {n}, phase 1", recipe)
-    yield from preset_points("balanced", "fast")  # "quality" is one of the guides
-    nearer = Guided(2, "modulated", 0.04, early=True, prior=2)
-    for computed in NEXT:
-        when = Mask([int(i in computed) for i in range(28)], scaled=True)
-        setting = " ".join(map(str, computed))
-        yield ours("Guided", "modulated guide, prior 2", setting, Recipe(when, nearer))
+    yield from preset_points()
+    yield from former_points()
     seers = {
         "order 1": Taylor(1),
         "residual guide": Guided(),
