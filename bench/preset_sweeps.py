@@ -29,3 +29,11 @@ def former_points() -> Iterator[Point]:
     """What they were, on the same guide."""
     for setting, when in FORMER.items():
         yield ours("Guided", "modulated guide", setting, Recipe(when, Guided(guide="modulated")))
+
+
+def longer_points(steps: int) -> Iterator[Point]:
+    """Presets that name this number of steps, which are held against the converged picture."""
+    name = f"converged/{steps}"
+    if name in fastcache.presets():
+        made = fastcache.preset(name, guide="modulated")
+        yield ours("Guided", "modulated guide, prior 2", f"preset {name}", made)

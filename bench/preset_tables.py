@@ -57,6 +57,28 @@ def elsewhere(rows: Sequence[Row]) -> str:
     return _leads(quality_tables.elsewhere_cells(rows), "psnr", PRESETS)
 
 
+def converged(rows: Sequence[Row], models: Sequence[str] = (*COMMITTED, *SIZES)) -> str:
+    """The presets that name 50 steps beside the usual 28 without a cache: dB to the converged picture."""
+    lines = []
+    for name in dict.fromkeys(models):
+        for guidance in ("none", "sequential"):
+            usual, longer = (
+                quality_tables.cell(rows, steps, guidance, model=name) for steps in (28, 50)
+            )
+            own = next((r for r in longer if r["setting"] == "preset converged/50"), None)
+            whole = {r["steps"]: r for r in (*usual, *longer) if r["method"] == "uncached"}
+            if own is None or len(whole) < 2:
+                continue
+            title = f"{name}, {'no guidance' if guidance == 'none' else 'guidance'}"
+            known = [whole[28], own, whole[50]]
+            shown = [f"{r['psnr_solution']:.1f}" for r in known]
+            cost = own["compute"] * 50 / 28
+            ahead = own["psnr_solution"] - whole[28]["psnr_solution"]
+            lines.append((title, *shown[:2], f"**{ahead:+.1f}**", f"{cost:.0%}", shown[2]))
+    columns = ("", "28 steps", "50 steps, 14 computed", "ahead", "cost", "50 steps")
+    return markdown(columns, lines) if lines else ""
+
+
 def _lead(row: Row, here: Sequence[Row], system: str, column: str) -> float | None:
     """Over the best of a system that costs no more; None where it has nothing so cheap."""
     others = [

@@ -80,6 +80,7 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "peers_elsewhere": preset_tables.elsewhere,
     "peers_sizes": preset_tables.sizes,
     "smallest": preset_tables.smallest,
+    "converged": preset_tables.converged,
     "few_steps": few_tables.few_steps,
     "few_preset": few_tables.preset,
     "few_tuned": few_tables.said,

@@ -36,7 +36,7 @@ from .peer_sweeps import (
     seer_schedule,
 )
 from .points import Point, ours, theirs
-from .preset_sweeps import former_points, preset_points
+from .preset_sweeps import former_points, longer_points, preset_points
 from .subjects import Cell
 
 MISFIT = (0.15, 0.2, 0.3)
@@ -204,6 +204,7 @@ def stack_points(steps: int, ratios: Sequence[float]) -> Iterator[Point]:
         yield ours("Interval", "order 2", f"every {n}, phase 1", recipe)
     yield from preset_points()
     yield from former_points()
+    yield from longer_points(steps)
     seers = {
         "order 1": Taylor(1),
         "residual guide": Guided(),

@@ -60,8 +60,8 @@ def preset(name: str, **changes: Any) -> Config | Recipe:
     """Settings by name, for `fastcache.enable`.
 
     Args:
-        name: a budget, "quality", "balanced" or "fast", a mask for so many steps such as "mask/8", or a model
-            such as "flux" or "wan/taylorseer".
+        name: a budget, "quality", "balanced" or "fast", a schedule for so many steps such as "converged/50" or
+            "mask/8", or a model such as "flux" or "wan/taylorseer".
         changes: fields to replace: of the config, or of the recipe's policy and predictor.
     Returns:
         A recipe for a budget or a mask, a config for a model.

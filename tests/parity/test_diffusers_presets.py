@@ -17,6 +17,7 @@ import fastcache
 from fastcache.configs.presets import preset, presets
 
 MODELS = {
+    "converged": "Flux",
     "quality": "Flux",
     "balanced": "CogVideoX",
     "fast": "Wan3D",
