@@ -19,7 +19,18 @@ sys.path.insert(0, str(ROOT))
 
 pytest.importorskip("diffusers")
 
-from bench import dit, quality, subjects, sweeps, train_dit, train_video, trainer, video  # noqa: E402
+from bench import (  # noqa: E402
+    dit,
+    preset_sweeps,
+    preset_tables,
+    quality,
+    subjects,
+    sweeps,
+    train_dit,
+    train_video,
+    trainer,
+    video,
+)
 from fastcache.demo.data import NULL_LABEL, load_digits  # noqa: E402
 from fastcache.demo.model import load_judge  # noqa: E402
 from fastcache.demo.train import held_out_loss  # noqa: E402
@@ -133,3 +144,19 @@ def test_the_lite_mode_that_diffusers_is_given_on_a_dit_forecasts_its_output():
     assert found["dit", "diffusers"] == pytest.approx(ours, abs=0.01)
     assert found["dit", "fastcache"] == pytest.approx(ours, abs=0.01)
     assert found["flux", "diffusers"] != pytest.approx(ours, abs=1)
+
+
+def test_a_preset_for_fifty_steps_stands_beside_the_usual_run():
+    def row(steps, method, setting, compute, solution, guidance="none"):
+        cell = {"bench": "quality", "kind": "cpu", "model": "flux", "dtype": "fp32"}
+        key = {"system": "fastcache", "method": method, "predictor": "", "setting": setting}
+        measured = {"compute": compute, "psnr": 1.0, "psnr_solution": solution}
+        return {**cell, "steps": steps, "guidance": guidance, **key, **measured}
+
+    own = row(50, "Guided", "preset converged/50", 0.28, 44.25)
+    whole = [row(28, "uncached", "28 steps", 1.0, 40.0), row(50, "uncached", "50 steps", 1.0, 50.0)]
+    table = preset_tables.converged([own, *whole]).splitlines()
+    assert table[2:] == ["| flux, no guidance | 40.0 | 44.2 | **+4.2** | 50% | 50.0 |"]
+    assert preset_tables.converged([own, whole[0]]) == "", "nothing to hold it against"
+    points = {p.key[3] for p in preset_sweeps.longer_points(50)}
+    assert points == {"preset converged/50"} and not list(preset_sweeps.longer_points(28))
