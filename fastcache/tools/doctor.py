@@ -166,9 +166,9 @@ def candidates(steps: int) -> Iterator[tuple[str, Any]]:
     Args:
         steps: denoiser calls of a run.
     Returns:
-        The preset for whole runs, one for as few steps as this, and a method that asks nothing of a model.
+        The preset for as few steps as this, the one for whole runs, and a method that asks nothing of a model.
     """
-    for name in ("balanced", f"mask/{steps}"):
+    for name in (f"mask/{steps}", "balanced"):
         if name == "balanced" or (steps < FEW and name in presets()):
             yield f'"{name}"', preset(name)
     yield "fastcache.EasyCacheConfig()", EasyCacheConfig()

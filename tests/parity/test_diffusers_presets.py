@@ -59,7 +59,9 @@ def test_the_budgets_are_recipes_that_compute_less_and_less():
 
 def test_changes_reach_the_policy_and_the_predictor():
     recipe = preset("quality", max_skips=2, guide="modulated")
-    assert recipe.when == fastcache.Mask(preset("quality").when.compute, True, max_skips=2)
+    assert recipe.when == fastcache.Mask(
+        preset("quality").when.compute, True, max_skips=2, last=True
+    )
     assert recipe.what == fastcache.Guided(2, "modulated", 0.04, early=True, prior=2)
     with pytest.raises(TypeError, match=r"'fast' has no field threshold; it has .*order.*warmup"):
         preset("fast", threshold=0.1)
