@@ -236,8 +236,12 @@ def test_legend_names_the_lines_of_every_panel():
         measured("uncached", "", "3 steps", 0.75, 30.0, steps=4),
         measured("fastcache", "order 1", "0 1 3 5", 0.5, 29.0),
         measured("diffusers", "order 1", "lite, every 3", 0.7, 31.5),
+        measured("uncached", "", "6 steps", 0.75, 31.0),
+        measured("fastcache", "reuse", "0 1 3 7", 0.5, 28.0, steps=16),
     ]
     figure = quality_figures.quality_figure(rows)
+    shown = [axis for axis in figure.axes if axis.get_visible()]
+    assert len(shown) == 2, "a cell that was not swept gets no panel"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "fastcache, Taylor",
         "fastcache, plain reuse",
