@@ -166,8 +166,10 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         ),
         "guided sums 1": partial(guided_sums, t(), [t()] * 2),
         "guided sums 2": partial(guided_sums, t(), [t()] * 3),
+        "guided sums 3": partial(guided_sums, t(), [t()] * 4),
         "guided solve 1": partial(guided_solve, t(1, 3, dtype=torch.float64), fp32(1), half),
         "guided solve 2": partial(guided_solve, t(1, 6, dtype=torch.float64), fp32(2), half),
+        "guided solve 3": partial(guided_solve, t(1, 10, dtype=torch.float64), fp32(3), half),
     }
 
 

@@ -3,8 +3,8 @@
 
 With guides g (current) and g_1, g_2, .. (cached, newest first), q = g - g_1, D_j = g_j - g_(j+1):
 the weights w solve (D D^T + ridge * tr * I) w = D q + ridge * tr * prior, tr the mean diagonal of
-D D^T. The squared misfit |q - sum_j w_j D_j|^2 is a difference of nearly equal sums, and so is the
-determinant where D_1 and D_2 are nearly parallel: sums and solution are therefore float64. Nothing
+D D^T. The squared misfit |q - sum_j w_j D_j|^2 is a difference of nearly equal sums, and so is what
+is left of a diagonal where the D_j are nearly parallel: sums and solution are therefore float64. Nothing
 is read back by the host.
 """
 
@@ -25,7 +25,7 @@ from .reduction import add_up, spread
 
 # Elements per tile. With the number of programs it defines the bits of the sums.
 TILE = 2048
-# D_1 and D_2 count as parallel when the determinant falls below this share of its upper bound.
+# An unknown counts as told by those before it where less than this share of its diagonal is left.
 SINGULAR = tl.constexpr(1e-12)
 
 
@@ -61,14 +61,20 @@ def _guided_sums_kernel(
     PARTIALS: tl.constexpr,
 ):
     LANES: tl.constexpr = ROWS * COLS // FOLD
+    Q: tl.constexpr = K * (K + 1) // 2  # the sums of D q come behind the triangle
+    SUMS: tl.constexpr = Q + K + 1
     i_g = tl.program_id(0)
     i_s = (i_g // programs).to(tl.int64)
     i_p = i_g % programs
     b_11 = tl.zeros([LANES], tl.float64)
     b_12 = tl.zeros([LANES], tl.float64)
+    b_13 = tl.zeros([LANES], tl.float64)
     b_22 = tl.zeros([LANES], tl.float64)
+    b_23 = tl.zeros([LANES], tl.float64)
+    b_33 = tl.zeros([LANES], tl.float64)
     b_1q = tl.zeros([LANES], tl.float64)
     b_2q = tl.zeros([LANES], tl.float64)
+    b_3q = tl.zeros([LANES], tl.float64)
     b_qq = tl.zeros([LANES], tl.float64)
     for i_t in range(i_p, tl.cdiv(rows, ROWS), programs):
         o_r = tl.cast(i_t, tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
@@ -82,71 +88,115 @@ def _guided_sums_kernel(
             b_11 += _dot(b_d1, b_d1, LANES, FOLD)
             b_1q += _dot(b_d1, b_q, LANES, FOLD)
             b_qq += _dot(b_q, b_q, LANES, FOLD)
-            if K == 2:
-                b_d2 = b_g2 - _load(p_guides, s_guides, r_guides, i_s, o_r, o_c, m_n, 3)
+            if K >= 2:
+                b_g3 = _load(p_guides, s_guides, r_guides, i_s, o_r, o_c, m_n, 3)
+                b_d2 = b_g2 - b_g3
                 b_12 += _dot(b_d1, b_d2, LANES, FOLD)
                 b_22 += _dot(b_d2, b_d2, LANES, FOLD)
                 b_2q += _dot(b_d2, b_q, LANES, FOLD)
+                if K == 3:
+                    b_d3 = b_g3 - _load(p_guides, s_guides, r_guides, i_s, o_r, o_c, m_n, 4)
+                    b_13 += _dot(b_d1, b_d3, LANES, FOLD)
+                    b_23 += _dot(b_d2, b_d3, LANES, FOLD)
+                    b_33 += _dot(b_d3, b_d3, LANES, FOLD)
+                    b_3q += _dot(b_d3, b_q, LANES, FOLD)
     i_r = (i_g // count).to(tl.int64)  # which result
-    p_all = p_part + i_r * (3 * K * count)
+    p_all = p_part + i_r * (SUMS * count)
     p_part = p_all + i_g % count
     tl.store(p_part, tl.sum(b_11, axis=0))
-    if K == 2:
+    if K >= 2:
         tl.store(p_part + count, tl.sum(b_12, axis=0))
-        tl.store(p_part + 2 * count, tl.sum(b_22, axis=0))
-        tl.store(p_part + 4 * count, tl.sum(b_2q, axis=0))
-    tl.store(p_part + (2 * K - 1) * count, tl.sum(b_1q, axis=0))
-    tl.store(p_part + (3 * K - 1) * count, tl.sum(b_qq, axis=0))
-    add_up(p_sums + 3 * K * i_r, p_all, p_counter + i_r, count, 1.0, 3 * K, 4 * K, PARTIALS)
+        tl.store(p_part + K * count, tl.sum(b_22, axis=0))
+        tl.store(p_part + (Q + 1) * count, tl.sum(b_2q, axis=0))
+    if K == 3:
+        tl.store(p_part + 2 * count, tl.sum(b_13, axis=0))
+        tl.store(p_part + 4 * count, tl.sum(b_23, axis=0))
+        tl.store(p_part + 5 * count, tl.sum(b_33, axis=0))
+        tl.store(p_part + (Q + 2) * count, tl.sum(b_3q, axis=0))
+    tl.store(p_part + Q * count, tl.sum(b_1q, axis=0))
+    tl.store(p_part + (SUMS - 1) * count, tl.sum(b_qq, axis=0))
+    add_up(p_sums + SUMS * i_r, p_all, p_counter + i_r, count, 1.0, SUMS, 2 << K, PARTIALS)
+
+
+@triton.jit
+def _known(p, INDEX: tl.constexpr, THERE: tl.constexpr):
+    """A float64 number, or 0 where there is none."""
+    if THERE:
+        value = tl.load(p + INDEX).to(tl.float64)
+    else:
+        value = tl.full((), 0.0, tl.float64)
+    return value
 
 
 @triton.jit
 def _guided_solve_kernel(
     p_weights, p_misfit, p_sums, p_prior, ridge, K: tl.constexpr, BASE: tl.constexpr
 ):
+    # three unknowns; those that K leaves out have a row of the identity, and are 0
+    Q: tl.constexpr = K * (K + 1) // 2
     i_s = tl.program_id(0).to(tl.int64)
-    p_sums += i_s * (3 * K)
-    g_11 = tl.load(p_sums).to(tl.float64)
-    b_1 = tl.load(p_sums + 2 * K - 1).to(tl.float64)
-    qq = tl.load(p_sums + 3 * K - 1).to(tl.float64)
-    prior_1 = tl.load(p_prior).to(tl.float64)
-    if K == 1:
-        pull = ridge * g_11
-        a_11 = g_11 + pull
-        w_1 = (b_1 + pull * prior_1) / a_11
-        usable = (a_11 > 0) & (g_11 + qq < float("inf"))
-        w_1 = tl.where(usable, w_1, prior_1)
-        square = qq - 2 * w_1 * b_1 + w_1 * w_1 * g_11
-    else:
-        g_12 = tl.load(p_sums + 1).to(tl.float64)
-        g_22 = tl.load(p_sums + 2).to(tl.float64)
-        b_2 = tl.load(p_sums + 4).to(tl.float64)
-        prior_2 = tl.load(p_prior + 1).to(tl.float64)
-        pull = ridge * (g_11 + g_22) / 2
-        a_11 = g_11 + pull
-        a_22 = g_22 + pull
-        c_1 = b_1 + pull * prior_1
-        c_2 = b_2 + pull * prior_2
-        det = a_11 * a_22 - g_12 * g_12
-        w_1 = (a_22 * c_1 - g_12 * c_2) / det
-        w_2 = (a_11 * c_2 - g_12 * c_1) / det
-        usable = (det > a_11 * a_22 * SINGULAR) & (g_11 + g_22 + qq < float("inf"))
-        w_1 = tl.where(usable, w_1, prior_1)
-        w_2 = tl.where(usable, w_2, prior_2)
-        square = qq - 2 * (w_1 * b_1 + w_2 * b_2)
-        square += w_1 * w_1 * g_11 + 2 * w_1 * w_2 * g_12 + w_2 * w_2 * g_22
+    p_sums += i_s * (Q + K + 1)
+    g_11 = _known(p_sums, 0, True)
+    g_12 = _known(p_sums, 1, K >= 2)
+    g_13 = _known(p_sums, 2, K == 3)
+    g_22 = _known(p_sums, K, K >= 2)
+    g_23 = _known(p_sums, 4, K == 3)
+    g_33 = _known(p_sums, 5, K == 3)
+    b_1 = _known(p_sums, Q, True)
+    b_2 = _known(p_sums, Q + 1, K >= 2)
+    b_3 = _known(p_sums, Q + 2, K == 3)
+    qq = _known(p_sums, Q + K, True)
+    prior_1 = _known(p_prior, 0, True)
+    prior_2 = _known(p_prior, 1, K >= 2)
+    prior_3 = _known(p_prior, 2, K == 3)
+    trace = g_11 + g_22 + g_33
+    pull = ridge * trace / K
+    a_11 = g_11 + pull
+    a_22 = g_22 + pull if K >= 2 else 1.0 + g_22
+    a_33 = g_33 + pull if K == 3 else 1.0 + g_33
+    c_1 = b_1 + pull * prior_1
+    c_2 = b_2 + pull * prior_2
+    c_3 = b_3 + pull * prior_3
+    # what an unknown says is taken from the rows behind it
+    s_2 = g_12 / a_11
+    s_3 = g_13 / a_11
+    e_22 = a_22 - s_2 * g_12
+    e_23 = g_23 - s_2 * g_13
+    e_33 = a_33 - s_3 * g_13
+    c_2 -= s_2 * c_1
+    c_3 -= s_3 * c_1
+    s_3 = e_23 / e_22
+    e_33 -= s_3 * e_23
+    c_3 -= s_3 * c_2
+    usable = (a_11 > 0) & (e_22 > a_22 * SINGULAR) & (e_33 > a_33 * SINGULAR)
+    usable = usable & (trace + qq < float("inf"))
+    w_3 = c_3 / e_33
+    w_2 = (c_2 - e_23 * w_3) / e_22
+    w_1 = (c_1 - g_12 * w_2 - g_13 * w_3) / a_11
+    w_1 = tl.where(usable, w_1, prior_1)
+    w_2 = tl.where(usable, w_2, prior_2)
+    w_3 = tl.where(usable, w_3, prior_3)
+    square = qq - 2 * (w_1 * b_1 + w_2 * b_2 + w_3 * b_3)
+    square += w_1 * w_1 * g_11 + w_2 * w_2 * g_22 + w_3 * w_3 * g_33
+    square += 2 * (w_1 * w_2 * g_12 + w_1 * w_3 * g_13 + w_2 * w_3 * g_23)
     p_weights += i_s * (BASE + K + 1)
     if BASE:
         tl.store(p_weights, 1.0)
-    tl.store(p_weights + BASE, (1 + w_1).to(tl.float32))
-    if K == 1:
-        tl.store(p_weights + BASE + 1, (-w_1).to(tl.float32))
-    else:
-        tl.store(p_weights + BASE + 1, (w_2 - w_1).to(tl.float32))
-        tl.store(p_weights + BASE + 2, (-w_2).to(tl.float32))
+    p_weights += BASE
+    tl.store(p_weights, (1 + w_1).to(tl.float32))
+    tl.store(p_weights + 1, (w_2 - w_1).to(tl.float32))
+    if K >= 2:
+        tl.store(p_weights + 2, (w_3 - w_2).to(tl.float32))
+    if K == 3:
+        tl.store(p_weights + 3, (-w_3).to(tl.float32))
     # rounding may leave a tiny negative square; NaN stays NaN
     square = tl.where(square < 0, 0.0, square)
     tl.store(p_misfit + i_s, tl.sqrt(square / qq).to(tl.float32))
+
+
+def _terms(order: int) -> int:
+    """How many sums guides of an order give: a triangle, D q and q.q."""
+    return order * (order + 3) // 2 + 1
 
 
 def _sums_plan(tensors: Sequence[Tensor], per_sample: bool) -> Plan:
@@ -159,13 +209,15 @@ def _sums_plan(tensors: Sequence[Tensor], per_sample: bool) -> Plan:
     else:
         groups, rows = 1, guide.numel() // width
         s_guides, r_guides = (0,) * len(tensors), (width,) * len(tensors)
-    tile = row_tile(width, TILE)
-    # with up to 80 registers three programs share a multiprocessor: 384 are one wave
-    each, (results, count) = spread(cdiv(rows, tile[0]), groups, per_sample, share=0.75)
     order, fold = len(tensors) - 2, 16 // widest(tensors)
+    # With up to 80 registers three programs share a multiprocessor: 384 are one wave. The ten sums of order 3 leave
+    # room for two, and for one access of 16 bytes a thread and guide at a time.
+    elements, share = (TILE, 0.75) if order < 3 else (32 * WARPS * fold, 0.5)
+    tile = row_tile(width, elements)
+    each, (results, count) = spread(cdiv(rows, tile[0]), groups, per_sample, share)
     constants = (order, *tile, fold, reduction.PROGRAMS // 4)  # a row of 4 * K needs room
     numbers = (s_guides, r_guides, rows, width, each, count, *constants)
-    return Plan(groups * each, numbers, results, 3 * order * results * count)
+    return Plan(groups * each, numbers, results, _terms(order) * results * count)
 
 
 def _solve_plan(tensors: Sequence[Tensor], base: bool) -> Plan:
@@ -180,11 +232,11 @@ _solve = Launcher(_guided_solve_kernel, _solve_plan, num_warps=1)
 def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = False) -> Tensor:
     """float64 [S, M]: the entries of D D^T, of D q, and q.q, in one pass over K + 2 tensors.
 
-    guide, guides[0..K]: one shape, K = 1 or 2; contiguous, or [B, T, C] with dense rows at any
+    guide, guides[0..K]: one shape, K = 1 to 3; contiguous, or [B, T, C] with dense rows at any
     distance (a token range, or every k-th token). S is 1, or B per sample. M = 3 for K = 1: D1.D1,
-    D1.q, q.q; M = 6 for K = 2: D1.D1, D1.D2, D2.D2, D1.q, D2.q, q.q.
+    D1.q, q.q; M = 6 for K = 2: D1.D1, D1.D2, D2.D2, D1.q, D2.q, q.q; M = 10 for K = 3.
     """
-    shape = (guide.shape[0] if per_sample else 1, 3 * (len(guides) - 1))
+    shape = (guide.shape[0] if per_sample else 1, _terms(len(guides) - 1))
     sums = guide.new_empty(shape, dtype=torch.float64)
     if not guide.numel():
         return sums.zero_()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights of cached values, read off the guides: sums over all elements, then a system of one or
-// two unknowns. fastcache/ops/reference.py is the specification.
+// Weights of cached values, read off the guides: sums over all elements, then a system of one to
+// three unknowns. fastcache/ops/reference.py is the specification.
 #pragma once
 
 #include <cmath>
@@ -10,8 +10,8 @@
 
 namespace fastcache {
 
-constexpr int MAX_ORDER = 2;
-// D_1 and D_2 count as parallel where the determinant is below this share of its upper bound.
+constexpr int MAX_ORDER = 3;
+// An unknown counts as told by those before it where less than this share of its diagonal is left.
 constexpr double SINGULAR = 1e-12;
 
 // Sample i starts all.stride * i elements after its data, and its rows are `row` elements apart.
@@ -43,26 +43,37 @@ void guided_sums(const Kernels& kernels, const Parallel& parallel, const Shape& 
 inline double guided_solve(const double* sums, const float* prior, int order, double ridge,
                            float* weights) {
   constexpr double INFINITE = std::numeric_limits<double>::infinity();
-  double w[MAX_ORDER] = {prior[0], order == 1 ? 0.0 : prior[1]};  // of the differences
-  const double qq = sums[sums_of(order) - 1];
-  double square;
-  if (order == 1) {
-    const double a = sums[0], dq = sums[1];
-    const double pull = ridge * a, diagonal = a + pull;
-    if (diagonal > 0 && a + qq < INFINITE) w[0] = (dq + pull * w[0]) / diagonal;
-    square = qq - 2 * (w[0] * dq) + w[0] * w[0] * a;
-  } else {
-    const double a = sums[0], b = sums[1], c = sums[2], *dq = sums + 3;
-    const double pull = ridge * (a + c) / 2, a1 = a + pull, c1 = c + pull;
-    const double r1 = dq[0] + pull * w[0], r2 = dq[1] + pull * w[1];
-    const double det = a1 * c1 - b * b;
-    if (det > a1 * c1 * SINGULAR && a + c + qq < INFINITE) {
-      w[0] = (c1 * r1 - b * r2) / det;
-      w[1] = (a1 * r2 - b * r1) / det;
-    }
-    square = qq - 2 * (w[0] * dq[0] + w[1] * dq[1]) + w[0] * w[0] * a + 2 * w[0] * w[1] * b +
-             w[1] * w[1] * c;
+  const double *dq = sums + order * (order + 1) / 2, qq = dq[order];
+  double gram[MAX_ORDER][MAX_ORDER], a[MAX_ORDER][MAX_ORDER], r[MAX_ORDER], trace = 0;
+  for (int i = 0, m = 0; i < order; ++i)
+    for (int j = i; j < order; ++j) gram[i][j] = a[i][j] = sums[m++];
+  for (int i = 0; i < order; ++i) trace += gram[i][i];
+  const double pull = ridge * trace / order;
+  for (int i = 0; i < order; ++i) {
+    a[i][i] += pull;
+    r[i] = dq[i] + pull * prior[i];
   }
+  bool usable = trace + qq < INFINITE;
+  for (int p = 0; p < order; ++p) {  // what unknown p says is taken from the rows behind it
+    usable = usable && a[p][p] > (gram[p][p] + pull) * SINGULAR;
+    for (int i = p + 1; i < order; ++i) {
+      const double share = a[p][i] / a[p][p];
+      r[i] -= share * r[p];
+      for (int j = i; j < order; ++j) a[i][j] -= share * a[p][j];
+    }
+  }
+  for (int p = order - 1; p >= 0; --p) {  // r becomes the solution
+    for (int j = p + 1; j < order; ++j) r[p] -= a[p][j] * r[j];
+    r[p] /= a[p][p];
+  }
+  double w[MAX_ORDER], said = 0;  // weights of the differences
+  for (int j = 0; j < order; ++j) {
+    w[j] = usable ? r[j] : prior[j];
+    said += w[j] * dq[j];
+  }
+  double square = qq - 2 * said;
+  for (int i = 0; i < order; ++i)
+    for (int j = i; j < order; ++j) square += (i == j ? 1 : 2) * w[i] * w[j] * gram[i][j];
   // R_1 + sum_j w_j (R_j - R_(j+1)), by R
   double before = -1;
   for (int j = 0; j < order; ++j) {

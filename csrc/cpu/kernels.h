@@ -25,8 +25,8 @@ struct Rows {
   int64_t stride;
 };
 
-// The sums of guided prediction of order K, 1 or 2: a K x K triangle, K and 1.
-constexpr int sums_of(int order) { return 3 * order; }
+// The sums of guided prediction of order K, 1 to 3: a K x K triangle, K and 1.
+constexpr int sums_of(int order) { return order * (order + 3) / 2 + 1; }
 
 struct Kernels {
   // r = round(y - x); sums += { sum |r - prev|, sum |prev| }; out <- r unless null.

@@ -51,7 +51,7 @@ def guided_weights(
 
     Args:
         guide: of this step, [B, tokens, width].
-        guides: of the last K + 1 computed steps, newest first, K = 1 or 2, of the same shape, dtype and device, any
+        guides: of the last K + 1 computed steps, newest first, K = 1 to 3, of the same shape, dtype and device, any
             strides.
         prior: float32 [K], what the ridge pulls the weights of the differences toward.
         ridge: how strongly, unitless.
@@ -67,8 +67,8 @@ def guided_weights(
         raise TypeError(
             f"guided_weights: guides is {type(guides).__name__}, must be a list of tensors"
         )
-    if len(guides) not in (2, 3):
-        raise ValueError(f"guided_weights: guides has {len(guides)} entries, must have 2 or 3")
+    if len(guides) not in (2, 3, 4):
+        raise ValueError(f"guided_weights: guides has {len(guides)} entries, must have 2 to 4")
     check("guided_weights", guide=guide, **{f"guides[{i}]": t for i, t in enumerate(guides)})
     check_samples("guided_weights", guide, per_sample)
     check("guided_weights", prior=prior)

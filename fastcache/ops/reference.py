@@ -20,6 +20,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+# An unknown counts as told by those before it where less than this share of its diagonal is left.
+SINGULAR = 1e-12
+
 
 def _wide(t: Tensor, like: Tensor | None = None) -> Tensor:
     """In the precision of the arithmetic: float64 where values such as `like` (or it itself) are, else float32."""
@@ -162,8 +165,8 @@ def guidance_combine(
 def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = False) -> Tensor:
     """float64 [S, M]: with q = guide - g_1 and D_j = g_j - g_(j+1), the sums of D D^T, D q and q.q.
 
-    guide: of the current step; guides: g_1 (newest) .. g_(K+1), K = 1 or 2, any strides. S is 1, or the
-    batch per sample. Order: upper triangle of D D^T row by row, D q, q.q; M = 3 or 6.
+    guide: of the current step; guides: g_1 (newest) .. g_(K+1), K = 1 to 3, any strides. S is 1, or the
+    batch per sample. Order: upper triangle of D D^T row by row, D q, q.q; M = 3, 6 or 10.
     """
     now, *held = (_samples(t.double(), per_sample) for t in (guide, *guides))
     q, d = now - held[0], [a - b for a, b in pairwise(held)]
@@ -181,36 +184,35 @@ def guided_solve(
     misfit = |q - sum w_j D_j| / |q|. A singular or non-finite history falls back to the prior.
     """
     k = prior.numel()
-    upper, dq, qq = (
-        sums[:, : k * (k + 1) // 2].double(),
-        sums[:, -k - 1 : -1].double(),
-        sums[:, -1].double(),
-    )
-    want = prior.double().expand_as(dq)
-    if k == 1:
-        pull = ridge * upper
-        diagonal = upper + pull
-        w = (dq + pull * want) / diagonal
-        usable = (diagonal > 0) & (upper + qq[:, None] < float("inf"))
-        w = torch.where(usable, w, want)
-        square = qq - 2 * (w * dq)[:, 0] + (w * w * upper)[:, 0]
-    else:
-        a, b, c = upper.unbind(1)
-        pull = ridge * (a + c) / 2
-        a1, c1 = a + pull, c + pull
-        r1, r2 = dq[:, 0] + pull * want[:, 0], dq[:, 1] + pull * want[:, 1]
-        det = a1 * c1 - b * b
-        usable = (det > a1 * c1 * 1e-12) & (a + c + qq < float("inf"))
-        w = torch.stack([(c1 * r1 - b * r2) / det, (a1 * r2 - b * r1) / det], dim=1)
-        w = torch.where(usable[:, None], w, want)
-        w1, w2 = w.unbind(1)
-        square = qq - 2 * (w * dq).sum(dim=1) + w1 * w1 * a + 2 * w1 * w2 * b + w2 * w2 * c
-    ones, none = torch.ones_like(qq)[:, None], torch.zeros_like(qq)[:, None]
-    # R_1 + sum_j w_j (R_j - R_(j+1))
-    first = torch.cat([w, none], dim=1) - torch.cat([none, w], dim=1)
-    first[:, 0] += 1
-    result = torch.cat([ones, first], dim=1) if base else first
-    return result.float(), (square.clamp_min(0) / qq).sqrt().float()
+    terms = list(sums.double().unbind(1))
+    places = [(i, j) for i in range(k) for j in range(i, k)]
+    upper, dq, qq = dict(zip(places, terms, strict=False)), terms[-k - 1 : -1], terms[-1]
+    want = prior.double().unbind()
+    trace = sum(upper[i, i] for i in range(k))
+    pull = ridge * trace / k
+    a = {at: value + pull if at[0] == at[1] else value for at, value in upper.items()}
+    r = [its + pull * wanted for its, wanted in zip(dq, want, strict=True)]
+    usable = trace + qq < float("inf")
+    for p in range(k):  # what unknown p says is taken from the rows behind it
+        usable = usable & (a[p, p] > (upper[p, p] + pull) * SINGULAR)
+        for i in range(p + 1, k):
+            share = a[p, i] / a[p, p]
+            r[i] = r[i] - share * r[p]
+            for j in range(i, k):
+                a[i, j] = a[i, j] - share * a[p, j]
+    for p in reversed(range(k)):  # r becomes the solution
+        for j in range(p + 1, k):
+            r[p] = r[p] - a[p, j] * r[j]
+        r[p] = r[p] / a[p, p]
+    w = [torch.where(usable, found, wanted) for found, wanted in zip(r, want, strict=True)]
+    square = qq - 2 * sum(weight * its for weight, its in zip(w, dq, strict=True))
+    for i, j in places:
+        square = square + (1 if i == j else 2) * w[i] * w[j] * upper[i, j]
+    # R_1 + sum_j w_j (R_j - R_(j+1)), by R
+    one, none = torch.ones_like(qq), torch.zeros_like(qq)
+    found = [newer - older for older, newer in pairwise([-one, *w, none])]
+    weights = torch.stack([one, *found] if base else found, dim=1)
+    return weights.float(), (square.clamp_min(0) / qq).sqrt().float()
 
 
 def exponential_solve(sums: Tensor, reach: Tensor, ridge: float) -> Tensor:

@@ -21,7 +21,7 @@ class Guided(Predictor):
     read by the host, are applied to the skipped value.
 
     Args:
-        order: differences used, 1 or 2; order + 1 values are kept.
+        order: differences used, 1 to 3; order + 1 values are kept.
         guide: "residual" of the first block, which then runs on every step; "modulated", the
             normalised and timestep-modulated input of the first block; "input", what enters it.
             Each is [B, tokens, width]. "auto": "modulated" where the model's first block is known to have
@@ -52,7 +52,7 @@ class Guided(Predictor):
     forecasts = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "order", whole("Guided", "order", self.order, 1, 2))
+        object.__setattr__(self, "order", whole("Guided", "order", self.order, 1, 3))
         if self.guide not in get_args(GuideName):
             raise ValueError(
                 f"Guided: guide is {self.guide!r}, must be 'residual', 'modulated', 'input' or 'auto'"

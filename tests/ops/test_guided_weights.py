@@ -40,7 +40,7 @@ def truth(
 
 
 @each_backend
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(4))
 def test_weights_and_misfit_equal_a_float64_solve(
@@ -48,7 +48,7 @@ def test_weights_and_misfit_equal_a_float64_solve(
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(2, 37, 24, generator=g).to(dtype) for _ in range(order + 2)]
-    prior = torch.tensor([1.5, 0.0][:order])
+    prior = torch.tensor([1.5, 0.0, -0.5][:order])
     weights, misfit = ops.guided_weights(tensors[0], tensors[1:], prior, 0.003)
     want, want_misfit = truth(tensors[0], tensors[1:], prior, 0.003)
     assert weights[0, 0] == 1
@@ -68,9 +68,12 @@ def test_a_guide_that_moves_on_a_line_is_explained_exactly() -> None:
 @each_backend
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_a_degenerate_history_falls_back_to_the_prior(value: float) -> None:
-    guides = [torch.full((1, 4, 4), value) for _ in range(3)]
-    weights, _ = ops.guided_weights(torch.randn(1, 4, 4), guides, torch.tensor([2.0, 0.0]))
+    guides = [torch.full((1, 4, 4), value) for _ in range(4)]
+    guide = torch.randn(1, 4, 4)
+    weights, _ = ops.guided_weights(guide, guides[:3], torch.tensor([2.0, 0.0]))
     assert torch.equal(weights, torch.tensor([[1.0, 3.0, -2.0, 0.0]]))
+    weights, _ = ops.guided_weights(guide, guides, torch.tensor([2.0, 0.5, 1.0]))
+    assert torch.equal(weights, torch.tensor([[1.0, 3.0, -1.5, 0.5, -1.0]]))
 
 
 @each_backend
@@ -111,7 +114,7 @@ def test_guides_without_elements_give_the_prior(shape: tuple, per_sample: bool) 
 
 
 @pytest.mark.parametrize(
-    ("guides", "match"), [([torch.ones(2, 2)] * 1, "guides"), ([torch.ones(2, 2)] * 4, "guides")]
+    ("guides", "match"), [([torch.ones(2, 2)] * 1, "guides"), ([torch.ones(2, 2)] * 5, "guides")]
 )
 def test_the_op_names_what_is_wrong(guides: list[Tensor], match: str) -> None:
     with pytest.raises(ValueError, match=match):

@@ -280,8 +280,9 @@ def test_offsets_beyond_two_to_the_31():
 # --- guided prediction ------------------------------------------------------------------------
 
 
-@given(layouts(), st.integers(1, 2), st.booleans())
+@given(layouts(), st.integers(1, 3), st.booleans())
 @example((F32, BF16, lambda dtype, seed, _: (random((3, 90, 257), dtype, seed), None)), 2, True)
+@example((F32, BF16, lambda dtype, seed, _: (random((3, 90, 257), dtype, seed), None)), 3, True)
 def test_guided_sums_are_those_of_the_reference_whatever_the_layout(layout, order, per_sample):
     value, stored, make = layout
     kinds = [value] + [stored] * (order + 1)
@@ -294,7 +295,7 @@ def test_guided_sums_are_those_of_the_reference_whatever_the_layout(layout, orde
     assert torch.equal(cpp.guided_sums(guide.contiguous(), copies, per_sample), sums)
 
 
-@given(layouts(), st.integers(1, 2))
+@given(layouts(), st.integers(1, 3))
 def test_guided_sums_per_sample_are_those_of_each_sample(layout, order):
     value, _, make = layout
     tensors = [make(value, i)[0] for i in range(order + 2)]
@@ -306,13 +307,18 @@ def test_guided_sums_per_sample_are_those_of_each_sample(layout, order):
         assert torch.equal(cpp.guided_sums(guide, guides)[0], sums[b])
 
 
+def terms(order: int) -> int:
+    """How many sums guides of an order give."""
+    return order * (order + 3) // 2 + 1
+
+
 SUMS = st.floats() | st.sampled_from([0.0, -0.0, 1.0, 4.0, math.inf, math.nan, 1e-320, 1e300])
 
 
 @given(
-    st.integers(1, 2).flatmap(
+    st.integers(1, 3).flatmap(
         lambda order: st.tuples(
-            st.lists(st.lists(SUMS, min_size=3 * order, max_size=3 * order), max_size=4),
+            st.lists(st.lists(SUMS, min_size=terms(order), max_size=terms(order)), max_size=4),
             st.lists(st.floats(width=32), min_size=order, max_size=order),
         )
     ),
@@ -325,9 +331,21 @@ SUMS = st.floats() | st.sampled_from([0.0, -0.0, 1.0, 4.0, math.inf, math.nan, 1
 @example(([[3.0, 1.0, 2.0, 1.0, 2.0, 3.0]], [1.5, 0.0]), 0.003, torch.float64, False)
 @example(([[3.0, 1.0, math.inf, 1.0, 2.0, 3.0]], [1.5, 0.0]), 0.003, torch.float64, True)
 @example(([[3.0, 1.0, 2.0, 1.0, 2.0, math.nan]], [1.5, 0.0]), 0.003, torch.float64, True)
+@example(
+    ([[3.0, 1.0, 0.5, 2.0, -1.0, 5.0, 1.0, 2.0, 3.0, 9.0]], [1.5, 0.0, 0.25]),
+    0.04,
+    torch.float64,
+    True,
+)
+@example(  # the third follows from the first two
+    ([[1.0, 0.0, 1.0, 1.0, 1.0, 2.0, 1.0, 2.0, 3.0, 9.0]], [1.5, 0.0, 0.25]),
+    0.0,
+    torch.float64,
+    False,
+)
 def test_guided_solve_has_the_bits_of_the_reference(given_sums, ridge, dtype, base):
     rows, prior = given_sums
-    sums = torch.tensor(rows, dtype=dtype).reshape(-1, 3 * len(prior))
+    sums = torch.tensor(rows, dtype=dtype).reshape(-1, terms(len(prior)))
     weights, misfit = cpp.guided_solve(sums, torch.tensor(prior), ridge, base)
     expected, expected_misfit = reference.guided_solve(sums, torch.tensor(prior), ridge, base)
     assert weights.shape == expected.shape and identical(weights, expected)
@@ -373,7 +391,7 @@ def test_a_layout_or_shape_that_no_kernel_takes_is_named():
         cpp.guided_sums(x, [x, x[:, :3]])
     with pytest.raises(RuntimeError, match="guide must have dense rows"):
         cpp.guided_sums(x[..., ::2], [x[..., :4]] * 2)
-    with pytest.raises(RuntimeError, match="order 1 to 2, got 3"):
-        cpp.guided_sums(x, [x] * 4)
+    with pytest.raises(RuntimeError, match="order 1 to 3, got 4"):
+        cpp.guided_sums(x, [x] * 5)
     with pytest.raises(RuntimeError, match="sums must be contiguous float64 with 3"):
         cpp.guided_solve(torch.zeros(1, 6), torch.zeros(1), 0.0)

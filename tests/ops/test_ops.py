@@ -486,7 +486,7 @@ BAD_VALUES = [
     ("guidance_combine", "out", torch.zeros(4, 3, 4).half()),
     ("guided_weights", "guides", []),
     ("guided_weights", "guides", [T]),
-    ("guided_weights", "guides", [T] * 4),
+    ("guided_weights", "guides", [T] * 5),
     ("guided_weights", "guides", T),
     ("guided_weights", "guides", None),
     ("guided_weights", "prior", torch.ones(2)),

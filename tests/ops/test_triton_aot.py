@@ -197,7 +197,7 @@ def test_every_report_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot, "inspect", inspect)
     found = aot.check((90,), ("bf16", "fp32"), "guided solve", workers=1)
     assert [r.case for r in found if r.faults()] == ["guided solve 2"]
-    assert len(found) == 4
+    assert len(found) == 6
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -556,7 +556,7 @@ def quantized_sum(lab: Lab, dtype: str, layout: str, on_device: bool) -> None:
 # --- guided prediction ---------------------------------------------------------------------------
 
 
-@case(dtype=DTYPES, order=(1, 2), layout=LAYOUTS, per_sample=(False, True))
+@case(dtype=DTYPES, order=(1, 2, 3), layout=LAYOUTS, per_sample=(False, True))
 def sums(lab: Lab, dtype: str, order: int, layout: str, per_sample: bool) -> None:
     guide, *guides = (lab.draw(2, 19, 300, dtype=DTYPES[dtype]) for _ in range(order + 2))
     placed = [lab.place(t, layout) for t in (guide, *guides)]
@@ -568,10 +568,10 @@ def sums(lab: Lab, dtype: str, order: int, layout: str, per_sample: bool) -> Non
     assert torch.equal(got, lab.kernels.guided_sums(strided[0], strided[1:], per_sample))
 
 
-@case(order=(1, 2), base=(False, True), ridge=(0.0, 0.003, 1e9))
+@case(order=(1, 2, 3), base=(False, True), ridge=(0.0, 0.003, 1e9))
 def weights_and_misfit(lab: Lab, order: int, base: bool, ridge: float) -> None:
     guide, *guides = (lab.draw(3, 11, 64) for _ in range(order + 2))
-    prior = torch.tensor([0.7, -0.1][:order])
+    prior = torch.tensor([0.7, -0.1, 0.3][:order])
     want_sums = guided_sums(guide, guides, per_sample=True)
     w, misfit = guided_solve(want_sums, prior, ridge)
     got_sums = lab.kernels.guided_sums(lab.place(guide), [lab.place(t) for t in guides], True)
@@ -587,7 +587,7 @@ def weights_and_misfit(lab: Lab, order: int, base: bool, ridge: float) -> None:
         torch.testing.assert_close(got_misfit.cpu().double(), misfit, rtol=1e-5, atol=1e-5)
 
 
-@case(order=(1, 2), share=(0.0, 1e-4, 1e-2))
+@case(order=(1, 2, 3), share=(0.0, 1e-4, 1e-2))
 def a_small_misfit_survives_cancellation(lab: Lab, order: int, share: float) -> None:
     """q lies in the span of the history up to a small part: float32 sums would lose the misfit."""
     guides = [lab.draw(2, 40, 96, dtype=FP32) for _ in range(order + 1)]
@@ -604,24 +604,24 @@ def a_small_misfit_survives_cancellation(lab: Lab, order: int, share: float) -> 
 @case(ridge=(0.0, 0.003))
 def a_useless_history_falls_back_to_the_prior(lab: Lab, ridge: float) -> None:
     one, two = lab.draw(2, 300), lab.draw(2, 300)
-    still = [one, one, one]
-    broken = [one, two, torch.full_like(one, NAN)]
-    endless = [one, two, torch.full_like(one, math.inf)]
-    parallel = [one, one - two, one - 2 * two]
+    still = [one] * 4
+    broken = [one, two, torch.full_like(one, NAN), one]
+    endless = [one, two, torch.full_like(one, math.inf), one]
+    parallel = [one, one - two, one - 2 * two, one - 3 * two]
     for guides, falls_back in (
         (still, True),
         (broken, True),
         (endless, True),
         (parallel, ridge == 0),
     ):
-        for order in (1, 2):
-            prior = torch.tensor([0.7, -0.1][:order])
+        for order in (1, 2, 3):
+            prior = torch.tensor([0.7, -0.1, 0.3][:order])
             placed = [lab.place(t) for t in guides[: order + 1]]
             got_sums = lab.kernels.guided_sums(lab.place(two + one), placed)
             weights, misfit = lab.kernels.guided_solve(got_sums, lab.place(prior), ridge)
             assert weights.isfinite().all()
-            if falls_back and (order == 2 or guides is still):
-                want = [1.7, -0.7] if order == 1 else [1.7, -0.8, 0.1]
+            if falls_back and (order > 1 or guides is still):
+                want = {1: [1.7, -0.7], 2: [1.7, -0.8, 0.1], 3: [1.7, -0.8, 0.4, -0.3]}[order]
                 torch.testing.assert_close(weights.cpu(), torch.tensor([want]))
                 assert misfit.isnan().item() == (not got_sums.isfinite().all())
 

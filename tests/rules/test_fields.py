@@ -612,7 +612,7 @@ POLICIES = [
     (MAGNITUDE, "num_inference_steps", [0, 2.5, None]),
     (MAGNITUDE, "mag_ratios", [(), (0.0,), (-1.0,), (math.nan,), "1", None]),
     (MAGNITUDE, "precision", ["float16", None, ["float32"]]),
-    (fastcache.Guided, "order", [0, 3, 1.5, None]),
+    (fastcache.Guided, "order", [0, 4, 1.5, None]),
     (fastcache.Guided, "guide", ["residuals", None, ["input"]]),
     (fastcache.Guided, "ridge", [-1, math.nan, None]),
     (fastcache.Guided, "tokens", [0, 1.5, None]),

@@ -22,7 +22,7 @@ demo = pytest.importorskip("fastcache.demo.sample")
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("order", 3),
+        ("order", 4),
         ("guide", "output"),
         ("ridge", -1.0),
         ("tokens", 0),
@@ -36,11 +36,11 @@ def test_bad_fields_are_named(field: str, value: object) -> None:
         Guided(**{field: value})
 
 
-@pytest.mark.parametrize("steps", [(3, 2, 1), (9, 5, 3), (20, 12, 11), (3, 1, 0)])
-@pytest.mark.parametrize(("order", "prior"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("steps", [(4, 3, 2, 1), (9, 5, 3, 2), (20, 12, 11, 1), (6, 3, 1, 0)])
+@pytest.mark.parametrize(("order", "prior"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
 def test_the_prior_is_a_taylor_forecast_by_differences(steps, order, prior) -> None:
     like = Taylor(min(order, prior), "exact", skip_first=prior == 2)
-    values = [7.0, 2.0, -1.5]
+    values = [7.0, 2.0, -1.5, 4.0]
     differences = [a - b for a, b in pairwise(values)]
     for step in (steps[0] + 1, steps[0] + 4):
         want = sum(
@@ -59,10 +59,11 @@ def outputs(shipped: tuple, recipe: Recipe, steps: int) -> tuple[Tensor, list[st
         return images, [record.action for record in cache.stats]
 
 
-def test_a_strong_ridge_leaves_the_forecast_of_the_prior(shipped: tuple) -> None:
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_strong_ridge_leaves_the_forecast_of_the_prior(shipped: tuple, order: int) -> None:
     rule = Interval(3, phase=0, warmup=2)  # gaps differ: Taylor's spacing counts
     guided, actions = outputs(
-        shipped, Recipe(rule, Guided(2, "modulated", 1e6, early=True, prior=2)), 14
+        shipped, Recipe(rule, Guided(order, "modulated", 1e6, early=True, prior=2)), 14
     )
     taylor, same = outputs(shipped, Recipe(rule, Taylor(2, "exact", True)), 14)
     assert actions == same and actions[:4] == ["compute", "compute", "reuse", "compute"]
@@ -70,10 +71,13 @@ def test_a_strong_ridge_leaves_the_forecast_of_the_prior(shipped: tuple) -> None
 
 
 @pytest.mark.parametrize("guide", ["residual", "modulated"])
-def test_an_early_forecast_is_that_of_one_difference(shipped: tuple, guide) -> None:
+@pytest.mark.parametrize("order", [2, 3])
+def test_an_early_forecast_is_that_of_one_difference(shipped: tuple, guide, order: int) -> None:
     rule = Mask([1, 1, 0, 0])
-    early, actions = outputs(shipped, Recipe(rule, Guided(2, guide, 0.1, early=True)), 4)
-    # the ridge goes by the mean square of the differences, of which one is 0
+    # the ridge goes by the mean square of the differences, of which all but one are 0
+    early, actions = outputs(
+        shipped, Recipe(rule, Guided(order, guide, 0.05 * order, early=True)), 4
+    )
     first, same = outputs(shipped, Recipe(rule, Guided(1, guide, 0.05)), 4)
     assert actions == same == ["compute", "compute", "reuse", "reuse"]
     assert torch.allclose(early, first, atol=1e-5)
@@ -82,9 +86,10 @@ def test_an_early_forecast_is_that_of_one_difference(shipped: tuple, guide) -> N
     assert not torch.allclose(late, first, atol=1e-3)
 
 
-def test_an_early_forecast_is_the_same_compiled(shipped: tuple) -> None:
+@pytest.mark.parametrize("order", [2, 3])
+def test_an_early_forecast_is_the_same_compiled(shipped: tuple, order: int) -> None:
     model, labels = shipped
-    recipe, images = Recipe(Interval(3, phase=0, warmup=2), Guided(2, "auto", early=True)), []
+    recipe, images = Recipe(Interval(3, phase=0, warmup=2), Guided(order, "auto", early=True)), []
     for compiled in (False, True):
         with fastcache.enable(model, recipe) as cache:
             call = fastcache.compile(model, backend="eager") if compiled else model

@@ -206,7 +206,8 @@ def guidance_combine(
 def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = False) -> Tensor:
     if not guide.numel():
         return reference.guided_sums(guide, guides, per_sample)
-    groups, columns = guide.shape[0] if per_sample else 1, 3 * (len(guides) - 1)
+    groups, order = guide.shape[0] if per_sample else 1, len(guides) - 1
+    columns = order * (order + 3) // 2 + 1
     sums = torch.empty((groups, columns), dtype=torch.float64, device=CPU)
     _op("guided_sums")(sums, guide, guides, per_sample)
     return sums
