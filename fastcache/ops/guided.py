@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, reference
 from .checks import check, check_samples
 from .registry import define, same_shapes
 
@@ -36,6 +36,49 @@ define(
     "-> (Tensor, Tensor)",
     _guided_weights,
     _fake_guided_weights,
+)
+
+
+def _checked_weights(
+    guide: Tensor,
+    guides: Sequence[Tensor],
+    values: Sequence[Tensor],
+    prior: Tensor,
+    before: Tensor,
+    ridge: float,
+) -> tuple[Tensor, Tensor]:
+    weights, misfit = _guided_weights(guide, guides, prior, ridge)
+    told, _ = _guided_weights(guides[0], guides[1:], before, ridge)
+    count = len(guides)
+    sums = []
+    for i in range(0, len(values), count):
+        run, (newest, *older) = dispatch.resolve(
+            "guided_sums", list(values[i : i + count]), 0, False
+        )
+        sums.append(run(newest, older, False))
+    together = torch.cat(sums).sum(0, keepdim=True)
+    return reference.guided_check(weights, told, together, prior, before), misfit
+
+
+def _fake_checked_weights(
+    guide: Tensor,
+    guides: Sequence[Tensor],
+    values: Sequence[Tensor],
+    prior: Tensor,
+    before: Tensor,
+    ridge: float,
+) -> tuple[Tensor, Tensor]:
+    same_shapes("_checked_weights", guide, *guides)
+    return _fake_guided_weights(guide, guides, prior, ridge)
+
+
+# values: of each stream as many rows as there are guides, newest first; before: float32 [K - 1], the prior of the
+# newest value from the older ones.
+define(
+    "_checked_weights(Tensor guide, Tensor[] guides, Tensor[] values, Tensor prior, Tensor before, float ridge) "
+    "-> (Tensor, Tensor)",
+    _checked_weights,
+    _fake_checked_weights,
 )
 
 

@@ -215,6 +215,36 @@ def guided_solve(
     return weights.float(), (square.clamp_min(0) / qq).sqrt().float()
 
 
+def guided_check(
+    weights: Tensor, told: Tensor, sums: Tensor, prior: Tensor, before: Tensor
+) -> Tensor:
+    """float32 [1, K + 2]: weights of `guided_solve` with a base, drawn to those of the prior by what they are worth.
+
+    told: float32 [1, K + 1], weights with a base that the guides gave for the newest value from the older ones, and
+    before: [K - 1], the prior's of their differences; sums: float64 [1, M], `guided_sums` of these values. With p the
+    prior's and g the guides' weights of the differences D of the older values, q the newest difference,
+    d = (g - p) D and e = q - p D, the share of the guides is (d.e + d.d) / (2 d.d) within 0 and 1: halfway between all
+    of it and what would have come nearest to the newest value. All of it where the two say the same.
+    """
+    k = before.numel()
+    upper = [(i, j) for i in range(k) for j in range(i, k)]
+    known, p = sums[0].double(), before.double()
+    terms = dict(zip(upper, known.unbind(), strict=False))
+    gram = torch.stack([terms[min(i, j), max(i, j)] for i in range(k) for j in range(k)])
+    gram = gram.reshape(k, k)
+    # of the differences: what older values have, taken from newer ones
+    g = -told[0, 2:].double().flip(0).cumsum(0).flip(0)
+    d = g - p
+    square = d @ gram @ d
+    share = (d @ (known[-k - 1 : -1] - gram @ p) + square) / (2 * square)
+    usable = (square > 0) & (known.sum() < float("inf"))
+    share = torch.where(usable, share.clamp(0, 1), torch.ones_like(share))
+    one, none = torch.ones_like(known[:1]), torch.zeros_like(known[:1])
+    newer = torch.cat([-one, prior.double(), none])
+    want = torch.cat([one, newer[1:] - newer[:-1]])
+    return (want + share * (weights.double() - want)).float()
+
+
 def exponential_solve(sums: Tensor, reach: Tensor, ridge: float) -> Tensor:
     """float32 [4], a leading 1 and the weights of the three newest of evenly spaced values, from `guided_sums`.
 

@@ -24,7 +24,7 @@ class Predictor:
     is the ridge with which the device fits exponentials to the history, where `weights` gives what it needs
     (see `DMD`). `guide` says what is looked at on every step where the device computes the weights, every
     `tokens`-th token of it, with a pull `ridge` toward those of `weights`; a misfit above `max_misfit` then
-    computes the next step.
+    computes the next step; `checked` says whether the kept values have a say in how far it is followed.
     """
 
     depth = 1
@@ -35,6 +35,7 @@ class Predictor:
     per_run = False
     tokens = 1
     ridge = 0.0
+    checked = False
 
     @property
     def per_module(self) -> bool:

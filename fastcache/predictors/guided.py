@@ -35,6 +35,8 @@ class Guided(Predictor):
             until there are order + 1. With a ridge of 0 it is then the prior's.
         prior: order of that Taylor forecast, 1 or 2, as far as `order` + 1 values allow, spacing "exact"; that of
             order 2 leaves out step 0, as `Taylor(2, "exact", skip_first=True)` does.
+        checked: whether the weights are drawn toward that forecast's where it would have told the newest kept value
+            better from the older ones; reads every `tokens`-th token of the kept values. Takes order 2 or 3.
     Raises:
         TypeError: a field is of another type; the message names it.
         ValueError: a field is out of its range or no known guide; the message names it.
@@ -49,6 +51,7 @@ class Guided(Predictor):
     max_misfit: float | None = None
     early: bool = False
     prior: int = 1
+    checked: bool = False
     forecasts = True
 
     def __post_init__(self) -> None:
@@ -60,6 +63,11 @@ class Guided(Predictor):
         object.__setattr__(self, "ridge", real("Guided", "ridge", self.ridge, 0.0))
         object.__setattr__(self, "tokens", whole("Guided", "tokens", self.tokens, 1))
         flag("Guided", "early", self.early)
+        flag("Guided", "checked", self.checked)
+        if self.checked and self.order < 2:
+            raise ValueError(
+                "Guided: checked is True, must be False with order 1: the older values say nothing of the newest"
+            )
         object.__setattr__(self, "prior", whole("Guided", "prior", self.prior, 1, 2))
         if self.max_misfit is not None:
             object.__setattr__(

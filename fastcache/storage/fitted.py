@@ -51,14 +51,10 @@ class Fitted(Ring):
         rows = part(self.buffer, base)
         if not rows.is_floating_point():
             return line
-        fitted = self._fitted(self._read(self._thin(rows)), reach, thinned=True)
+        fitted = self._fitted(self._read(self.thinned(rows, self.tokens)), reach, thinned=True)
         return torch.where(fits > 0, fitted, line)
 
     def _fitted(self, rows: list[Tensor], reach: Tensor, thinned: bool = False) -> Tensor:
-        seen = rows if thinned else [self._thin(row) for row in rows]
+        seen = rows if thinned else [self.thinned(row, self.tokens) for row in rows]
         found: Tensor = _fit(seen, reach, self.ridge)
         return found
-
-    def _thin(self, rows: Tensor) -> Tensor:
-        """Every n-th token of [..., tokens, width]."""
-        return rows[..., :: self.tokens, :] if self.buffer.dim() > 3 else rows

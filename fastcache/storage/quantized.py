@@ -56,7 +56,7 @@ class Quantized(Ring):
         _dequantize(out, base, rows, scales, list(weights))
         return out
 
-    def newest_first(self, like: Tensor | None) -> list[Tensor]:
+    def newest_first(self, like: Tensor | None, tokens: int = 1) -> list[Tensor]:
         """All rows as values, newest first, in compiled code."""
         rows = self._read(part(self.buffer, like).view(torch.uint8))
         scales = self._read(part(self.scales, like))

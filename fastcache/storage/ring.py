@@ -185,11 +185,15 @@ class Ring(Stream):
         rows = held.unbind(0)
         return [picked(rows, place) for place in self.timeline.staged.order.unbind(0)]
 
-    def newest_first(self, like: Tensor | None) -> list[Tensor]:
-        """As many rows as are kept, newest first, for the batch of `like`."""
+    def newest_first(self, like: Tensor | None, tokens: int = 1) -> list[Tensor]:
+        """As many rows as are kept, newest first, for the batch of `like`; every n-th token of them."""
         if torch.compiler.is_compiling():
-            return self._read(part(self.buffer, like))
-        return [fitting(self.views[r], like) for r in self.timeline.places]
+            return self._read(self.thinned(part(self.buffer, like), tokens))
+        return [self.thinned(fitting(self.views[r], like), tokens) for r in self.timeline.places]
+
+    def thinned(self, rows: Tensor, tokens: int) -> Tensor:
+        """Every n-th token of [..., tokens, width], a row or several; all of what has no tokens."""
+        return rows[..., ::tokens, :] if tokens > 1 and self.buffer.dim() > 3 else rows
 
     def predict_weighted(self, base: Tensor | None, weights: Tensor) -> Tensor:
         """weights[0] * base + weights[1:] * as many rows, newest first, weights on the device."""

@@ -17,15 +17,18 @@ from ..storage.ring import Ring, fitting
 from ..storage.state import State
 
 _weights = direct("guided_weights")
+_checked = direct("_checked_weights")
 
 
 class GuideSlots(SlotGroup):
     """guides: their history. weights: of a base, 1, and of depth values, float32. misfit: of the last forecast, [1].
-    prior: what the ridge pulls toward, [depth - 1]."""
+    prior: what the ridge pulls toward, [depth - 1]. before: the same for the newest value from older ones, [depth - 2].
+    """
 
-    __slots__ = ("guides", "misfit", "prior", "weights")
-    holds = ("weights", "misfit", "prior")
+    __slots__ = ("before", "guides", "misfit", "prior", "weights")
+    holds = ("weights", "misfit", "prior", "before")
     parts = ("guides",)
+    before: Any
     guides: Any
     misfit: Any
     prior: Any
@@ -50,12 +53,23 @@ class Guide:
             if not torch.compiler.is_compiling() and not _fits(slots.guides, guide, action):
                 self._hold(state, rule, guide)
             if action == REUSE:
-                rows = slots.guides.newest_first(guide)
-                weights, misfit = _weights(guide, rows, slots.prior, self.predictor.ridge)
+                weights, misfit = self._found(state, rule, guide)
                 slots.weights.copy_(weights[0])
                 slots.misfit.copy_(misfit)
             elif action == COMPUTE:
                 slots.guides.store(guide, None, 0)
+
+    def _found(self, state: State, rule: int, guide: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights that the guide of the running step gives, and their misfit."""
+        slots: GuideSlots = state.slots[rule].guide
+        rows, ridge = slots.guides.newest_first(guide), self.predictor.ridge
+        if not self.predictor.checked:
+            found: tuple[Tensor, Tensor] = _weights(guide, rows, slots.prior, ridge)
+            return found
+        streams: list[Any] = [unit.streams[0] for unit in state.units[rule].values()]
+        values = [row for s in streams for row in s.newest_first(None, self.predictor.tokens)]
+        found = _checked(guide, rows, values, slots.prior, slots.before, ridge)
+        return found
 
     def prepare_like(self, state: State, other: State, rule: int) -> None:
         """Have storage for guides such as another state's, where that has any."""
@@ -70,10 +84,17 @@ class Guide:
         slots.weights = allocate((depth + 1,), torch.float32, device)
         slots.misfit = allocate((1,), torch.float32, device)
         slots.prior = allocate((depth - 1,), torch.float32, device)
+        if self.predictor.checked:
+            slots.before = allocate((depth - 2,), torch.float32, device)
 
     def stage(self, state: State, rule: int, prior: tuple[float, ...]) -> None:
         """Have the device hold the prior of this step."""
-        state.slots[rule].guide.put("prior", prior)
+        slots: GuideSlots = state.slots[rule].guide
+        slots.put("prior", prior)
+        if self.predictor.checked:
+            newest, *older = state.timelines[rule].steps
+            before = self.predictor.weights(tuple(older), newest) if older else prior
+            slots.put("before", before[: self.predictor.depth - 2])
 
 
 def _fits(guides: Ring | None, guide: Tensor, action: str) -> bool:
