@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import sync
-from ..ops import dispatch
+from ..ops import dispatch, reference
 from ..predictors import Predictor
 from .grams import Array
 
@@ -19,12 +19,14 @@ from .grams import Array
 class Missed:
     """The forecast less the value, of any step from any computed ones.
 
-    steps: of the run. what: gives the weights. guide: [T, T], inner products of what a guided predictor looks at;
-    None for others.
+    steps: of the run. what: gives the weights. gram: [T, T], inner products of the values. guide: the same of what a
+    guided predictor looks at; None for others.
     """
 
-    def __init__(self, steps: int, what: Predictor, guide: Array | None = None) -> None:
-        self.steps, self.what, self.guide = steps, what, guide
+    def __init__(
+        self, steps: int, what: Predictor, gram: Array, guide: Array | None = None
+    ) -> None:
+        self.steps, self.what, self.gram, self.guide = steps, what, gram, guide
 
     def __call__(self, kept: tuple[int, ...], step: int) -> Array:
         """[T]. kept: computed steps, the newest first."""
@@ -44,23 +46,36 @@ class Missed:
 
     def _guided(self, kept: tuple[int, ...], step: int, prior: Sequence[float]) -> Sequence[float]:
         """Those that would have forecast the guide, as the op solves for them on the device."""
-        if len(kept) < self.what.needs:  # the runtime computes until there are as many
+        what, guide = self.what, self.guide
+        if len(kept) < what.needs:  # the runtime computes until there are as many
             return (1.0,)
-        kept = (
-            *kept,
-            *kept[-1:] * (self.what.depth - len(kept)),
-        )  # as it does in the place of those to come
-        now, differences = (step, kept[0]), list(pairwise(kept))
-        pairs = [(a, b) for i, a in enumerate(differences) for b in differences[i:]]
-        pairs += [(a, now) for a in differences] + [(now, now)]
-        sums = torch.tensor([[self._product(a, b) for a, b in pairs]], dtype=torch.float64)
-        solve = dispatch.function(dispatch.active("cpu"), "guided_solve")
-        weights, _ = solve(sums, torch.tensor(prior), self.what.ridge, False)
-        return sync.numbers([weights])
+        # as it does in the place of those to come
+        places = (*kept, *kept[-1:] * (what.depth - len(kept)))
+        pull = torch.tensor(prior)
+        weights = self._solved(_sums(guide, places, step), pull)
+        if what.checked:
+            before = torch.tensor(what.weights(kept[1:], kept[0])[: what.depth - 2])
+            newest, *older = places
+            told = self._solved(_sums(guide, older, newest), before)
+            weights = reference.guided_check(
+                weights, told, _sums(self.gram, older, newest), pull, before
+            )
+        return sync.numbers([weights[:, 1:]])
 
-    def _product(self, a: tuple[int, int], b: tuple[int, int]) -> float:
-        """The inner product of two differences of the guide's values."""
-        assert self.guide is not None
+    def _solved(self, sums: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+        solve = dispatch.function(dispatch.active("cpu"), "guided_solve")
+        weights: torch.Tensor = solve(sums, prior, self.what.ridge, True)[0]
+        return weights
+
+
+def _sums(gram: Any, kept: Sequence[int], step: int) -> torch.Tensor:
+    """[1, M]: what `guided_sums` gives for the value at a step and those kept, from inner products [T, T]."""
+
+    def product(a: tuple[int, int], b: tuple[int, int]) -> float:
         (p, q), (r, s) = a, b
-        gram = self.guide
         return float(gram[p, r] - gram[p, s] - gram[q, r] + gram[q, s])
+
+    now, differences = (step, kept[0]), list(pairwise(kept))
+    pairs = [(a, b) for i, a in enumerate(differences) for b in differences[i:]]
+    pairs += [(a, now) for a in differences] + [(now, now)]
+    return torch.tensor([[product(a, b) for a, b in pairs]], dtype=torch.float64)

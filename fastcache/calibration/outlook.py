@@ -113,7 +113,8 @@ class Outlook:
         if what not in self._missed:
             known = what.on_block("modulated" in self.guides)
             self._missed[what] = [
-                Missed(self.steps, known, c.guides.get(known.guide or "")) for c in self.contexts
+                Missed(self.steps, known, c.gram, c.guides.get(known.guide or ""))
+                for c in self.contexts
             ]
         for context, lengths, missed in zip(
             self.contexts, self.lengths, self._missed[what], strict=True

@@ -95,7 +95,7 @@ def planned(
     matrix = np.array(gram, dtype=np.float64)
     total = len(matrix)
     given = _checked(total, computed, what, cost, first, max_skips, lengths, guide is not None)
-    edges = Edges(matrix, Missed(total, what, guide), cost, given)
+    edges = Edges(matrix, Missed(total, what, matrix, guide), cost, given)
     combine, nothing = (added, 0.0) if cost == "steps" else (largest_first, ())
     gap = total if max_skips is None else max_skips + 1
     start, reach = tuple(range(first)), min(what.depth, REACH)

@@ -60,6 +60,13 @@ RECIPES = {
         lambda n: fastcache.Recipe(fastcache.Interval(3), fastcache.Guided(2)),
         2,
     ),
+    "interval_checked": (
+        lambda n: fastcache.Recipe(
+            fastcache.Interval(2, warmup=3),
+            fastcache.Guided(3, ridge=0.05, early=True, prior=2, checked=True),
+        ),
+        2,
+    ),
     "first_block_guided": (
         lambda n: fastcache.Recipe(fastcache.FirstBlock(0.5, max_skips=3), fastcache.Guided(1)),
         3,

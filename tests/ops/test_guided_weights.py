@@ -113,6 +113,58 @@ def test_guides_without_elements_give_the_prior(shape: tuple, per_sample: bool) 
     assert misfit.shape == (samples,) and misfit.isnan().all()
 
 
+def checked(guides: list[Tensor], values: list[list[Tensor]], prior: Tensor, before: Tensor):
+    """The op, on values of several streams."""
+    flat = [row for stream in values for row in stream]
+    op = torch.ops.fastcache._checked_weights.default
+    return op(guides[0], guides[1:], flat, prior, before, 0.05)
+
+
+@each_backend
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(6))
+def test_weights_are_drawn_to_the_prior_by_what_both_told_of_the_newest_value(
+    order: int, dtype: torch.dtype, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    guides = [torch.randn(2, 9, 8, generator=g).to(dtype) for _ in range(order + 2)]
+    streams = [
+        [torch.randn(shape, generator=g).to(dtype)[:, ::2] for _ in range(order + 1)]
+        for shape in ((2, 10, 24), (2, 6, 16))
+    ]
+    prior, before = (torch.randn(k, generator=g) for k in (order, order - 1))
+    plain = [
+        torch.nn.functional.pad(p, (0, 1)) - torch.nn.functional.pad(p, (1, 0))
+        for p in (prior, before)
+    ]
+    for weights in plain:
+        weights[0] += 1
+    found, _ = truth(guides[0], guides[1:], prior, 0.05)
+    told, _ = truth(guides[1], guides[2:], before, 0.05)
+    rows = [torch.cat([s[i].double().flatten() for s in streams]) for i in range(order + 1)]
+    older = torch.stack(rows[1:])
+    forecast = plain[1].double() @ older
+    apart = told @ older - forecast
+    best = apart @ (rows[0] - forecast) / (apart @ apart)
+    want = torch.lerp(plain[0].double(), found, ((best + 1) / 2).clamp(0, 1))
+    weights, misfit = checked(guides, streams, prior, before)
+    assert weights[0, 0] == 1
+    torch.testing.assert_close(weights[0, 1:].double(), want, rtol=0, atol=2e-5)
+    assert torch.equal(misfit, ops.guided_weights(guides[0], guides[1:], prior, 0.05)[1])
+
+
+@each_backend
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_values_that_tell_nothing_leave_the_weights_of_the_guide(value: float) -> None:
+    guides = [torch.randn(1, 4, 4) for _ in range(5)]
+    prior = torch.tensor([2.0, 0.5, 1.0])
+    still = [[torch.full((1, 4, 4), value)] * 4]
+    weights, _ = checked(guides, still, prior, torch.zeros(2))
+    want, _ = ops.guided_weights(guides[0], guides[1:], prior, 0.05)
+    torch.testing.assert_close(weights, want)
+
+
 @pytest.mark.parametrize(
     ("guides", "match"), [([torch.ones(2, 2)] * 1, "guides"), ([torch.ones(2, 2)] * 5, "guides")]
 )

@@ -137,8 +137,9 @@ PREDICTORS = {
         "ramp": optional(ranges),
     },
     Guided: {
-        "order": st.integers(1, 2), "guide": guides, "ridge": st.floats(0, 1), "tokens": counts,
+        "order": st.integers(1, 3), "guide": guides, "ridge": st.floats(0, 1), "tokens": counts,
         "max_misfit": optional(shares), "early": st.booleans(), "prior": st.integers(1, 2),
+        "checked": st.booleans(),
     },
     Hermite: {"order": st.integers(0, 4), "scale": st.floats(0.01, 0.99)},
     Chebyshev: {"degree": st.integers(0, 6), "ridge": shares, "keep": st.integers(1, 7)},
@@ -173,8 +174,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
     """A recipe of one to three rules that go together, with guards set, filled in or left open."""
     found: Recipe | None = None
     for _ in range(draw(st.integers(1, 3))):
-        when, what = draw(some(POLICIES, guards)), draw(some(PREDICTORS, {}))
         try:
+            when, what = draw(some(POLICIES, guards)), draw(some(PREDICTORS, {}))
             where = draw(some(TARGETS, {}))
             one = (
                 Recipe(when, what, where)
@@ -217,7 +218,8 @@ def combinations() -> list[Recipe]:
     ]  # fmt: skip
     whats = [
         Reuse(), Taylor(1), Taylor(2, "exact", True), Hermite(2), Chebyshev(), DMD(), Guided(1, tokens=2),
-        Guided(2, "input"), TaylorTable(1, torch.bfloat16), Extrapolate(0.4), Extrapolate(Constant(0.3)), Zeros(),
+        Guided(2, "input"), Guided(3, "input", checked=True), TaylorTable(1, torch.bfloat16), Extrapolate(0.4),
+        Extrapolate(Constant(0.3)), Zeros(),
     ]  # fmt: skip
     for when in whens:
         for what in whats:

@@ -23,6 +23,9 @@ BY_INPUT: dict[str, Any] = {
     "forecast": Recipe(InputChange(0.3, (1.0, 0.0)), Taylor(1)),
     "guided": Recipe(InputChange(0.3, (1.0, 0.0)), Guided(guide="modulated")),
     "balanced": "balanced",
+    "checked": Recipe(
+        Interval(2, warmup=2), Guided(3, "modulated", 0.05, early=True, prior=2, checked=True)
+    ),
     "quality": Recipe(
         Interval(3, phase=0, warmup=2, last=True), Guided(2, "modulated", 0.04, early=True, prior=2)
     ),

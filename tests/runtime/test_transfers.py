@@ -67,6 +67,7 @@ SCHEDULED: dict[str, Callable[[], Any]] = {
     "dmd of modules": lambda: Recipe(Interval(3), DMD(), Modules()),
     "balanced": lambda: fastcache.preset("balanced"),
     "quality": lambda: fastcache.preset("quality"),
+    "fast": lambda: fastcache.preset("fast"),
 }
 LOOKING: dict[str, Callable[[], Any]] = {
     "first_block": lambda: fastcache.FirstBlockCacheConfig(0.3),

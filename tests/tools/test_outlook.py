@@ -20,6 +20,7 @@ STEPS, WIDTH = 14, 9
 WHATS = (
     Reuse(), Taylor(1), Taylor(2, "exact", skip_first=True), Hermite(1), Guided(1), Guided(2, "modulated"),
     Guided(1, "auto"), Guided(2, "modulated", 0.04, early=True, prior=2),
+    Guided(3, "modulated", 0.06, prior=2, checked=True), Guided(2, checked=True),
 )  # fmt: skip
 
 
@@ -59,10 +60,29 @@ def forecast(what: Any, kept: list[int], step: int, context: int) -> torch.Tenso
         return sum(w * values[i] for w, i in zip(prior, held, strict=False))
     at = 10 if what.guide == "residual" else 20
     guides = trajectory(at + context)[:, None, None].float()
-    weights, _ = fastcache.ops.guided_weights(
-        guides[step], [guides[i] for i in held], torch.tensor(prior), what.ridge
-    )
+    seen = [guides[i] for i in held]
+    weights, _ = fastcache.ops.guided_weights(guides[step], seen, torch.tensor(prior), what.ridge)
+    if what.checked:
+        weights = checked(what, held, seen, values, prior, weights)
     return sum(float(w) * values[i] for w, i in zip(weights[0, 1:], held, strict=True))
+
+
+def plain(prior: Any) -> torch.Tensor:
+    """Weights of differences as those of a base and the values."""
+    moved = [a - b for a, b in zip((*prior, 0.0), (0.0, *prior), strict=True)]
+    return torch.tensor([1.0, 1 + moved[0], *moved[1:]])
+
+
+def checked(what: Any, held: list[int], seen: Any, values: Any, prior: Any, found: Any) -> Any:
+    """The weights drawn to the prior's: the newest value forecast both ways from the older ones."""
+    newest, *older = held
+    before = what.weights(tuple(older), newest)[: what.order - 1]
+    told, _ = fastcache.ops.guided_weights(seen[0], seen[1:], torch.tensor(before), what.ridge)
+    rows = torch.stack([values[i] for i in older])
+    by_guide, by_prior = (w[1:].double() @ rows for w in (told[0], plain(before)))
+    apart = by_guide - by_prior
+    share = (apart @ (values[newest] - by_prior) / (apart @ apart) + 1) / 2
+    return torch.lerp(plain(prior), found[0], float(share.clamp(0, 1)))[None]
 
 
 def error(what: Any, marks: tuple[bool, ...], contexts: int) -> float:
