@@ -15,13 +15,17 @@ import torch
 
 HERE = Path(__file__).parents[1]  # where the helpers are
 FIVE = ("mag", "first_block", "taylorseer", "pab", "faster")
-METHODS = {"Wan3D": (*FIVE, "interval_taylor2", "interval_guided", "on_device"), "Flux": FIVE}
+METHODS = {
+    "Wan3D": (*FIVE, "interval_taylor2", "interval_guided", "interval_checked", "on_device"),
+    "Flux": FIVE,
+}
 # Kernels that a computed step has above the uncached ones, two blocks per list; none where there is no row.
 # What docs/decisions/2026-11-28-stores.md says of each: what Flux' single blocks store, they also concatenate,
 # in a kernel that then is two; a guide is every n-th token, so other threads than those of what makes it.
 MORE = {
     **{("Flux", method): 2 for method in ("taylorseer", "pab", "faster")},
     ("Wan3D", "interval_guided"): 1,
+    ("Wan3D", "interval_checked"): 1,
 }
 # FirstBlock's two programs: streams that the cut between them materialises, and what the embedders take, which
 # run twice, in kernels and in matrix products and convolutions.
