@@ -13,7 +13,7 @@ from ..policies import COMPUTE, REUSE
 from ..predictors import Predictor
 from ..storage.allocate import allocate
 from ..storage.group import SlotGroup
-from ..storage.ring import Ring, fitting
+from ..storage.ring import Ring, fitting, tail
 from ..storage.state import State
 
 _weights = direct("guided_weights")
@@ -67,7 +67,8 @@ class Guide:
             found: tuple[Tensor, Tensor] = _weights(guide, rows, slots.prior, ridge)
             return found
         streams: list[Any] = [unit.streams[0] for unit in state.units[rule].values()]
-        values = [row for s in streams for row in s.newest_first(None, self.predictor.tokens)]
+        kept = [row for s in streams for row in s.newest_first(None, self.predictor.tokens)]
+        values = [tail(row, guide) for row in kept]  # of half a guidance batch, that half
         found = _checked(guide, rows, values, slots.prior, slots.before, ridge)
         return found
 

@@ -100,9 +100,11 @@ def _stack_bytes(denoiser: Denoiser, rule: Rule, target: StackTarget, shapes: Sh
         # the first block's residual; or its input, and as many zeros
         held += image if rule.when.runs_first_block else 2 * image
     if rule.what.guide is not None:
-        # its history, and in float32 depth + 1 weights, one misfit and depth - 1 weights of the prior
+        # its history, and in float32 depth + 1 weights, one misfit, depth - 1 weights of the prior, and depth - 2 of
+        # that of the newest value, where that is checked
         depth, thinned = rule.what.depth, -(-shapes.tokens // rule.what.tokens)
         held += depth * row * thinned + 4 * (depth + 1 + 1 + depth - 1)
+        held += 4 * (depth - 2) * rule.what.checked
     return held
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
+import toys
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,6 +98,27 @@ def test_an_early_forecast_is_the_same_compiled(shipped: tuple, order: int) -> N
                 images.append(demo.generate(call, labels, steps=9, seed=3, cache=cache))
             assert cache.stats.computed == 2 * len(recipe.plan(9).computed) == 10
     assert all(torch.allclose(images[0], other, atol=1e-5) for other in images[1:])
+
+
+def test_a_checked_guide_of_half_a_guidance_batch_looks_at_that_half() -> None:
+    """The other half of what is kept is of earlier steps, whose halves were computed together."""
+    calls = toys.inputs(batch=2)
+    twice = [{k: torch.cat([v, v]) if v.dim() else v for k, v in call.items()} for call in calls]
+    marks, model = (1, 1, 1, 1, 0, 1, 0, 1, 0, 1), toys.model()
+    stack = Recipe(Mask(marks), Guided(3, "input", 0.05, tokens=1, checked=True))
+    halves = Recipe(
+        Mask((1, 1, 0, 0, 0, 0, 0, 0, 0, 0)),
+        Reuse(),
+        fastcache.Guidance(tensor_format="BSC", grid=(2, 3)),
+    )
+    with fastcache.enable(model, stack) as cache:
+        want = toys.run(cache, model, calls)
+        actions = [record.action for record in cache.stats]
+    with fastcache.enable(model, Recipe.of([*halves.rules, *stack.rules])) as cache:
+        found = toys.run(cache, model, twice)
+    assert "reuse" in actions
+    for one, both in zip(want, found, strict=True):
+        assert torch.allclose(one, both[2:], atol=1e-5)
 
 
 @pytest.fixture(scope="module")

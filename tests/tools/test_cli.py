@@ -156,6 +156,7 @@ TOKENS = {
     "PixArt2D": (16, 8),
     "DiT2D": (16, 0),
 }
+CHECKED = '{"when": {"Interval": {}}, "what": {"Guided": {"order": 3, "guide": "input", "checked": true}}}'
 GUIDED = '{"when": {"%s": {}}, "what": {"Guided": {"tokens": 5, "guide": "%s"}}}'
 FORECAST = '{"when": {"Interval": {"n": 3}}, "what": {"Taylor": {"order": 2}}}'
 CONFIGS = (
@@ -166,6 +167,7 @@ CONFIGS = (
     FORECAST,
     GUIDED % ("Interval", "input"),
     GUIDED % ("FirstBlock", "residual"),
+    CHECKED,
 )
 
 
