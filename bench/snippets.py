@@ -59,6 +59,7 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "video": quality_tables.video,
     "leads": quality_tables.leads,
     "named": quality_tables.named,
+    "ranks": preset_tables.ranks,
     "sizes": partial(quality_tables.named, models=quality_tables.SIZES),
     "bf16": quality_tables.bf16,
     "methods": method_tables.methods,

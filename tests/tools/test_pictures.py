@@ -301,6 +301,10 @@ def test_table_of_named_settings_has_leads_over_fewer_steps():
         '| `preset("fast")` | diffusers\' hooks | +1.0 | -0.5 | **-0.5** |',
         '| `preset("fast")` | fewer steps | +11.0 | +3.0 | **+3.0** |',
     ], "of what costs no more"
+    assert preset_tables.ranks(rows).splitlines()[2:] == [
+        '| `preset("fast")` | 1 | 2 | 1 to 2 |',
+        "| diffusers' lite mode, every 4th | 2 | 1 | 1 to 2 |",
+    ]
     leads = preset_tables.smallest(rows).splitlines()
     assert leads[2] == "| 25% |  |  |  |", "nothing of ours is so cheap"
     assert leads[4] == "| 35% | -0.5 (pictures, guidance) |  | +3.0 (pictures, guidance) |"
