@@ -123,6 +123,7 @@ POLICIES = {
 fitted_rows = st.lists(
     st.tuples(st.integers(9, 30), st.just((8, 6)), st.tuples(reals, reals)), max_size=5
 ).map(tuple)
+checks = st.shared(st.booleans(), key="checked")  # which takes order 2 or 3
 PREDICTORS = {
     Reuse: {},
     Fitted: {"rows": fitted_rows, "keep": st.integers(2, 7)},
@@ -137,9 +138,10 @@ PREDICTORS = {
         "ramp": optional(ranges),
     },
     Guided: {
-        "order": st.integers(1, 3), "guide": guides, "ridge": st.floats(0, 1), "tokens": counts,
+        "order": checks.flatmap(lambda checked: st.integers(1 + checked, 3)), "guide": guides,
+        "ridge": st.floats(0, 1), "tokens": counts,
         "max_misfit": optional(shares), "early": st.booleans(), "prior": st.integers(1, 2),
-        "checked": st.booleans(),
+        "checked": checks,
     },
     Hermite: {"order": st.integers(0, 4), "scale": st.floats(0.01, 0.99)},
     Chebyshev: {"degree": st.integers(0, 6), "ridge": shares, "keep": st.integers(1, 7)},
@@ -174,8 +176,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
     """A recipe of one to three rules that go together, with guards set, filled in or left open."""
     found: Recipe | None = None
     for _ in range(draw(st.integers(1, 3))):
+        when, what = draw(some(POLICIES, guards)), draw(some(PREDICTORS, {}))
         try:
-            when, what = draw(some(POLICIES, guards)), draw(some(PREDICTORS, {}))
             where = draw(some(TARGETS, {}))
             one = (
                 Recipe(when, what, where)
