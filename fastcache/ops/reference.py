@@ -208,11 +208,15 @@ def guided_solve(
     square = qq - 2 * sum(weight * its for weight, its in zip(w, dq, strict=True))
     for i, j in places:
         square = square + (1 if i == j else 2) * w[i] * w[j] * upper[i, j]
-    # R_1 + sum_j w_j (R_j - R_(j+1)), by R
-    one, none = torch.ones_like(qq), torch.zeros_like(qq)
-    found = [newer - older for older, newer in pairwise([-one, *w, none])]
-    weights = torch.stack([one, *found] if base else found, dim=1)
+    found = _of_values(w)
+    weights = torch.stack([torch.ones_like(qq), *found] if base else found, dim=1)
     return weights.float(), (square.clamp_min(0) / qq).sqrt().float()
+
+
+def _of_values(w: Sequence[Tensor]) -> list[Tensor]:
+    """The weights of R_1, R_2, .. in R_1 + sum_j w_j (R_j - R_(j+1))."""
+    one, none = torch.ones_like(w[0]), torch.zeros_like(w[0])
+    return [newer - older for older, newer in pairwise([-one, *w, none])]
 
 
 def guided_check(
@@ -239,9 +243,7 @@ def guided_check(
     share = (d @ (known[-k - 1 : -1] - gram @ p) + square) / (2 * square)
     usable = (square > 0) & (known.sum() < float("inf"))
     share = torch.where(usable, share.clamp(0, 1), torch.ones_like(share))
-    one, none = torch.ones_like(known[:1]), torch.zeros_like(known[:1])
-    newer = torch.cat([-one, prior.double(), none])
-    want = torch.cat([one, newer[1:] - newer[:-1]])
+    want = torch.stack([torch.ones_like(square), *_of_values(prior.double().unbind())])
     return (want + share * (weights.double() - want)).float()
 
 
