@@ -15,7 +15,8 @@ if __name__ != "fastcache.triton_kernels":
         "this folder is fastcache.triton_kernels; OpenAI's `triton_kernels` is another package"
     )
 
-from .guided import guided_solve, guided_sums
+from .exponential import exponential_solve
+from .guided import guided_sums
 from .linear_combine import (
     combine_samples,
     guidance_combine,
@@ -27,11 +28,14 @@ from .modulated_l1 import modulated_l1
 from .quantized import quantize_store, quantized_combine
 from .residual_l1 import residual_l1
 from .residual_magnitude import residual_magnitude
+from .solve import guided_check, guided_solve
 from .taylor import taylor_update
 
 __all__ = [
     "combine_samples",
+    "exponential_solve",
     "guidance_combine",
+    "guided_check",
     "guided_solve",
     "guided_sums",
     "linear_combine",

@@ -35,7 +35,9 @@ from triton.runtime import driver
 
 from . import (
     combine_samples,
+    exponential_solve,
     guidance_combine,
+    guided_check,
     guided_solve,
     guided_sums,
     linear_combine,
@@ -63,7 +65,7 @@ MAX_REGISTERS = 128
 
 
 # Kernels that read only single numbers.
-SCALAR = ("_guided_solve_kernel",)
+SCALAR = ("_guided_solve_kernel", "_guided_check_kernel", "_exponential_kernel")
 
 
 # Kernels whose programs count themselves when they have written their partial sums.
@@ -126,6 +128,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     half = 0.5
     states, row = partial(t, 1, 4608, 3072), t(1, 1, 3072)
     wide, widest = t(1, 32760, 5120), t(1, 4608, 12288)
+    first, second, third = (t(1, sums, dtype=torch.float64) for sums in (3, 6, 10))
     return {
         "l1": partial(residual_l1, t(), t(), t()),
         "l1 + store": partial(residual_l1, t(), t(), t(), t()),
@@ -167,9 +170,13 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "guided sums 1": partial(guided_sums, t(), [t()] * 2),
         "guided sums 2": partial(guided_sums, t(), [t()] * 3),
         "guided sums 3": partial(guided_sums, t(), [t()] * 4),
-        "guided solve 1": partial(guided_solve, t(1, 3, dtype=torch.float64), fp32(1), half),
-        "guided solve 2": partial(guided_solve, t(1, 6, dtype=torch.float64), fp32(2), half),
-        "guided solve 3": partial(guided_solve, t(1, 10, dtype=torch.float64), fp32(3), half),
+        "guided solve 1": partial(guided_solve, first, fp32(1), half),
+        "guided solve 2": partial(guided_solve, second, fp32(2), half),
+        "guided solve 3": partial(guided_solve, third, fp32(3), half),
+        "guided check 2": partial(guided_check, second, [first], fp32(2), fp32(1), half),
+        "guided check 3": partial(guided_check, third, [second] * 2, fp32(3), fp32(2), half),
+        "exponential 4": partial(exponential_solve, [second], fp32(1), half),
+        "exponential 8": partial(exponential_solve, [second] * 5, fp32(1), half),
     }
 
 

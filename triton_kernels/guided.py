@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guided prediction: weights of cached residuals, read off the guide of the current step.
+"""Sums over guides, or over cached values themselves, from which weights follow (`solve.py`).
 
-With guides g (current) and g_1, g_2, .. (cached, newest first), q = g - g_1, D_j = g_j - g_(j+1):
-the weights w solve (D D^T + ridge * tr * I) w = D q + ridge * tr * prior, tr the mean diagonal of
-D D^T. The squared misfit |q - sum_j w_j D_j|^2 is a difference of nearly equal sums, and so is what
-is left of a diagonal where the D_j are nearly parallel: sums and solution are therefore float64. Nothing
-is read back by the host.
+With guides g (current) and g_1, g_2, .. (cached, newest first): q = g - g_1, D_j = g_j - g_(j+1). What follows
+from the sums takes differences of nearly equal ones, so they are float64.
 """
 
 from __future__ import annotations
@@ -25,8 +22,6 @@ from .reduction import add_up, spread
 
 # Elements per tile. With the number of programs it defines the bits of the sums.
 TILE = 2048
-# An unknown counts as told by those before it where less than this share of its diagonal is left.
-SINGULAR = tl.constexpr(1e-12)
 
 
 @triton.jit
@@ -118,82 +113,6 @@ def _guided_sums_kernel(
     add_up(p_sums + SUMS * i_r, p_all, p_counter + i_r, count, 1.0, SUMS, 2 << K, PARTIALS)
 
 
-@triton.jit
-def _known(p, INDEX: tl.constexpr, THERE: tl.constexpr):
-    """A float64 number, or 0 where there is none."""
-    if THERE:
-        value = tl.load(p + INDEX).to(tl.float64)
-    else:
-        value = tl.full((), 0.0, tl.float64)
-    return value
-
-
-@triton.jit
-def _guided_solve_kernel(
-    p_weights, p_misfit, p_sums, p_prior, ridge, K: tl.constexpr, BASE: tl.constexpr
-):
-    # three unknowns; those that K leaves out have a row of the identity, and are 0
-    Q: tl.constexpr = K * (K + 1) // 2
-    i_s = tl.program_id(0).to(tl.int64)
-    p_sums += i_s * (Q + K + 1)
-    g_11 = _known(p_sums, 0, True)
-    g_12 = _known(p_sums, 1, K >= 2)
-    g_13 = _known(p_sums, 2, K == 3)
-    g_22 = _known(p_sums, K, K >= 2)
-    g_23 = _known(p_sums, 4, K == 3)
-    g_33 = _known(p_sums, 5, K == 3)
-    b_1 = _known(p_sums, Q, True)
-    b_2 = _known(p_sums, Q + 1, K >= 2)
-    b_3 = _known(p_sums, Q + 2, K == 3)
-    qq = _known(p_sums, Q + K, True)
-    prior_1 = _known(p_prior, 0, True)
-    prior_2 = _known(p_prior, 1, K >= 2)
-    prior_3 = _known(p_prior, 2, K == 3)
-    trace = g_11 + g_22 + g_33
-    pull = ridge * trace / K
-    a_11 = g_11 + pull
-    a_22 = g_22 + pull if K >= 2 else 1.0 + g_22
-    a_33 = g_33 + pull if K == 3 else 1.0 + g_33
-    c_1 = b_1 + pull * prior_1
-    c_2 = b_2 + pull * prior_2
-    c_3 = b_3 + pull * prior_3
-    # what an unknown says is taken from the rows behind it
-    s_2 = g_12 / a_11
-    s_3 = g_13 / a_11
-    e_22 = a_22 - s_2 * g_12
-    e_23 = g_23 - s_2 * g_13
-    e_33 = a_33 - s_3 * g_13
-    c_2 -= s_2 * c_1
-    c_3 -= s_3 * c_1
-    s_3 = e_23 / e_22
-    e_33 -= s_3 * e_23
-    c_3 -= s_3 * c_2
-    usable = (a_11 > 0) & (e_22 > a_22 * SINGULAR) & (e_33 > a_33 * SINGULAR)
-    usable = usable & (trace + qq < float("inf"))
-    w_3 = c_3 / e_33
-    w_2 = (c_2 - e_23 * w_3) / e_22
-    w_1 = (c_1 - g_12 * w_2 - g_13 * w_3) / a_11
-    w_1 = tl.where(usable, w_1, prior_1)
-    w_2 = tl.where(usable, w_2, prior_2)
-    w_3 = tl.where(usable, w_3, prior_3)
-    square = qq - 2 * (w_1 * b_1 + w_2 * b_2 + w_3 * b_3)
-    square += w_1 * w_1 * g_11 + w_2 * w_2 * g_22 + w_3 * w_3 * g_33
-    square += 2 * (w_1 * w_2 * g_12 + w_1 * w_3 * g_13 + w_2 * w_3 * g_23)
-    p_weights += i_s * (BASE + K + 1)
-    if BASE:
-        tl.store(p_weights, 1.0)
-    p_weights += BASE
-    tl.store(p_weights, (1 + w_1).to(tl.float32))
-    tl.store(p_weights + 1, (w_2 - w_1).to(tl.float32))
-    if K >= 2:
-        tl.store(p_weights + 2, (w_3 - w_2).to(tl.float32))
-    if K == 3:
-        tl.store(p_weights + 3, (-w_3).to(tl.float32))
-    # rounding may leave a tiny negative square; NaN stays NaN
-    square = tl.where(square < 0, 0.0, square)
-    tl.store(p_misfit + i_s, tl.sqrt(square / qq).to(tl.float32))
-
-
 def _terms(order: int) -> int:
     """How many sums guides of an order give: a triangle, D q and q.q."""
     return order * (order + 3) // 2 + 1
@@ -220,13 +139,7 @@ def _sums_plan(tensors: Sequence[Tensor], per_sample: bool) -> Plan:
     return Plan(groups * each, numbers, results, _terms(order) * results * count)
 
 
-def _solve_plan(tensors: Sequence[Tensor], base: bool) -> Plan:
-    sums, prior = tensors
-    return Plan(sums.shape[0], (prior.numel(), int(base)))
-
-
 _sums = Launcher(_guided_sums_kernel, _sums_plan, num_warps=WARPS)
-_solve = Launcher(_guided_solve_kernel, _solve_plan, num_warps=1)
 
 
 def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = False) -> Tensor:
@@ -245,21 +158,3 @@ def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = Fals
     part = guide.new_empty(plan.partials, dtype=torch.float64)
     _sums.launch(plan, tensors, sums, part, counters(guide, plan.results))
     return sums
-
-
-def guided_solve(
-    sums: Tensor, prior: Tensor, ridge: float, base: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(weights [S, K + 1], misfit [S]), float32, on the device of `sums`; one program per sample.
-
-    sums: [S, M] of `guided_sums` (float64 or float32). prior: float32 [K], the weights w that the
-    ridge pulls toward and that a degenerate or non-finite history falls back to. The weights belong
-    to the cached residuals R_1, R_2, ..: 1 + w_1, w_2 - w_1, .., -w_K; with `base` a 1.0 precedes
-    them. The misfit is NaN where a guide is not finite or neither it nor its history moved.
-    """
-    samples, terms = sums.shape[0], base + prior.numel() + 1
-    weights = sums.new_empty((samples, terms), dtype=torch.float32)
-    misfit = sums.new_empty(samples, dtype=torch.float32)
-    if samples:
-        _solve.launch(_solve.plan((sums, prior), base), weights, misfit, sums, prior, float(ridge))
-    return weights, misfit

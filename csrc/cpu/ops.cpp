@@ -9,30 +9,11 @@
 #include <string>
 #include <vector>
 
-#include "../call.h"
-#include "guided.h"
+#include "chosen.h"
+#include "guided_ops.h"
 
 namespace fastcache {
 namespace {
-
-const char* checked_capability() {
-  const char* name = capability();
-  STD_TORCH_CHECK(name, "FASTCACHE_CPU_CAPABILITY is ", getenv("FASTCACHE_CPU_CAPABILITY"),
-                  ", must be default, avx2 or avx512 and supported by this machine");
-  return name;
-}
-
-const Kernels& kernels() {
-  static const Kernels& chosen = *kernels_for(checked_capability());
-  return chosen;
-}
-
-const auto parallel = [](int64_t begin, int64_t end, int64_t grain, const auto& f) {
-  if (end - begin == 1)
-    f(begin, end);  // torch has nothing to divide
-  else
-    torch::stable::parallel_for(begin, end, grain, f);
-};
 
 void op_residual_l1(Tensor sums, Tensor y, Tensor x, Tensor prev, std::optional<Tensor> out,
                     bool per_sample) {
@@ -158,77 +139,6 @@ void op_taylor_update(std::vector<Tensor> factors, Tensor y, double delta) {
   taylor_update(kernels(), parallel, call.shape(), at, count, at_y, static_cast<float>(delta));
 }
 
-// Contiguous, or [B, T, C] with dense rows at any distance; the others have the shape of the first.
-class GuideCall {
- public:
-  GuideCall(const Tensor& first, bool per_sample)
-      : sizes_(first.sizes()), rows_apart_(sizes_.size() == 3) {
-    const size_t dim = sizes_.size();
-    const int64_t samples = dim && (per_sample || rows_apart_) ? sizes_[0] : 1;
-    const int64_t length = first.numel() / samples;
-    shape = {samples, length, dim < 2 ? length : sizes_[dim - 1]};
-  }
-
-  Guide add(const Tensor& tensor, const char* name) const {
-    const auto sizes = tensor.sizes(), strides = tensor.strides();
-    STD_TORCH_CHECK(sizes.equals(sizes_), name, " has another shape");
-    STD_TORCH_CHECK(rows_apart_ ? strides[2] == 1 || sizes[2] == 1 : tensor.is_contiguous(), name,
-                    " must have dense rows");
-    const Operand all{static_cast<char*>(tensor.data_ptr()), type_of(tensor, name),
-                      rows_apart_ ? strides[0] : shape.length};
-    return {all, rows_apart_ ? strides[1] : shape.width};
-  }
-
-  Shape shape;
-
- private:
-  torch::headeronly::IntHeaderOnlyArrayRef sizes_;
-  bool rows_apart_;
-};
-
-double* doubles_of(const Tensor& tensor, int64_t count, const char* name) {
-  int32_t code;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-  STD_TORCH_CHECK(
-      code == aoti_torch_dtype_float64() && tensor.is_contiguous() && tensor.numel() == count, name,
-      " must be contiguous float64 with ", count, " elements");
-  return static_cast<double*>(tensor.data_ptr());
-}
-
-int checked_order(int64_t order) {
-  STD_TORCH_CHECK(order >= 1 && order <= MAX_ORDER, "order 1 to ", MAX_ORDER, ", got ", order);
-  return static_cast<int>(order);
-}
-
-void op_guided_sums(Tensor sums, Tensor guide, std::vector<Tensor> guides, bool per_sample) {
-  const int order = checked_order(static_cast<int64_t>(guides.size()) - 1);
-  const GuideCall call(guide, per_sample);
-  Guide at[MAX_ORDER + 2] = {call.add(guide, "guide")};
-  for (int j = 0; j <= order; ++j) {
-    at[j + 1] = call.add(guides[j], "guides");
-    STD_TORCH_CHECK(at[j + 1].all.type == at[1].all.type, "guides must have one dtype");
-  }
-  const int64_t groups = per_sample ? call.shape.samples : 1;
-  guided_sums(kernels(), parallel, call.shape, at, order, groups,
-              doubles_of(sums, groups * sums_of(order), "sums"));
-}
-
-void op_guided_solve(Tensor weights, Tensor misfit, Tensor sums, Tensor prior, double ridge) {
-  const int order = checked_order(prior.numel());
-  const int64_t groups = misfit.numel(), terms = weights.size(1);
-  const int64_t base = terms - (order + 1);  // ones in front
-  STD_TORCH_CHECK(base == 0 || base == 1, "weights must have ", order + 1, " or ", order + 2,
-                  " columns");
-  const double* from = doubles_of(sums, groups * sums_of(order), "sums");
-  const float* want = result_of(prior, order, "prior");
-  float* to = result_of(weights, groups * terms, "weights");
-  float* left = result_of(misfit, groups, "misfit");
-  for (int64_t i = 0; i < groups; ++i, to += terms, from += sums_of(order)) {
-    if (base) to[0] = 1;
-    left[i] = static_cast<float>(guided_solve(from, want, order, ridge, to + base));
-  }
-}
-
 std::string op_capability() { return checked_capability(); }
 
 }  // namespace
@@ -303,6 +213,10 @@ STABLE_TORCH_LIBRARY(fastcache_C, m) {
   m.def(
       "guided_solve(Tensor(a!) weights, Tensor(b!) misfit, Tensor sums, Tensor prior, float ridge) "
       "-> ()");
+  m.def(
+      "guided_check(Tensor(a!) weights, Tensor(b!) misfit, Tensor sums, Tensor[] values, Tensor "
+      "prior, Tensor before, float ridge) -> ()");
+  m.def("exponential_solve(Tensor(a!) weights, Tensor[] sums, Tensor reach, float ridge) -> ()");
   m.def("capability() -> str");
 }
 
@@ -317,6 +231,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastcache_C, CPU, m) {
   m.impl("taylor_update", TORCH_BOX(&fastcache::op_taylor_update));
   m.impl("guided_sums", TORCH_BOX(&fastcache::op_guided_sums));
   m.impl("guided_solve", TORCH_BOX(&fastcache::op_guided_solve));
+  m.impl("guided_check", TORCH_BOX(&fastcache::op_guided_check));
+  m.impl("exponential_solve", TORCH_BOX(&fastcache::op_exponential_solve));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcache_C, CompositeExplicitAutograd, m) {

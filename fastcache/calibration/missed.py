@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import sync
-from ..ops import dispatch, reference
+from ..ops import dispatch
 from ..predictors import Predictor
 from .grams import Array
 
@@ -51,21 +51,18 @@ class Missed:
             return (1.0,)
         # as it does in the place of those to come
         places = (*kept, *kept[-1:] * (what.depth - len(kept)))
-        pull = torch.tensor(prior)
-        weights = self._solved(_sums(guide, places, step), pull)
+        sums, pull = _sums(guide, places, step), torch.tensor(prior)
+        solve = dispatch.function(
+            dispatch.active("cpu"), "guided_check" if what.checked else "guided_solve"
+        )
         if what.checked:
             before = torch.tensor(what.weights(kept[1:], kept[0])[: what.depth - 2])
             newest, *older = places
-            told = self._solved(_sums(guide, older, newest), before)
-            weights = reference.guided_check(
-                weights, told, _sums(self.gram, older, newest), pull, before
-            )
+            known = _sums(self.gram, older, newest)
+            weights = solve(sums, [known], pull, before, what.ridge)[0]
+        else:
+            weights = solve(sums, pull, what.ridge, True)[0]
         return sync.numbers([weights[:, 1:]])
-
-    def _solved(self, sums: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-        solve = dispatch.function(dispatch.active("cpu"), "guided_solve")
-        weights: torch.Tensor = solve(sums, prior, self.what.ridge, True)[0]
-        return weights
 
 
 def _sums(gram: Any, kept: Sequence[int], step: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch
 from .registry import define, same_shapes
 
 WINDOW = 4  # values from whose differences two exponentials follow
@@ -17,8 +17,8 @@ WINDOW = 4  # values from whose differences two exponentials follow
 def _exponential_weights(rows: Sequence[Tensor], reach: Tensor, ridge: float) -> Tensor:
     run, held = dispatch.resolve("guided_sums", list(rows), 0, False)
     windows = [held[i : i + WINDOW] for i in range(len(held) - WINDOW + 1)]
-    sums = torch.cat([run(newest, older, False) for newest, *older in windows])
-    return reference.exponential_solve(sums, reach, ridge)
+    solve = dispatch.function(dispatch.active(rows[0].device.type), "exponential_solve")
+    return solve([run(newest, older, False) for newest, *older in windows], reach, ridge)
 
 
 def _fake_exponential_weights(rows: Sequence[Tensor], reach: Tensor, ridge: float) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch
 from .checks import check, check_samples
 from .registry import define, same_shapes
 
@@ -39,46 +39,79 @@ define(
 )
 
 
-def _checked_weights(
+def _guide_into_(
+    weights: Tensor,
+    misfit: Tensor,
+    guide: Tensor,
+    guides: Sequence[Tensor],
+    prior: Tensor,
+    ridge: float,
+) -> None:
+    run, (guide, *held) = dispatch.resolve("guided_sums", [guide, *guides], 0, False)
+    solve = dispatch.function(dispatch.active(guide.device.type), "guided_solve")
+    solve(run(guide, held, False), prior, ridge, True, (weights[None], misfit))
+
+
+def _fake_guide_into_(
+    weights: Tensor,
+    misfit: Tensor,
+    guide: Tensor,
+    guides: Sequence[Tensor],
+    prior: Tensor,
+    ridge: float,
+) -> None:
+    same_shapes("_guide_into_", guide, *guides)
+
+
+# weights: float32 [K + 2]; misfit: float32 [1].
+define(
+    "_guide_into_(Tensor(a!) weights, Tensor(b!) misfit, Tensor guide, Tensor[] guides, Tensor prior, float ridge) "
+    "-> ()",
+    _guide_into_,
+    _fake_guide_into_,
+)
+
+
+def _check_into_(
+    weights: Tensor,
+    misfit: Tensor,
     guide: Tensor,
     guides: Sequence[Tensor],
     values: Sequence[Tensor],
     prior: Tensor,
     before: Tensor,
     ridge: float,
-) -> tuple[Tensor, Tensor]:
-    weights, misfit = _guided_weights(guide, guides, prior, ridge)
-    told, _ = _guided_weights(guides[0], guides[1:], before, ridge)
+) -> None:
     count = len(guides)
+    streams = [[guide, *guides], *(values[i : i + count] for i in range(0, len(values), count))]
     sums = []
-    for i in range(0, len(values), count):
-        run, (newest, *older) = dispatch.resolve(
-            "guided_sums", list(values[i : i + count]), 0, False
-        )
+    for stream in streams:
+        run, (newest, *older) = dispatch.resolve("guided_sums", list(stream), 0, False)
         sums.append(run(newest, older, False))
-    together = torch.cat(sums).sum(0, keepdim=True)
-    return reference.guided_check(weights, told, together, prior, before), misfit
+    solve = dispatch.function(dispatch.active(guide.device.type), "guided_check")
+    solve(sums[0], sums[1:], prior, before, ridge, (weights[None], misfit))
 
 
-def _fake_checked_weights(
+def _fake_check_into_(
+    weights: Tensor,
+    misfit: Tensor,
     guide: Tensor,
     guides: Sequence[Tensor],
     values: Sequence[Tensor],
     prior: Tensor,
     before: Tensor,
     ridge: float,
-) -> tuple[Tensor, Tensor]:
-    same_shapes("_checked_weights", guide, *guides)
-    return _fake_guided_weights(guide, guides, prior, ridge)
+) -> None:
+    same_shapes("_check_into_", guide, *guides)
 
 
 # values: of each stream as many rows as there are guides, newest first; before: float32 [K - 1], the prior of the
 # newest value from the older ones.
 define(
-    "_checked_weights(Tensor guide, Tensor[] guides, Tensor[] values, Tensor prior, Tensor before, float ridge) "
-    "-> (Tensor, Tensor)",
-    _checked_weights,
-    _fake_checked_weights,
+    "_check_into_(Tensor(a!) weights, Tensor(b!) misfit, Tensor guide, Tensor[] guides, Tensor[] values, Tensor prior, "
+    "Tensor before, float ridge) -> ()",
+    _check_into_,
+    _fake_check_into_,
 )
 
 

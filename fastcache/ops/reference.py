@@ -20,8 +20,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# An unknown counts as told by those before it where less than this share of its diagonal is left.
-SINGULAR = 1e-12
+from .solve import exponential_solve as exponential_solve
+from .solve import guided_check as guided_check
+from .solve import guided_solve as guided_solve
 
 
 def _wide(t: Tensor, like: Tensor | None = None) -> Tensor:
@@ -172,123 +173,6 @@ def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = Fals
     q, d = now - held[0], [a - b for a, b in pairwise(held)]
     pairs = [(a, b) for i, a in enumerate(d) for b in d[i:]] + [(a, q) for a in d] + [(q, q)]
     return torch.stack([(a * b).sum(dim=1) for a, b in pairs], dim=1)
-
-
-def guided_solve(
-    sums: Tensor, prior: Tensor, ridge: float, base: bool = False
-) -> tuple[Tensor, Tensor]:
-    """float32 (weights [S, K + 1], misfit [S]) from `guided_sums`: w solves the ridge system.
-
-    (D D^T + ridge * tr * I) w = D q + ridge * tr * prior, tr the mean diagonal of D D^T. Weights belong
-    to the cached values R_1 .. R_(K+1): 1 + w_1, w_2 - w_1, .., -w_K; with `base` a 1.0 precedes them.
-    misfit = |q - sum w_j D_j| / |q|. A singular or non-finite history falls back to the prior.
-    """
-    k = prior.numel()
-    terms = list(sums.double().unbind(1))
-    places = [(i, j) for i in range(k) for j in range(i, k)]
-    upper, dq, qq = dict(zip(places, terms, strict=False)), terms[-k - 1 : -1], terms[-1]
-    want = prior.double().unbind()
-    trace = sum(upper[i, i] for i in range(k))
-    pull = ridge * trace / k
-    a = {at: value + pull if at[0] == at[1] else value for at, value in upper.items()}
-    r = [its + pull * wanted for its, wanted in zip(dq, want, strict=True)]
-    usable = trace + qq < float("inf")
-    for p in range(k):  # what unknown p says is taken from the rows behind it
-        usable = usable & (a[p, p] > (upper[p, p] + pull) * SINGULAR)
-        for i in range(p + 1, k):
-            share = a[p, i] / a[p, p]
-            r[i] = r[i] - share * r[p]
-            for j in range(i, k):
-                a[i, j] = a[i, j] - share * a[p, j]
-    for p in reversed(range(k)):  # r becomes the solution
-        for j in range(p + 1, k):
-            r[p] = r[p] - a[p, j] * r[j]
-        r[p] = r[p] / a[p, p]
-    w = [torch.where(usable, found, wanted) for found, wanted in zip(r, want, strict=True)]
-    square = qq - 2 * sum(weight * its for weight, its in zip(w, dq, strict=True))
-    for i, j in places:
-        square = square + (1 if i == j else 2) * w[i] * w[j] * upper[i, j]
-    found = _of_values(w)
-    weights = torch.stack([torch.ones_like(qq), *found] if base else found, dim=1)
-    return weights.float(), (square.clamp_min(0) / qq).sqrt().float()
-
-
-def _of_values(w: Sequence[Tensor]) -> list[Tensor]:
-    """The weights of R_1, R_2, .. in R_1 + sum_j w_j (R_j - R_(j+1))."""
-    one, none = torch.ones_like(w[0]), torch.zeros_like(w[0])
-    return [newer - older for older, newer in pairwise([-one, *w, none])]
-
-
-def guided_check(
-    weights: Tensor, told: Tensor, sums: Tensor, prior: Tensor, before: Tensor
-) -> Tensor:
-    """float32 [1, K + 2]: weights of `guided_solve` with a base, drawn to those of the prior by what they are worth.
-
-    told: float32 [1, K + 1], weights with a base that the guides gave for the newest value from the older ones, and
-    before: [K - 1], the prior's of their differences; sums: float64 [1, M], `guided_sums` of these values. With p the
-    prior's and g the guides' weights of the differences D of the older values, q the newest difference,
-    d = (g - p) D and e = q - p D, the share of the guides is (d.e + d.d) / (2 d.d) within 0 and 1: halfway between all
-    of it and what would have come nearest to the newest value. All of it where the two say the same.
-    """
-    k = before.numel()
-    upper = [(i, j) for i in range(k) for j in range(i, k)]
-    known, p = sums[0].double(), before.double()
-    terms = dict(zip(upper, known.unbind(), strict=False))
-    gram = torch.stack([terms[min(i, j), max(i, j)] for i in range(k) for j in range(k)])
-    gram = gram.reshape(k, k)
-    # of the differences: what older values have, taken from newer ones
-    g = -told[0, 2:].double().flip(0).cumsum(0).flip(0)
-    d = g - p
-    square = d @ gram @ d
-    share = (d @ (known[-k - 1 : -1] - gram @ p) + square) / (2 * square)
-    usable = (square > 0) & (known.sum() < float("inf"))
-    share = torch.where(usable, share.clamp(0, 1), torch.ones_like(share))
-    want = torch.stack([torch.ones_like(square), *_of_values(prior.double().unbind())])
-    return (want + share * (weights.double() - want)).float()
-
-
-def exponential_solve(sums: Tensor, reach: Tensor, ridge: float) -> Tensor:
-    """float32 [4], a leading 1 and the weights of the three newest of evenly spaced values, from `guided_sums`.
-
-    sums: float64 [1, 6] of d_1 = x_1 - x_2, D = (d_2, d_3), x_1 the newest value; or of several such windows,
-    added up. reach: [1], how many gaps ahead. c solves (X^T X + ridge * tr * I) c = X^T d_1 for X = (d_3, d_2),
-    tr the mean diagonal; C = [[0, c_1], [1, c_2]] carries one pair of differences to the next, so that the
-    change over q gaps is (d_2, d_1) g(C) c with g(z) = (z^q - 1) / (z - 1). Where the second singular value
-    of X is below 1e-4 of the first, X is its first direction. A singular or non-finite history gives the
-    line through the two newest values.
-    """
-    m22, m23, m33, v2, v3, _ = sums.double().sum(dim=0).unbind()
-    q = reach.double().reshape(())
-    half, diff = (m22 + m33) / 2, (m33 - m22) / 2
-    pull, spread = ridge * half, torch.hypot(diff, m23)
-    a, b = m33 + pull, m22 + pull
-    det = a * b - m23 * m23
-    c1, c2 = (b * v3 - m23 * v2) / det, (a * v2 - m23 * v3) / det
-    # g(C) = alpha + beta C, by the roots of z^2 - c_2 z - c_1; double ones are pulled apart
-    root = torch.sqrt((c2 * c2 / 4 + c1).to(torch.complex128))
-    root = torch.where(root.abs() < 1e-5, torch.full_like(root, 1e-5), root)
-    g1, g2 = _gained(c2 / 2 + root, q), _gained(c2 / 2 - root, q)
-    beta = (g1 - g2) / (2 * root)
-    alpha = g1 - beta * (c2 / 2 + root)
-    both = (alpha * c1 + beta * c1 * c2).real, (alpha * c2 + beta * (c1 + c2 * c2)).real
-    # one direction (cos, sin) of X
-    angle = torch.atan2(m23, diff) / 2
-    e3, e2, largest = angle.cos(), angle.sin(), half + spread + pull
-    along = e3 * v3 + e2 * v2
-    turn = (e3 * (e3 * m23 + e2 * v3) + e2 * (e3 * m22 + e2 * v2)) / largest
-    gain = (_gained(turn.to(torch.complex128), q) * along).real / largest
-    flat = half - spread < 1e-8 * (half + spread)
-    u2, u1 = torch.where(flat, e3 * gain, both[0]), torch.where(flat, e2 * gain, both[1])
-    usable = (half > 0) & torch.isfinite(u1) & torch.isfinite(u2)
-    u1, u2 = torch.where(usable, u1, q), torch.where(usable, u2, torch.zeros_like(q))
-    return torch.stack([torch.ones_like(q), 1 + u1, u2 - u1, -u2]).float()
-
-
-def _gained(z: Tensor, q: Tensor) -> Tensor:
-    """(z^q - 1) / (z - 1) of a complex number: q at 1, and 1 - 0^q at 0."""
-    z = torch.where((z - 1).abs() < 1e-6, torch.full_like(z, 1 + 1e-6), z)
-    z = torch.where(z.abs() < 1e-12, torch.full_like(z, 1e-12), z)
-    return (torch.exp(q * torch.log(z)) - 1) / (z - 1)
 
 
 def quantize_store(q: Tensor, scale: Tensor, y: Tensor, x: Tensor | None = None) -> None:

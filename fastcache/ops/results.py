@@ -14,3 +14,9 @@ def sums_for(y: Tensor, width: int, per_sample: bool, given: Tensor | None = Non
         shape = (y.shape[0], width) if per_sample else width
         return torch.empty(shape, dtype=torch.float32, device=y.device)
     return given
+
+
+def weights_for(sums: Tensor, samples: int, terms: int) -> tuple[Tensor, Tensor]:
+    """Where float32 weights [samples, terms] and misfits [samples] that follow from sums go."""
+    weights = torch.empty((samples, terms), dtype=torch.float32, device=sums.device)
+    return weights, torch.empty(samples, dtype=torch.float32, device=sums.device)

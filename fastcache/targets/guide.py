@@ -16,8 +16,8 @@ from ..storage.group import SlotGroup
 from ..storage.ring import Ring, fitting, tail
 from ..storage.state import State
 
-_weights = direct("guided_weights")
-_checked = direct("_checked_weights")
+_guide = direct("_guide_into_")
+_check = direct("_check_into_")
 
 
 class GuideSlots(SlotGroup):
@@ -53,24 +53,22 @@ class Guide:
             if not torch.compiler.is_compiling() and not _fits(slots.guides, guide, action):
                 self._hold(state, rule, guide)
             if action == REUSE:
-                weights, misfit = self._found(state, rule, guide)
-                slots.weights.copy_(weights[0])
-                slots.misfit.copy_(misfit)
+                self._find(state, rule, guide)
             elif action == COMPUTE:
                 slots.guides.store(guide, None, 0)
 
-    def _found(self, state: State, rule: int, guide: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights that the guide of the running step gives, and their misfit."""
+    def _find(self, state: State, rule: int, guide: Tensor) -> None:
+        """Leave the weights that the guide of the running step gives, and their misfit."""
         slots: GuideSlots = state.slots[rule].guide
         rows, ridge = slots.guides.newest_first(guide), self.predictor.ridge
+        found = (slots.weights, slots.misfit, guide, rows)
         if not self.predictor.checked:
-            found: tuple[Tensor, Tensor] = _weights(guide, rows, slots.prior, ridge)
-            return found
+            _guide(*found, slots.prior, ridge)
+            return
         streams: list[Any] = [unit.streams[0] for unit in state.units[rule].values()]
         kept = [row for s in streams for row in s.newest_first(None, self.predictor.tokens)]
         values = [tail(row, guide) for row in kept]  # of half a guidance batch, that half
-        found = _checked(guide, rows, values, slots.prior, slots.before, ridge)
-        return found
+        _check(*found, values, slots.prior, slots.before, ridge)
 
     def prepare_like(self, state: State, other: State, rule: int) -> None:
         """Have storage for guides such as another state's, where that has any."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcache
 from fastcache import ops
+from fastcache.ops import exponential, guided
 
 BACKENDS = [n for n, v in fastcache.backends().items() if v is True and n in ("reference", "cpp")]
 
@@ -113,11 +116,15 @@ def test_guides_without_elements_give_the_prior(shape: tuple, per_sample: bool) 
     assert misfit.shape == (samples,) and misfit.isnan().all()
 
 
-def checked(guides: list[Tensor], values: list[list[Tensor]], prior: Tensor, before: Tensor):
-    """The op, on values of several streams."""
+def checked(
+    guides: list[Tensor], values: list[list[Tensor]], prior: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(weights, misfit) of the op, on values of several streams."""
     flat = [row for stream in values for row in stream]
-    op = torch.ops.fastcache._checked_weights.default
-    return op(guides[0], guides[1:], flat, prior, before, 0.05)
+    weights, misfit = torch.full((len(guides),), 7.0), torch.full((1,), 7.0)
+    op = torch.ops.fastcache._check_into_.default
+    op(weights, misfit, guides[0], guides[1:], flat, prior, before, 0.05)
+    return weights, misfit
 
 
 @each_backend
@@ -149,8 +156,8 @@ def test_weights_are_drawn_to_the_prior_by_what_both_told_of_the_newest_value(
     best = apart @ (rows[0] - forecast) / (apart @ apart)
     want = torch.lerp(plain[0].double(), found, ((best + 1) / 2).clamp(0, 1))
     weights, misfit = checked(guides, streams, prior, before)
-    assert weights[0, 0] == 1
-    torch.testing.assert_close(weights[0, 1:].double(), want, rtol=0, atol=2e-5)
+    assert weights[0] == 1
+    torch.testing.assert_close(weights[1:].double(), want, rtol=0, atol=2e-5)
     assert torch.equal(misfit, ops.guided_weights(guides[0], guides[1:], prior, 0.05)[1])
 
 
@@ -162,7 +169,66 @@ def test_values_that_tell_nothing_leave_the_weights_of_the_guide(value: float) -
     still = [[torch.full((1, 4, 4), value)] * 4]
     weights, _ = checked(guides, still, prior, torch.zeros(2))
     want, _ = ops.guided_weights(guides[0], guides[1:], prior, 0.05)
-    torch.testing.assert_close(weights, want)
+    torch.testing.assert_close(weights[None], want)
+
+
+def draws(order: int) -> dict[str, tuple]:
+    """Arguments of the ops that find weights, of one order."""
+    guide, *guides = (torch.randn(2, 6, 8) for _ in range(order + 2))
+    values = [torch.randn(2, 6, 4) for _ in range(2 * (order + 1))]
+    out = torch.empty(order + 2), torch.empty(1)
+    prior = torch.zeros(order)
+    found = {"_guide_into_": (*out, guide, guides, prior, 0.05)}
+    if order > 1:
+        before = torch.zeros(order - 1)
+        found["_check_into_"] = (*out, guide, guides, values, prior, before, 0.05)
+        found["_exponential_weights"] = (values[:5], torch.tensor([0.5]), 1e-8)
+    return found
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_what_tracing_is_told_is_what_runs(order: int) -> None:
+    for name, args in draws(order).items():
+        op = getattr(torch.ops.fastcache, name).default
+        result = torch.library.opcheck(op, args)
+        assert set(result.values()) == {"SUCCESS"}, name
+
+
+@each_backend
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_weights_in_their_place_are_those_of_the_public_op(order: int) -> None:
+    weights, misfit, guide, guides, prior, ridge = draws(order)["_guide_into_"]
+    torch.ops.fastcache._guide_into_.default(weights, misfit, guide, guides, prior, ridge)
+    want = ops.guided_weights(guide, guides, prior, ridge)
+    assert torch.equal(weights, want[0][0]) and torch.equal(misfit, want[1])
+
+
+class Work(TorchDispatchMode):
+    """Names of the operations that run but neither allocate nor look at what is there: on a GPU, a launch each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        idle = ("empty", "new_empty", "unbind", "unsqueeze", "select", "slice", "detach", "alias")
+        name = str(func).split(".")[1]
+        if str(func).startswith("aten.") and name not in idle:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(fastcache.backends()["cpp"] is not True, reason="extension not built")
+@pytest.mark.parametrize("order", [2, 3])
+def test_no_operation_on_a_few_numbers_runs_beside_the_kernels(order: int) -> None:
+    # the reference of the check took 38 launches on a GPU, that of the exponentials 140
+    bodies = {"_guide_into_": guided, "_check_into_": guided, "_exponential_weights": exponential}
+    for name, args in draws(order).items():
+        body = getattr(bodies[name], name)
+        for backend, launches in (("cpp", False), ("reference", True)):
+            with fastcache.backend(backend), Work() as work:
+                body(*args)
+            assert bool(work.found) == launches, (name, work.found)
 
 
 @pytest.mark.parametrize(

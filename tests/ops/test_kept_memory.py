@@ -61,13 +61,19 @@ def operands() -> list[Tensor]:
 
 def calls(y: Tensor, x: Tensor, prev: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
     """The bodies of the ops that allocate on some backend."""
-    prior, eps = torch.zeros(1), 1e-8
+    prior, two, eps = torch.zeros(1), torch.zeros(2), 1e-8
     return {
         "residual_l1": lambda: BODIES["residual_l1"](y, x, prev),
         "residual_l1_": lambda: BODIES["residual_l1_"](out, y, x, prev, True),
         "residual_magnitude": lambda: BODIES["residual_magnitude"](y, x, prev, eps),
         "residual_magnitude_": lambda: BODIES["residual_magnitude_"](prev, y, x, prev, eps, True),
         "guided_weights": lambda: BODIES["guided_weights"](y, [x, prev], prior, 0.003),
+        "_check_into_": lambda: BODIES["_check_into_"](
+            torch.empty(4), torch.empty(1), y, [x, prev, out], [y, x, prev], two, prior, 0.003
+        ),
+        "_exponential_weights": lambda: BODIES["_exponential_weights"](
+            [y, x, prev, out], prior, 0.003
+        ),
     }
 
 
@@ -117,7 +123,7 @@ def triton_kept() -> dict[str, int]:
     counters.counters(given[0], 1)
     found = {}
     for op, call in every_op(*given).items():
-        reduces = any(word in op for word in ("l1", "magnitude", "guided"))
+        reduces = any(word in op for word in ("l1", "magnitude", "guided", "exponential"))
         for name in ("first", "second"):
             if reduces:
                 found[f"{op}, {name}"] = kept(call, given)

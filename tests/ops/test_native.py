@@ -352,6 +352,42 @@ def test_guided_solve_has_the_bits_of_the_reference(given_sums, ridge, dtype, ba
     assert misfit.shape == expected_misfit.shape and identical(misfit, expected_misfit)
 
 
+@given(
+    st.integers(2, 3).flatmap(
+        lambda order: st.tuples(
+            st.lists(SUMS, min_size=terms(order), max_size=terms(order)),
+            st.lists(
+                st.lists(SUMS, min_size=terms(order - 1), max_size=terms(order - 1)),
+                min_size=1,
+                max_size=3,
+            ),
+            st.lists(st.floats(width=32), min_size=2 * order - 1, max_size=2 * order - 1),
+        )
+    ),
+    st.sampled_from([0.0, 0.003, 1.0, 1e30]),
+)
+@example(([3.0, 1.0, 2.0, 1.0, 2.0, 3.0], [[2.0, 1.0, 3.0]], [1.5, 0.0, 1.0]), 0.04)
+@example(
+    (
+        [3.0, 1.0, 0.5, 2.0, -1.0, 5.0, 1.0, 2.0, 3.0, 9.0],
+        [[3.0, 1.0, 2.0, 0.5, 1.0, 4.0], [5.0, -1.0, 2.0, 1.5, 0.25, 3.0]],
+        [1.5, 0.0, 0.25, 1.0, -0.5],
+    ),
+    0.04,
+)
+def test_guided_check_has_the_bits_of_the_reference(drawn, ridge):
+    sums, values, numbers = drawn
+    order = (len(numbers) + 1) // 2
+    prior, before = torch.tensor(numbers[:order]), torch.tensor(numbers[order:])
+    args = [torch.tensor([row], dtype=torch.float64) for row in (sums, *values)]
+    for found, expected in zip(
+        cpp.guided_check(args[0], args[1:], prior, before, ridge),
+        reference.guided_check(args[0], args[1:], prior, before, ridge),
+        strict=True,
+    ):
+        assert found.shape == expected.shape and identical(found, expected)
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 
@@ -395,3 +431,7 @@ def test_a_layout_or_shape_that_no_kernel_takes_is_named():
         cpp.guided_sums(x, [x] * 5)
     with pytest.raises(RuntimeError, match="sums must be contiguous float64 with 3"):
         cpp.guided_solve(torch.zeros(1, 6), torch.zeros(1), 0.0)
+    with pytest.raises(RuntimeError, match="order 2 to 3, got 1"):
+        cpp.guided_check(torch.zeros(1, 3), [], torch.zeros(1), torch.zeros(0), 0.0)
+    with pytest.raises(RuntimeError, match="sums must be contiguous float64 with 6"):
+        cpp.exponential_solve([torch.zeros(1, 6)], torch.ones(1), 0.0)

@@ -156,7 +156,20 @@ def graph_calls(y: Tensor, x: Tensor, prev: Tensor, out: Tensor) -> dict[str, Ca
         triton_kernels.linear_combine(out, [x, prev], solved[0])
         return torch.cat([out.flatten()[:64].float(), misfit])
 
+    def checked() -> Tensor:
+        sums, known = (
+            triton_kernels.guided_sums(*t) for t in ((y, [x, prev, out]), (x, [y, prev]))
+        )
+        weights, misfit = triton_kernels.guided_check(sums, [known], prior.repeat(2), prior, 0.003)
+        return torch.cat([weights[0], misfit])
+
+    def exponential() -> Tensor:
+        sums = triton_kernels.guided_sums(y, [x, prev, out])
+        return triton_kernels.exponential_solve([sums], prior, 0.003)
+
     return {
+        "checked": checked,
+        "exponential": exponential,
         "l1": lambda: triton_kernels.residual_l1(y, x, prev, out),
         "magnitude": lambda: triton_kernels.residual_magnitude(y, x, prev),
         "combine": combine,
@@ -164,7 +177,7 @@ def graph_calls(y: Tensor, x: Tensor, prev: Tensor, out: Tensor) -> dict[str, Ca
     }
 
 
-@pytest.mark.parametrize("name", ["l1", "magnitude", "combine", "guided"])
+@pytest.mark.parametrize("name", ["l1", "magnitude", "combine", "guided", "checked", "exponential"])
 def test_ops_replay_in_a_cuda_graph(name: str) -> None:
     tensors = [draw(2, 512, 3072) for _ in range(4)]
     call = graph_calls(*tensors)[name]

@@ -626,6 +626,60 @@ def a_useless_history_falls_back_to_the_prior(lab: Lab, ridge: float) -> None:
                 assert misfit.isnan().item() == (not got_sums.isfinite().all())
 
 
+@case(order=(2, 3), streams=(1, 3))
+def weights_that_are_checked(lab: Lab, order: int, streams: int) -> None:
+    for _ in range(4):
+        guides = [lab.draw(1, 11, 16) for _ in range(order + 2)]
+        kept = [[lab.draw(1, 7, 16) for _ in range(order + 1)] for _ in range(streams)]
+        prior, before = lab.draw(order), lab.draw(order - 1)
+        sums, *values = (guided_sums(g[0], g[1:]) for g in (guides, *kept))
+        if lab.seed % 2:  # what came is what the guides told, or what the prior did
+            values = [2 * values[0], *values[1:]]
+        want = reference.guided_check(sums, values, prior, before, 0.05)
+        given = [t.to(lab.device) for t in (sums, *values)]
+        at = lab.place(prior), lab.place(before)
+        got = lab.kernels.guided_check(given[0], given[1:], *at, 0.05)
+        for value, wanted in zip(got, want, strict=True):
+            assert value.shape == wanted.shape and value.dtype == FP32
+            torch.testing.assert_close(value.cpu(), wanted, rtol=1e-5, atol=1e-5)
+    for broken in (0.0, NAN, math.inf):
+        spoilt = [torch.full_like(v, broken) for v in given[1:]]
+        got, _ = lab.kernels.guided_check(given[0], spoilt, *at, 0.05)
+        alone, _ = lab.kernels.guided_solve(given[0], at[0], 0.05, True)
+        assert torch.equal(got, alone)
+
+
+@case(
+    rates=(
+        (0.9, 0.6),
+        (1.08, 0.8),
+        (0.7, 0.7),
+        (0.8 + 0.3j,),
+        (-0.2 + 0.5j,),
+        (-0.5, 0.8),
+        (1.0, 0.5),
+    ),
+    ahead=(0.25, 1.0, 2.75),
+)
+def exponentials(lab: Lab, rates: tuple, ahead: float) -> None:
+    one, two = rates[0], rates[-1].conjugate()
+    a, b, c = (lab.draw(24).double() for _ in range(3))
+    for noise, windows, ridge in ((0.0, 1, 1e-8), (0.03, 3, 1e-8), (0.03, 2, 0.05)):
+        values = []
+        for i in range(windows + 3):
+            turned = a + (b + 1j * c) * one ** (-i) + (b - 1j * c) * two ** (-i)
+            values.append(turned.real + noise * lab.draw(24).double())
+        sums = [guided_sums(values[i], values[i + 1 : i + 4]) for i in range(windows)]
+        want = reference.exponential_solve(sums, torch.tensor([ahead]), ridge)
+        given = [t.to(lab.device) for t in sums]
+        got = lab.kernels.exponential_solve(given, lab.place(torch.tensor([ahead])), ridge)
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-5)
+    for broken in (0.0, NAN, math.inf):
+        spoilt = [torch.full_like(t, broken) for t in given]
+        got = lab.kernels.exponential_solve(spoilt, lab.place(torch.tensor([ahead])), 1e-8)
+        torch.testing.assert_close(got.cpu(), torch.tensor([1.0, 1 + ahead, -ahead, 0.0]))
+
+
 @case(turned=(False, True))
 def weights_of_guides_in_a_layout_that_no_kernel_takes(lab: Lab, turned: bool) -> None:
     """The kernel read [B, F, T, C] as if its rows were next to each other, and gave other weights."""

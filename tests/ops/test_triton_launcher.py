@@ -47,7 +47,8 @@ def every_op(y: Tensor, x: Tensor, prev: Tensor, out: Tensor) -> dict[str, Calla
 
     q = reserved().view(E4M3).as_strided(y.shape, y.stride())
     scale = reserved()[: 4 * y.shape[:-1].numel()].view(FP32).view(y.shape[:-1])
-    prior, weights, sums = torch.empty(2), torch.empty(5), torch.empty(2)
+    prior, weights, sums, one, three = (torch.empty(n) for n in (2, 5, 2, 1, 3))
+    six, ten = (torch.empty(1, n, dtype=torch.float64) for n in (6, 10))
     each = torch.empty(y.shape[0], 2)
     return {
         "l1": lambda: kernels.residual_l1(y, x, prev),
@@ -75,6 +76,8 @@ def every_op(y: Tensor, x: Tensor, prev: Tensor, out: Tensor) -> dict[str, Calla
         "guided solve": lambda: kernels.guided_solve(
             torch.empty(y.shape[0], 6, dtype=torch.float64), prior, 0.003, True
         ),
+        "guided check": lambda: kernels.guided_check(ten, [six] * 2, three, prior, 0.003),
+        "exponential": lambda: kernels.exponential_solve([six] * 2, one, 0.003),
     }
 
 
@@ -324,8 +327,8 @@ def test_the_number_of_launches_of_every_op(child: Callable) -> None:
     assert counts == dict.fromkeys(counts, 1)
 
 
-# Of the time of the JIT; "guided solve" allocates two results for a launch of few arguments.
-MOST = {"guided solve": 0.65}
+# Of the time of the JIT; these allocate results for a launch of few arguments.
+MOST = {"guided solve": 0.65, "guided check": 0.75, "exponential": 0.75}
 
 
 def test_the_host_spends_at_most_half_the_time_of_the_jit(child: Callable) -> None:

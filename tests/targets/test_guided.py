@@ -257,7 +257,8 @@ def storage(t: Tensor) -> int:
 @pytest.mark.parametrize(
     ("recipe", "limit"),
     [
-        (Recipe(Interval(3), Guided(2)), ["guided_weights", "linear_combine_device_"]),
+        (Recipe(Interval(3), Guided(2)), ["_guide_into_", "linear_combine_device_"]),
+        (Recipe(Interval(3), Guided(2, checked=True)), ["_check_into_", "linear_combine_device_"]),
         (Recipe(Interval(3), Taylor(1)), ["linear_combine_"]),
         (Recipe(Interval(3), Reuse()), []),  # one aten addition
         (Recipe(FirstBlock(100.0), Reuse()), ["residual_l1"]),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..results import sums_for
+from ..results import sums_for, weights_for
 
 LIBRARY = Path(__file__).parents[2] / "_cpu_ops.so"
 
@@ -214,10 +214,34 @@ def guided_sums(guide: Tensor, guides: Sequence[Tensor], per_sample: bool = Fals
 
 
 def guided_solve(
-    sums: Tensor, prior: Tensor, ridge: float, base: bool = False
+    sums: Tensor,
+    prior: Tensor,
+    ridge: float,
+    base: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    groups, terms = sums.shape[0], prior.numel() + 1 + base
-    weights = torch.empty((groups, terms), dtype=torch.float32, device=CPU)
-    misfit = torch.empty(groups, dtype=torch.float32, device=CPU)
+    groups = sums.shape[0]
+    weights, misfit = out or weights_for(sums, groups, prior.numel() + 1 + base)
     _op("guided_solve")(weights, misfit, sums.double(), prior.contiguous(), ridge)
     return weights, misfit
+
+
+def guided_check(
+    sums: Tensor,
+    values: Sequence[Tensor],
+    prior: Tensor,
+    before: Tensor,
+    ridge: float,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    weights, misfit = out or weights_for(sums, 1, prior.numel() + 2)
+    _op("guided_check")(
+        weights, misfit, sums, values, prior.contiguous(), before.contiguous(), ridge
+    )
+    return weights, misfit
+
+
+def exponential_solve(sums: Sequence[Tensor], reach: Tensor, ridge: float) -> Tensor:
+    weights = torch.empty(4, dtype=torch.float32, device=CPU)
+    _op("exponential_solve")(weights, sums, reach.contiguous(), ridge)
+    return weights
