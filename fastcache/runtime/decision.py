@@ -75,7 +75,7 @@ class Decider:
         """Give compiled code what it has to know of the running step, at the first step of all that are known."""
         if not state.armed_step and state.total and not self.recipe.needs_signal:
             if not all(decider.foreseen(state) for decider in self.deciders):
-                rows = self.recipe.plan(state.total).rows
+                rows = self.uses.played(state.total).rows
                 for decider, actions in zip(self.deciders, rows, strict=True):
                     if decider.uploads:
                         decider.foresee(state, actions)

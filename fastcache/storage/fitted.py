@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import direct
 from .history import Timeline
-from .ring import Ring, part, tail, weighted
+from .ring import Ring, part, tail, thinned, weighted
 
 _fit = direct("_exponential_weights")
 
@@ -40,7 +40,8 @@ class Fitted(Ring):
         rows = [tail(self.views[r], base) for r in self.timeline.rows]
         if fits and rows[0].is_floating_point():
             ahead = torch.full((1,), reach, device=self.buffer.device)
-            return self.predict_weighted(base, self._fitted(rows, ahead))
+            seen = [thinned(row, self.tokens) for row in rows]
+            return self.predict_weighted(base, self._fitted(seen, ahead))
         line = (1.0 + reach, -reach) if reach else (1.0,)
         return weighted(rows[: len(line)], line, base, self.dtype)
 
@@ -51,10 +52,9 @@ class Fitted(Ring):
         rows = part(self.buffer, base)
         if not rows.is_floating_point():
             return line
-        fitted = self._fitted(self._read(self.thinned(rows, self.tokens)), reach, thinned=True)
+        fitted = self._fitted(self._read(thinned(rows, self.tokens, stacked=True)), reach)
         return torch.where(fits > 0, fitted, line)
 
-    def _fitted(self, rows: list[Tensor], reach: Tensor, thinned: bool = False) -> Tensor:
-        seen = rows if thinned else [self.thinned(row, self.tokens) for row in rows]
-        found: Tensor = _fit(seen, reach, self.ridge)
+    def _fitted(self, rows: list[Tensor], reach: Tensor) -> Tensor:
+        found: Tensor = _fit(rows, reach, self.ridge)
         return found

@@ -57,7 +57,7 @@ class Quantized(Ring):
         return out
 
     def newest_first(self, like: Tensor | None, tokens: int = 1) -> list[Tensor]:
-        """All rows as values, newest first, in compiled code."""
+        """All rows as values, newest first, in compiled code; all their tokens, since no guide looks at them."""
         rows = self._read(part(self.buffer, like).view(torch.uint8))
         scales = self._read(part(self.scales, like))
         return [q.view(FP8).float() * s[..., None] for q, s in zip(rows, scales, strict=True)]

@@ -66,6 +66,11 @@ def part(rows: Tensor, like: Tensor | None) -> Tensor:
     return rows[:, rows.shape[1] - like.shape[0] :]
 
 
+def thinned(value: Tensor, tokens: int, stacked: bool = False) -> Tensor:
+    """Every n-th token of a value [..., tokens, width], or of stacked rows; all of what has no tokens."""
+    return value[..., ::tokens, :] if tokens > 1 and value.dim() - stacked > 2 else value
+
+
 # Before torch 2.13 the C++ that Inductor writes for a transposed value names its row before it is known.
 WRITES_ROWS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
@@ -188,12 +193,8 @@ class Ring(Stream):
     def newest_first(self, like: Tensor | None, tokens: int = 1) -> list[Tensor]:
         """As many rows as are kept, newest first, for the batch of `like`; every n-th token of them."""
         if torch.compiler.is_compiling():
-            return self._read(self.thinned(part(self.buffer, like), tokens))
-        return [self.thinned(fitting(self.views[r], like), tokens) for r in self.timeline.places]
-
-    def thinned(self, rows: Tensor, tokens: int) -> Tensor:
-        """Every n-th token of [..., tokens, width], a row or several; all of what has no tokens."""
-        return rows[..., ::tokens, :] if tokens > 1 and self.buffer.dim() > 3 else rows
+            return self._read(thinned(part(self.buffer, like), tokens, stacked=True))
+        return [thinned(fitting(self.views[r], like), tokens) for r in self.timeline.places]
 
     def predict_weighted(self, base: Tensor | None, weights: Tensor) -> Tensor:
         """weights[0] * base + weights[1:] * as many rows, newest first, weights on the device."""

@@ -13,7 +13,7 @@ from ..policies import COMPUTE, REUSE
 from ..predictors import Predictor
 from ..storage.allocate import allocate
 from ..storage.group import SlotGroup
-from ..storage.ring import Ring, fitting, tail
+from ..storage.ring import Ring, fitting, tail, thinned
 from ..storage.state import State
 
 _guide = direct("_guide_into_")
@@ -43,8 +43,8 @@ class Guide:
 
     def of(self, y: Tensor, x: Tensor | None = None) -> Tensor:
         """The guide y - x (or y), every n-th token of [..., tokens, width]."""
-        thin = lambda t: t.detach()[..., :: self.predictor.tokens, :] if t.dim() > 2 else t.detach()  # noqa: E731
-        return thin(y) if x is None else thin(y) - thin(x)
+        seen = [thinned(t.detach(), self.predictor.tokens) for t in (y, x) if t is not None]
+        return seen[0] if x is None else seen[0] - seen[1]
 
     def see(self, state: State, rule: int, action: str, guide: Tensor) -> None:
         """Take in the guide of the running step: keep it, or read the weights off it."""
