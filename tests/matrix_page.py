@@ -44,7 +44,6 @@ REASONS = {
     test_matrix.COLLECTED: "It keeps what each of its blocks returns, so none may be skipped; methods on modules and "
     "on the whole output fit.",
     test_matrix.TURNS: "Its lists of blocks take turns, so it has no last blocks to compute always.",
-    test_matrix.NO_LATENTS: "The first argument of its forward is not the latents that the method compares.",
 }
 
 

@@ -159,10 +159,15 @@ class BlockIO:
         return {i: v for i, v in enumerate(entries(output) or ()) if i not in streams}
 
 
+# What a model's latents are called: of most, of Cosmos 3 and of Film's decoder, whose first arguments are others.
+LATENTS = ("hidden_states", "vision_tokens", "decoder_input_tokens")
+
+
 def model_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The latents among the arguments of a model's call: `hidden_states`, else what comes first."""
-    if "hidden_states" in kwargs:
-        return kwargs["hidden_states"]
+    """The latents among the arguments of a model's call, by their name, else what comes first."""
+    for name in LATENTS:
+        if name in kwargs:
+            return kwargs[name]
     return args[0] if args else next(iter(kwargs.values()), None)
 
 

@@ -273,9 +273,10 @@ def test_latents_may_come_as_a_list(per_sample):
 def test_a_call_without_latents_says_what_is_missing():
     model = Listed().eval()
     adapter = fastcache.BlockAdapter(blocks=("inner.blocks",))
-    said = pytest.raises(ValueError, match="Latents looks at the latents")
-    with fastcache.enable(model, Recipe(Latents()), adapter=adapter), said:
-        model("no latents", 1.0)
+    for first, found in (("no latents", "a str"), (torch.ones(2, 3).long(), r"of torch\.int64")):
+        said = pytest.raises(ValueError, match=f"Latents looks at the latents .* that is {found}")
+        with fastcache.enable(model, Recipe(Latents()), adapter=adapter), said:
+            model(first, 1.0)
 
 
 def test_a_signal_that_nothing_measures_is_refused_and_leaves_the_model_alone():

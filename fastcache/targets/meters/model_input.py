@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import sync
-from ...models.block_io import model_input
+from ...models.block_io import LATENTS, model_input
 from ...policies import Step
 from ...storage.allocate import NoRoom
 from ...storage.state import State
@@ -35,10 +35,14 @@ class InputChange(Change):
     def latents(self, args: tuple, kwargs: dict) -> Any:
         """What the model is called with; a ValueError where that is no tensor."""
         value = together(model_input(args, kwargs))
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            found = (
+                f"of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            )
             raise ValueError(
-                f"when: {type(self.when).__name__} looks at the latents that the model is called with, the first "
-                f"argument or hidden_states, and that is a {type(value).__name__}; it must be a tensor"
+                f"when: {type(self.when).__name__} looks at the latents that the model is called with, one of "
+                f"{', '.join(LATENTS)} or the first argument, and that is {found}; it must be a tensor of floats. "
+                "Give the latents by their name"
             )
         return value.detach()
 
