@@ -52,6 +52,11 @@ def sizes(rows: Sequence[Row]) -> str:
     return peers(rows, models=SIZES, ranked=PRESETS)
 
 
+def longer(rows: Sequence[Row]) -> str:
+    """Leads of the presets in runs of 50 steps."""
+    return _leads(trained(rows, steps=50), "psnr", PRESETS)
+
+
 def elsewhere(rows: Sequence[Row]) -> str:
     """Leads of the presets on the picture model in cells that they were not chosen on."""
     return _leads(quality_tables.elsewhere_cells(rows), "psnr", PRESETS)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,8 @@ def quality_figure(rows: Sequence[Row]) -> Figure:
     figure, axes = new(lines, columns, 6.4 * columns, 0.5 + 4.2 * lines)
     for axis, (cell, here) in zip(axes.flat, panels, strict=False):
         _frontier(axis, here)
-        axis.set_title(f"{cell.title}, {here[0]['seeds']} seeds", loc="left")
+        seeds = statistics.mode(r["seeds"] for r in here)  # of nearly all; some rows have others
+        axis.set_title(f"{cell.title}, {seeds} seeds", loc="left")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     known = dict(pair for axis in axes.flat for pair in _named_lines(axis))

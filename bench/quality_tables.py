@@ -199,13 +199,15 @@ def _named(cells: dict[str, list[Row]]) -> str:
     return markdown(("", "compute", *cells), lines) if lines else ""
 
 
-def trained(rows: Sequence[Row], models: Sequence[str] = COMMITTED) -> dict[str, list[Row]]:
-    """Rows of 28 steps by trained model and guidance, fp32."""
+def trained(
+    rows: Sequence[Row], models: Sequence[str] = COMMITTED, steps: int = 28
+) -> dict[str, list[Row]]:
+    """Rows by trained model and guidance, fp32."""
     return {
         f"{model}, {'guidance' if guidance == 'sequential' else 'no guidance'}": here
         for model in models
         for guidance in ("none", "sequential")
-        if (here := cell(rows, 28, guidance, model=model))
+        if (here := cell(rows, steps, guidance, model=model))
     }
 
 

@@ -79,6 +79,7 @@ SNIPPETS: dict[str, Callable[[Sequence[Row]], str]] = {
     "peers_exact": partial(preset_tables.peers, column="psnr_solution"),
     "elsewhere": quality_tables.elsewhere,
     "peers_elsewhere": preset_tables.elsewhere,
+    "peers_longer": preset_tables.longer,
     "peers_sizes": preset_tables.sizes,
     "smallest": preset_tables.smallest,
     "converged": preset_tables.converged,
