@@ -65,7 +65,8 @@ inline void op_guided_sums(Tensor sums, Tensor guide, std::vector<Tensor> guides
               doubles_of(sums, groups * sums_of(order), "sums"));
 }
 
-inline void op_guided_solve(Tensor weights, Tensor misfit, Tensor sums, Tensor prior, double ridge) {
+inline void op_guided_solve(Tensor weights, Tensor misfit, Tensor sums, Tensor prior,
+                            double ridge) {
   const int order = checked_order(prior.numel());
   const int64_t groups = misfit.numel(), terms = weights.size(1);
   const int64_t base = terms - (order + 1);  // ones in front
@@ -90,7 +91,7 @@ inline std::vector<double> total_of(const std::vector<Tensor>& sums, int64_t cou
 }
 
 inline void op_guided_check(Tensor weights, Tensor misfit, Tensor sums, std::vector<Tensor> values,
-                     Tensor prior, Tensor before, double ridge) {
+                            Tensor prior, Tensor before, double ridge) {
   const int order = checked_order(prior.numel());
   STD_TORCH_CHECK(order > 1, "order 2 to ", MAX_ORDER, ", got 1");
   const std::vector<double> known = total_of(values, sums_of(order - 1));
@@ -102,7 +103,8 @@ inline void op_guided_check(Tensor weights, Tensor misfit, Tensor sums, std::vec
                    result_of(before, order - 1, "before"), order, ridge, to + 1));
 }
 
-inline void op_exponential_solve(Tensor weights, std::vector<Tensor> sums, Tensor reach, double ridge) {
+inline void op_exponential_solve(Tensor weights, std::vector<Tensor> sums, Tensor reach,
+                                 double ridge) {
   const std::vector<double> total = total_of(sums, sums_of(2));
   exponential_solve(total.data(), *result_of(reach, 1, "reach"), ridge,
                     result_of(weights, 4, "weights"));

@@ -52,16 +52,16 @@ class Missed:
         # as it does in the place of those to come
         places = (*kept, *kept[-1:] * (what.depth - len(kept)))
         sums, pull = _sums(guide, places, step), torch.tensor(prior)
-        solve = dispatch.function(
-            dispatch.active("cpu"), "guided_check" if what.checked else "guided_solve"
-        )
+        backend = dispatch.active("cpu")
         if what.checked:
             before = torch.tensor(what.weights(kept[1:], kept[0])[: what.depth - 2])
             newest, *older = places
             known = _sums(self.gram, older, newest)
-            weights = solve(sums, [known], pull, before, what.ridge)[0]
+            solve = dispatch.function(backend, "guided_check")
+            weights, _ = solve(sums, [known], pull, before, what.ridge)
         else:
-            weights = solve(sums, pull, what.ridge, True)[0]
+            solve = dispatch.function(backend, "guided_solve")
+            weights, _ = solve(sums, pull, what.ridge, True)
         return sync.numbers([weights[:, 1:]])
 
 

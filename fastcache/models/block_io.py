@@ -159,8 +159,9 @@ class BlockIO:
         return {i: v for i, v in enumerate(entries(output) or ()) if i not in streams}
 
 
-# What a model's latents are called: of most, of Cosmos 3 and of Film's decoder, whose first arguments are others.
-LATENTS = ("hidden_states", "vision_tokens", "decoder_input_tokens")
+# What a model's latents are called, whatever else comes first: by diffusers and in models' own code, in Cosmos 3 and in
+# Film's decoder.
+LATENTS = ("hidden_states", "x", "img", "vision_tokens", "decoder_input_tokens")
 
 
 def model_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fastcache
 from fastcache import Decision, Guidance, Modules, Policy, Recipe, Reuse, Stack, Taylor, sync
 from fastcache.graphs import compiled
+from fastcache.models.block_io import model_input
 from fastcache.policies import COMPUTE, REUSE
 from fastcache.signals import Signal
 
@@ -268,6 +269,13 @@ def test_latents_may_come_as_a_list(per_sample):
         for call in calls:
             model(list(call["hidden_states"]), call["timestep"])
         assert toys.actions(cache) == actions
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "x", "img", "vision_tokens"])
+def test_latents_are_known_by_their_name_wherever_they_come(name):
+    latents = torch.ones(2, 3)
+    assert model_input((), {"timestep": torch.ones(2), name: latents}) is latents
+    assert model_input((torch.zeros(2, dtype=torch.long),), {name: latents}) is latents
 
 
 def test_a_call_without_latents_says_what_is_missing():
