@@ -159,7 +159,8 @@ def test_a_gate_refuses_a_seeded_fault(name: str, tmp_path: Path) -> None:
     package = tmp_path / "fastcache"
     shutil.copytree(ROOT / "triton_kernels", package / "triton_kernels")
     (package / "ops").mkdir()
-    shutil.copy(ROOT / "fastcache" / "ops" / "reference.py", package / "ops")
+    for name in ("reference.py", "solve.py"):
+        shutil.copy(ROOT / "fastcache" / "ops" / name, package / "ops")
     (package / "ops" / "__init__.py").touch()
     (package / "__init__.py").touch()
     source = package / "triton_kernels" / fault.file
