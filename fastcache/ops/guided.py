@@ -14,12 +14,16 @@ from .registry import define, same_shapes
 
 
 def _guided_weights(
-    guide: Tensor, guides: Sequence[Tensor], prior: Tensor, ridge: float, per_sample: bool = False
+    guide: Tensor,
+    guides: Sequence[Tensor],
+    prior: Tensor,
+    ridge: float,
+    per_sample: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    given = [guide, *guides]
-    run, (guide, *held) = dispatch.resolve("guided_sums", given, 0, per_sample)
+    run, (guide, *held) = dispatch.resolve("guided_sums", [guide, *guides], 0, per_sample)
     solve = dispatch.function(dispatch.active(guide.device.type), "guided_solve")
-    return solve(run(guide, held, per_sample), prior.contiguous(), ridge, True)
+    return solve(run(guide, held, per_sample), prior.contiguous(), ridge, True, out)
 
 
 def _fake_guided_weights(
@@ -47,9 +51,7 @@ def _guide_into_(
     prior: Tensor,
     ridge: float,
 ) -> None:
-    run, (guide, *held) = dispatch.resolve("guided_sums", [guide, *guides], 0, False)
-    solve = dispatch.function(dispatch.active(guide.device.type), "guided_solve")
-    solve(run(guide, held, False), prior, ridge, True, (weights[None], misfit))
+    _guided_weights(guide, guides, prior, ridge, out=(weights[None], misfit))
 
 
 def _fake_guide_into_(

@@ -16,7 +16,8 @@ def sums_for(y: Tensor, width: int, per_sample: bool, given: Tensor | None = Non
     return given
 
 
-def weights_for(sums: Tensor, samples: int, terms: int) -> tuple[Tensor, Tensor]:
-    """Where float32 weights [samples, terms] and misfits [samples] that follow from sums go."""
+def weights_for(sums: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+    """Where float32 weights [S, terms] and misfits [S] that follow from sums [S, M] go."""
+    samples = sums.shape[0]
     weights = torch.empty((samples, terms), dtype=torch.float32, device=sums.device)
     return weights, torch.empty(samples, dtype=torch.float32, device=sums.device)

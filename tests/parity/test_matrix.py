@@ -312,7 +312,7 @@ def test_every_method_skips_and_reproduces_a_still_trajectory(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_held_against_other_steps_are_the_latents(name):
-    # Cosmos 3 is called with its prompt's tokens first, which never change: SenCache then always reused
+    # Cosmos 3 is called with its prompt's tokens first, which never change: SenCache saw the timestep alone
     if not hasattr(diffusers, entry(name)["class"]):
         pytest.skip(f"diffusers {diffusers.__version__} has no {entry(name)['class']}")
     _, inputs = build(name)

@@ -220,8 +220,7 @@ def guided_solve(
     base: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    groups = sums.shape[0]
-    weights, misfit = out or weights_for(sums, groups, prior.numel() + 1 + base)
+    weights, misfit = out or weights_for(sums, prior.numel() + 1 + base)
     _op("guided_solve")(weights, misfit, sums.double(), prior.contiguous(), ridge)
     return weights, misfit
 
@@ -234,7 +233,7 @@ def guided_check(
     ridge: float,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    weights, misfit = out or weights_for(sums, 1, prior.numel() + 2)
+    weights, misfit = out or weights_for(sums, prior.numel() + 2)
     _op("guided_check")(
         weights, misfit, sums, values, prior.contiguous(), before.contiguous(), ridge
     )
